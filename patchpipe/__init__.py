@@ -1,0 +1,47 @@
+"""Any diffusers pipeline, unmodified, on N devices: PipeFusion for diffusion transformers."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from patchpipe.config import ParallelConfig
+from patchpipe.errors import PatchpipeError, RankFailed, RankLost, UnsupportedModel
+
+if TYPE_CHECKING:
+    from patchpipe.apply import parallelize, restore
+    from patchpipe.engine import Engine
+    from patchpipe.loading import from_pretrained
+
+try:
+    __version__ = version("patchpipe")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Engine",
+    "ParallelConfig",
+    "PatchpipeError",
+    "RankFailed",
+    "RankLost",
+    "UnsupportedModel",
+    "from_pretrained",
+    "parallelize",
+    "restore",
+]
+
+_HOMES = {
+    "Engine": "patchpipe.engine",
+    "from_pretrained": "patchpipe.loading",
+    "parallelize": "patchpipe.apply",
+    "restore": "patchpipe.apply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the heavy parts when they are asked for, so that ``patchpipe --help`` is quick."""
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'patchpipe' has no attribute {name!r}")

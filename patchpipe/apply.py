@@ -1,0 +1,227 @@
+"""Attaches the patch pipeline to a diffusers pipeline, and takes it off again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchpipe.balance import split_blocks
+from patchpipe.config import ParallelConfig
+from patchpipe.lazy import materialise_tree
+from patchpipe.mesh import Group, join
+from patchpipe.models import plan_for
+from patchpipe.request import Request, RequestStats
+from patchpipe.runner import Runner
+from patchpipe.stage import Stage
+
+logger = logging.getLogger("patchpipe")
+
+
+class _OutputElsewhere(BaseException):
+    """Ends the pipeline on a rank that has nothing left to do: another one decodes."""
+
+
+class Attachment:
+    """A pipeline's parallel side, as ``pipe.patchpipe``.
+
+    Attributes:
+        config: The layout.
+        group: The ranks.
+        runner: Runs the transformer's calls.
+    """
+
+    def __init__(self, pipe: Any, config: ParallelConfig, group: Group) -> None:
+        self.config, self.group = config, group
+        model: nn.Module = pipe.transformer
+        plan = plan_for(model)
+        owned = split_blocks(model, plan, config)[group.stage]
+        stage = Stage(model, plan, owned, first=group.first, last=group.last)
+        self.runner = Runner(model, plan, config, group, stage)
+        self._pipe, self._stage = pipe, stage
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def last(self) -> RequestStats:
+        """What the last request did on this rank."""
+        return self.runner.last
+
+    def serving(self) -> AbstractContextManager[Request]:
+        """The extent of a request, for a denoising loop of one's own around ``pipe.transformer``."""
+        return self.runner.serving()
+
+    def attach(self) -> None:
+        """Hooks the pipeline: its call, its transformer, its text encoding and its VAE."""
+        pipe, model = self._pipe, self._pipe.transformer
+        self._stage.attach()
+        self._undo.append(self._stage.detach)
+        self._set(model, "forward", self.runner.forward)
+        if hasattr(model, "cache_context"):
+            original = model.cache_context
+            self._set(
+                model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw))
+            )
+        if hasattr(pipe, "encode_prompt"):
+            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, self.config.encoder_rank))
+        if getattr(pipe, "vae", None) is not None:
+            self._set(pipe.vae, "encode", self._on_owner(pipe.vae.encode, self.config.output_rank))
+            self._set(pipe.vae, "decode", self._decode(pipe.vae.decode))
+        if not self.group.output:
+            self._quieten()
+        kind = type(pipe)
+        pipe.__class__ = _served_class(kind)
+        self._undo.append(lambda: setattr(pipe, "__class__", kind))
+        self._set(pipe, "patchpipe", self)
+
+    def detach(self) -> None:
+        """Leaves the pipeline as it was found."""
+        while self._undo:
+            self._undo.pop()()
+        self.group.close()
+
+    def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
+        self._warn_if_synchronous(kwargs)
+        try:
+            with self.runner.serving():
+                try:
+                    output = materialise_tree(original(self._pipe, *args, **kwargs), "the pipeline's output")
+                except _OutputElsewhere:
+                    output = None
+        except Exception as error:
+            self.group.report_failure(f"{type(error).__name__}: {error}")
+            if self.last.touched:
+                self.group.close()  # peers that wait for this rank must not wait for the deadline
+            raise
+        return output if self.group.output else None
+
+    def _warn_if_synchronous(self, kwargs: dict[str, Any]) -> None:
+        steps, warmup = kwargs.get("num_inference_steps"), self.config.warmup
+        several = self.config.patches not in (None, 1) or self.config.pipefusion > 1
+        if (
+            isinstance(steps, int)
+            and isinstance(warmup, int)
+            and steps <= warmup
+            and several
+            and self.group.output
+        ):
+            logger.warning(
+                "num_inference_steps=%d is not more than warmup=%d: every step runs synchronously, no patch streams",
+                steps,
+                warmup,
+            )
+
+    def _on_owner(self, compute: Callable[..., Any], owner: int) -> Callable[..., Any]:
+        if self.group.world_size == 1:
+            return compute
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            return self.group.share(owner, lambda: compute(*args, **kwargs))
+
+        return shared
+
+    def _decode(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Every rank gathers the latent at this point; only the output rank goes on."""
+
+        def here(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = materialise_tree((args, kwargs), "vae.decode")
+            if not self.group.output:
+                raise _OutputElsewhere
+            return decode(*args, **kwargs)
+
+        return here
+
+    def _quieten(self) -> None:
+        """One progress bar is enough."""
+        pipe = self._pipe
+        kept = dict(getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(**{**kept, "disable": True})
+        self._undo.append(lambda: pipe.set_progress_bar_config(**kept))
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        had, previous = name in owner.__dict__, owner.__dict__.get(name)
+        object.__setattr__(owner, name, value)
+        self._undo.append(
+            lambda: object.__setattr__(owner, name, previous) if had else object.__delattr__(owner, name)
+        )
+
+
+def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None) -> Any:
+    """Spreads a pipeline that is already in memory over the ranks of this process's group.
+
+    Every rank calls it with the same pipeline. Call the pipeline as ever afterwards: the output rank gets the
+    images, the others ``None``. Parameters other ranks own stay in memory, so that ``restore`` can give the
+    pipeline back; ``from_pretrained`` reads only what a rank owns.
+
+    Args:
+        pipe: A diffusers pipeline whose transformer has a plan.
+        config: The layout.
+        group: The ranks; ``None`` joins those ``torchrun`` started.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        UnsupportedModel: The transformer's class has no plan.
+        ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
+    """
+    if getattr(pipe, "patchpipe", None) is not None:
+        raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
+    if getattr(pipe, "transformer", None) is None:
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only"
+        )
+    plan = plan_for(pipe.transformer)
+    split_blocks(pipe.transformer, plan, config)
+    group = group or join(config, device=_device_of(pipe))
+    group.agree(
+        {"config": config.as_dict(), "model": plan.model, "model_config": dict(pipe.transformer.config)}
+    )
+    Attachment(pipe, config, group).attach()
+    return pipe
+
+
+def restore(pipe: Any) -> Any:
+    """Undoes ``parallelize``; the pipeline is again what it was.
+
+    Raises:
+        ValueError: The pipeline is not parallel.
+    """
+    attachment = getattr(pipe, "patchpipe", None)
+    if attachment is None:
+        raise ValueError("the pipeline is not parallel")
+    attachment.detach()
+    return pipe
+
+
+def _device_of(pipe: Any) -> torch.device:
+    return next(pipe.transformer.parameters()).device
+
+
+def _served_class(kind: type) -> type:
+    """The pipeline's class with its ``__call__`` taken as one request; still an instance of the original."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.patchpipe.call(kind.__call__, args, kwargs)
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "a parallel pipeline is already where its ranks compute: pass device= and dtype= to from_pretrained, "
+            "or move the pipeline before parallelize"
+        )
+
+    device = property(lambda self: self.patchpipe.group.device)
+    call.__signature__ = __import__("inspect").signature(kind.__call__)  # type: ignore[attr-defined]
+    call.__doc__ = kind.__call__.__doc__
+    members = {
+        "__call__": call,
+        "to": to,
+        "device": device,
+        "_execution_device": device,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})

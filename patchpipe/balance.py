@@ -1,0 +1,72 @@
+"""Which blocks each stage owns."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from torch import nn
+
+from patchpipe.config import ParallelConfig
+from patchpipe.models.plan import BlockPlace, ModelPlan
+
+# A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
+NOMINAL_IMAGE_TOKENS = 4096
+NOMINAL_TEXT_TOKENS = 512
+
+
+def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:
+    """The range of blocks, in running order, that each stage owns.
+
+    Raises:
+        ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
+    """
+    places = plan.blocks_of(model)
+    if config.pipefusion > len(places):
+        raise ValueError(
+            f"pipefusion={config.pipefusion} is more stages than the {len(places)} blocks of {plan.model}: "
+            f"use pipefusion={len(places)} or fewer"
+        )
+    sizes = config.stage_blocks or balanced([block_cost(place) for place in places], config.pipefusion)
+    if sum(sizes) != len(places):
+        raise ValueError(
+            f"stage_blocks={sizes} adds up to {sum(sizes)} but {plan.model} has {len(places)} blocks"
+        )
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def block_cost(place: BlockPlace) -> float:
+    """Multiply-adds of one block for a nominal picture.
+
+    Linear layers count once per token of the stream they serve, modulation (under a norm) once per image
+    and thus nothing, attention its two products over the whole sequence.
+    """
+    image, text = NOMINAL_IMAGE_TOKENS, NOMINAL_TEXT_TOKENS
+    cost = 0.0
+    for name, parameter in place.block.named_parameters():
+        if parameter.ndim < 2 or "norm" in name:
+            continue
+        serves_text = any(part in name for part in place.listing.text_parameters)
+        cost += parameter.numel() * (text if serves_text else image)
+    for path, kind in place.listing.attention.items():
+        layer = getattr(place.block, path, None)
+        if layer is not None:
+            keys = {"joint": image + text, "image": image, "cross": text}[kind]
+            cost += 2 * image * keys * layer.to_q.out_features
+    return cost
+
+
+def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
+    """Sizes of contiguous groups, none empty, whose dearest is as cheap as it can be."""
+
+    @cache
+    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
+        if left == 1:
+            return sum(costs[start:]), (len(costs) - start,)
+        options = []
+        for stop in range(start + 1, len(costs) - left + 2):
+            dearest, rest = best(stop, left - 1)
+            options.append((max(sum(costs[start:stop]), dearest), (stop - start, *rest)))
+        return min(options)
+
+    return best(0, stages)[1]

@@ -1,0 +1,123 @@
+"""Reads single tensors out of a diffusers checkpoint, one at a time, and nothing else of it."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+STEM = "diffusion_pytorch_model"
+
+
+class Checkpoint:
+    """The weights of one model folder: a single safetensors file or shards with an index.
+
+    Args:
+        folder: The folder with the weights.
+        variant: For example ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
+
+    Raises:
+        FileNotFoundError: No weights, only pickled ones, or a shard named by the index is missing.
+    """
+
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        infix = f".{variant}" if variant else ""
+        index = folder / f"{STEM}.safetensors.index{infix}.json"
+        single = folder / f"{STEM}{infix}.safetensors"
+        if index.is_file():
+            self._read_index(index)
+        elif single.is_file():
+            with _opened(single) as file:
+                self._file_of = dict.fromkeys(file.keys(), single)
+        else:
+            raise FileNotFoundError(_no_weights(folder, variant))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all the tensors."""
+        return list(self._file_of)
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of every tensor, from the files' headers alone."""
+        sizes: dict[str, int] = {}
+        for path in sorted(set(self._file_of.values())):
+            with _opened(path) as file:
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    sizes[name] = torch.Size(file.get_slice(name).get_shape()).numel()
+        return sizes
+
+    def fill(
+        self, model: nn.Module, names: Iterable[str], dtype_of: dict[str, torch.dtype], device: torch.device
+    ) -> None:
+        """Reads the named parameters and buffers into a model built on ``meta``.
+
+        Raises:
+            ValueError: A tensor is missing from the checkpoint or has another shape.
+        """
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        wanted = list(names)
+        missing = [name for name in wanted if name not in self._file_of]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"the weights in {self.folder} lack {', '.join(missing[:3])}{more}: the checkpoint is incomplete or "
+                f"belongs to another configuration"
+            )
+        for name in wanted:
+            by_file[self._file_of[name]].append(name)
+        for path, chosen in by_file.items():
+            with _opened(path) as file:
+                for name in chosen:
+                    _assign(model, name, file.get_tensor(name), dtype_of.get(name), device, path)
+
+    def _read_index(self, index: Path) -> None:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        absent = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
+        if absent:
+            raise FileNotFoundError(
+                f"{self.folder} lacks the shard{'s' if len(absent) > 1 else ''} {', '.join(absent)} that "
+                f"{index.name} names: the download is incomplete, fetch the model again"
+            )
+        self._file_of = {name: self.folder / file for name, file in weight_map.items()}
+
+
+def _assign(
+    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device, path: Path
+) -> None:
+    owner_path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    expected = getattr(owner, leaf)
+    if expected.shape != tensor.shape:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} in {path.name} but {tuple(expected.shape)} by the model's config.json"
+        )
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    moved = tensor.to(device=device, dtype=wanted)
+    if moved is tensor:
+        moved = tensor.clone()  # a mapped file must not be what the model computes with
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+    else:
+        owner._buffers[leaf] = moved
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): fetch it again") from error
+
+
+def _no_weights(folder: Path, variant: str | None) -> str:
+    if any(folder.glob("*.bin")):
+        return f"{folder} holds only pickled weights (.bin): save it once with save_pretrained(safe_serialization=True)"
+    found = sorted(path.name for path in folder.glob("*.safetensors*"))
+    kind = f"variant {variant!r}" if variant else "the default variant"
+    return f"{folder} holds no weights of {kind}" + (f"; it has {', '.join(found[:4])}" if found else "")

@@ -1,0 +1,139 @@
+"""What a user asks for: one frozen, validated description of the parallel layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Backend = Literal["auto", "nccl", "gloo"]
+ALL_STEPS: Literal["all"] = "all"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one pipeline is spread over devices.
+
+    Args:
+        pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
+        patches: Number of patches M the latent is cut into. ``None`` takes ``2 * pipefusion``
+            (1 on one device), lowered to the number of token rows where the picture is small.
+        warmup: Synchronous steps W before patches stream across step boundaries, counted per
+            guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
+            bit-equal to one device.
+        patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts evenly.
+        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
+        output_rank: The rank that holds the VAE and gets the images.
+        text_rank: The rank that holds the text encoders. ``None`` takes the last rank.
+        backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
+            share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
+        timeout: Seconds any wait for another rank may last.
+
+    Raises:
+        ValueError: A field is out of range or two fields contradict each other.
+    """
+
+    pipefusion: int = 1
+    patches: int | None = None
+    warmup: int | Literal["all"] = 1
+    patch_rows: tuple[int, ...] | None = None
+    stage_blocks: tuple[int, ...] | None = None
+    output_rank: int = 0
+    text_rank: int | None = None
+    backend: Backend = "auto"
+    timeout: float = 300.0
+
+    def __post_init__(self) -> None:
+        _at_least("pipefusion", self.pipefusion, 1)
+        if self.patches is not None:
+            _at_least("patches", self.patches, 1)
+        if self.warmup != ALL_STEPS:
+            _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously')
+        self._freeze("patch_rows")
+        self._freeze("stage_blocks")
+        if self.patch_rows is not None:
+            self._check_patch_rows(self.patch_rows)
+        if self.stage_blocks is not None:
+            self._check_stage_blocks(self.stage_blocks)
+        for name in ("output_rank", "text_rank"):
+            self._check_rank(name, getattr(self, name))
+        if self.backend not in ("auto", "nccl", "gloo"):
+            raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks the layout needs."""
+        return self.pipefusion
+
+    @property
+    def encoder_rank(self) -> int:
+        """The rank that encodes prompts."""
+        return self.world_size - 1 if self.text_rank is None else self.text_rank
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether every step is a warm-up step, so that no key or value is ever stale."""
+        return self.warmup == ALL_STEPS
+
+    def patches_for(self, rows: int) -> int:
+        """Number of patches for a picture of ``rows`` token rows.
+
+        Raises:
+            ValueError: More patches were asked for than there are rows.
+        """
+        if self.patch_rows is not None:
+            return len(self.patch_rows)
+        if self.patches is None:
+            return min(2 * self.pipefusion, rows) if self.pipefusion > 1 else 1
+        if self.patches > rows:
+            raise ValueError(
+                f"patches={self.patches} is more than the {rows} token rows of this picture: "
+                f"use patches={rows} or fewer, or a taller picture"
+            )
+        return self.patches
+
+    def describe(self) -> str:
+        """One line for people: the layout used."""
+        patches = "auto" if self.patches is None else str(self.patches)
+        if self.patch_rows is not None:
+            patches = f"{len(self.patch_rows)} {self.patch_rows}"
+        steps = "every step synchronous" if self.synchronous else f"warm-up {self.warmup}"
+        return f"pipefusion {self.pipefusion} · patches {patches} · {steps}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""
+        return dataclasses.asdict(self)
+
+    def _freeze(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None:
+            object.__setattr__(self, name, tuple(value))
+
+    def _check_patch_rows(self, rows: tuple[int, ...]) -> None:
+        if not rows or any(not isinstance(n, int) or n < 1 for n in rows):
+            raise ValueError(f"patch_rows={rows} must list at least one row for each patch")
+        if self.patches not in (None, len(rows)):
+            raise ValueError(
+                f"patch_rows={rows} names {len(rows)} patches but patches={self.patches}: leave one of them out"
+            )
+
+    def _check_stage_blocks(self, blocks: tuple[int, ...]) -> None:
+        if len(blocks) != self.pipefusion or any(not isinstance(n, int) or n < 1 for n in blocks):
+            raise ValueError(
+                f"stage_blocks={blocks} must list at least one block for each of the "
+                f"{self.pipefusion} stages (pipefusion={self.pipefusion})"
+            )
+
+    def _check_rank(self, name: str, rank: int | None) -> None:
+        if rank is not None and not 0 <= rank < self.world_size:
+            raise ValueError(
+                f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}"
+            )
+
+
+def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        tail = f", {hint}" if hint else ""
+        raise ValueError(f"{name}={value!r} must be a whole number of {low} or more{tail}")

@@ -1,0 +1,413 @@
+"""Which operations keep a cut tensor cut, and how each of them runs on one patch.
+
+A rule looks at a call whose operands include cut tensors. It answers with a `Plan`, or with None where
+the operation mixes patches (or nobody has thought about it), and then the caller needs the whole tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+def map_leaves(change: Callable[[Any], Any], args: Sequence[Any]) -> Args:
+    """`args` with every leaf changed; operations nest at most one list deep."""
+    return tuple([change(x) for x in arg] if isinstance(arg, (list, tuple)) else change(arg) for arg in args)
+
+
+class Cut(NamedTuple):
+    """Where a tensor is cut.
+
+    Attributes:
+        dim: The dim that is cut, non-negative.
+        bounds: One offset more than there are patches, from 0 to the size of that dim.
+    """
+
+    dim: int
+    bounds: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The size of the whole tensor along the cut dim."""
+        return self.bounds[-1]
+
+    @property
+    def patches(self) -> int:
+        """How many patches there are."""
+        return len(self.bounds) - 1
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Start and length of one patch."""
+        return self.bounds[index], self.bounds[index + 1] - self.bounds[index]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation on at least one cut tensor.
+
+    Attributes:
+        func: The operation.
+        args: Its positional arguments, cut tensors included.
+        cuts: The cut tensors among the operands, with their cuts.
+        infer: Runs the operation on meta tensors.
+    """
+
+    func: OpOverload
+    args: Args
+    cuts: Sequence[tuple[Tensor, Cut]]
+    infer: Callable[[], Tensor]
+
+    @cached_property
+    def out(self) -> Tensor:
+        """The result, as a meta tensor; asked for only by rules that know it does not hang on values."""
+        return self.infer()
+
+    def arg(self, index: int, default: Any = None) -> Any:
+        """Positional argument `index`, or `default` where the caller left it out."""
+        return self.args[index] if index < len(self.args) else default
+
+    def dim(self, index: int, default: int = 0, extra: int = 0) -> int:
+        """Positional argument `index` as a non-negative dim of the first operand (plus `extra` dims)."""
+        return int(self.arg(index, default)) % (self.args[0].dim() + extra)
+
+    @property
+    def only(self) -> Cut | None:
+        """The cut of the first operand, if that is the one cut tensor of the call."""
+        tensor, cut = self.cuts[0]
+        return cut if len(self.cuts) == 1 and tensor is self.args[0] else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an operation runs patch by patch.
+
+    Attributes:
+        cut: Where the result is cut.
+        plain_at: Dim, counted from the end, along which plain operands are cut too; None passes them whole.
+        localise: Turns the arguments for patch `index` (patches already in place) into those of the
+            operation on that patch, where they differ: sizes, offsets.
+        func: The operation for one patch, if not the recorded one.
+        identity: The result is the operand itself (an alias of everything).
+        may_copy: A view of the whole tensor may be a copy on a patch: fit for reading only.
+    """
+
+    cut: Cut
+    plain_at: int | None = None
+    localise: Callable[[int, Args], Args] | None = None
+    func: OpOverload | None = None
+    identity: bool = False
+    may_copy: bool = False
+
+
+Rule = Callable[[Call], "Plan | None"]
+
+
+def pointwise(call: Call) -> Plan | None:
+    """Operands broadcast, and every element of the result depends on one element of each."""
+    ends = {(cut.dim - tensor.dim(), cut.bounds) for tensor, cut in call.cuts}
+    if len(ends) != 1:
+        return None
+    at, bounds = ends.pop()
+    return Plan(Cut(call.out.dim() + at, bounds), plain_at=at)
+
+
+def _identity(call: Call) -> Plan | None:
+    return call.only and Plan(call.only, identity=True)
+
+
+def _select(call: Call) -> Plan | None:
+    cut, dim = call.only, call.dim(1)
+    if cut is None or dim == cut.dim:
+        return None
+    return Plan(Cut(cut.dim - (dim < cut.dim), cut.bounds))
+
+
+def _slice(call: Call) -> Plan | None:
+    cut, dim, step = call.only, call.dim(1), call.arg(4, 1)
+    if cut is None:
+        return None
+    if call.out.shape == call.args[0].shape and step == 1:
+        return Plan(cut, identity=True)
+    if dim != cut.dim:
+        return Plan(cut)
+    if step != 1:
+        return None
+    start, stop, _ = slice(call.arg(2), call.arg(3)).indices(cut.size)
+    return _slice_along_cut(cut, start, max(start, stop))
+
+
+def _slice_along_cut(cut: Cut, start: int, stop: int) -> Plan:
+    """Every patch keeps what it has of the range: some may end up empty, none changes its index."""
+
+    def localise(index: int, args: Args) -> Args:
+        begin, size = cut.span(index)
+        low, high = (min(max(edge - begin, 0), size) for edge in (start, stop))
+        return args[0], cut.dim, low, high
+
+    bounds = tuple(min(max(bound, start), stop) - start for bound in cut.bounds)
+    return Plan(Cut(cut.dim, bounds), localise=localise)
+
+
+def _unsqueeze(call: Call) -> Plan | None:
+    cut, dim = call.only, call.dim(1, extra=1)
+    return cut and Plan(Cut(cut.dim + (dim <= cut.dim), cut.bounds))
+
+
+def _squeeze(call: Call) -> Plan | None:
+    cut, shape = call.only, call.args[0].shape
+    asked = call.arg(1, range(len(shape)))
+    dims = {dim % len(shape) for dim in ([asked] if isinstance(asked, int) else asked)}
+    if cut is None or (cut.dim in dims and cut.size == 1):
+        return None
+    gone = sorted(dim for dim in dims if shape[dim] == 1)
+    place = cut.dim - sum(dim < cut.dim for dim in gone)
+    # Named dims, because a patch may have size 1 along the cut where the whole does not.
+    return Plan(Cut(place, cut.bounds), localise=lambda _, args: (args[0], gone), func=aten.squeeze.dims)
+
+
+def _permute(call: Call) -> Plan | None:
+    cut, rank = call.only, call.args[0].dim()
+    return cut and Plan(Cut([dim % rank for dim in call.arg(1)].index(cut.dim), cut.bounds))
+
+
+def _transpose(call: Call) -> Plan | None:
+    cut, first, second = call.only, call.dim(1), call.dim(2, default=1)
+    if cut is None:
+        return None
+    return Plan(Cut({first: second, second: first}.get(cut.dim, cut.dim), cut.bounds))
+
+
+def _expand(call: Call) -> Plan | None:
+    cut, sizes = call.only, list(call.arg(1))
+    if cut is None:
+        return None
+    place = cut.dim + len(sizes) - call.args[0].dim()
+    local = [*sizes[:place], -1, *sizes[place + 1 :]]
+    return Plan(Cut(place, cut.bounds), localise=lambda _, args: (args[0], local))
+
+
+def _repeat(call: Call) -> Plan | None:
+    cut, repeats = call.only, call.arg(1)
+    if cut is None:
+        return None
+    place = cut.dim + len(repeats) - call.args[0].dim()
+    return Plan(Cut(place, cut.bounds)) if repeats[place] == 1 else None
+
+
+def _reshape(call: Call) -> Plan | None:
+    """Dims before the cut may be merged or split among themselves, and so may those after it."""
+    cut, shape = call.only, tuple(call.out.shape)
+    if cut is None or call.out.numel() == 0 or call.out.dtype != call.args[0].dtype:
+        return None
+    before = math.prod(call.args[0].shape[: cut.dim])
+    places = [i for i, size in enumerate(shape) if size == cut.size and math.prod(shape[:i]) == before]
+    if not places:
+        return None
+    place = places[0]
+
+    def localise(index: int, args: Args) -> Args:
+        return args[0], [*shape[:place], cut.span(index)[1], *shape[place + 1 :]]
+
+    return Plan(Cut(place, cut.bounds), localise=localise, func=aten.reshape.default, may_copy=True)
+
+
+def _cat(call: Call) -> Plan | None:
+    tensors: Sequence[Tensor] = call.args[0]
+    (first, cut), rank = call.cuts[0], tensors[0].dim()
+    if any(tensor.dim() != rank for tensor in tensors):
+        return None
+    if int(call.arg(1, 0)) % rank != cut.dim:
+        same = all(other == cut for _, other in call.cuts)
+        return Plan(cut, plain_at=cut.dim - rank) if same else None
+    if len(call.cuts) > 1 or any(tensor.dtype != first.dtype for tensor in tensors):
+        return None
+    return _cat_along_cut(tensors, next(i for i, tensor in enumerate(tensors) if tensor is first), cut)
+
+
+def _cat_along_cut(tensors: Sequence[Tensor], place: int, cut: Cut) -> Plan:
+    """What comes before the cut tensor joins its first patch, what comes after joins its last."""
+    sizes = [tensor.shape[cut.dim] for tensor in tensors]
+    shift, last = sum(sizes[:place]), cut.patches - 1
+
+    def localise(index: int, args: Args) -> Args:
+        parts = args[0]
+        before = parts[:place] if index == 0 else []
+        after = parts[place + 1 :] if index == last else []
+        return [*before, parts[place], *after], cut.dim
+
+    inner = (bound + shift for bound in cut.bounds[1:-1])
+    return Plan(Cut(cut.dim, (0, *inner, sum(sizes))), localise=localise)
+
+
+def _stack(call: Call) -> Plan | None:
+    cut, rank = call.cuts[0][1], call.args[0][0].dim()
+    if any(other != cut for _, other in call.cuts):
+        return None
+    dim = int(call.arg(1, 0)) % (rank + 1)
+    return Plan(Cut(cut.dim + (dim <= cut.dim), cut.bounds), plain_at=cut.dim - rank)
+
+
+def _index_select(call: Call) -> Plan | None:
+    cut = call.only
+    return Plan(cut) if cut and call.dim(1) != cut.dim else None
+
+
+def _index(call: Call) -> Plan | None:
+    """One integer index on one dim; anything richer moves dims about."""
+    cut, indices = call.only, call.args[1]
+    used = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if cut is None or len(used) != 1 or used[0][0] == cut.dim:
+        return None
+    dim, index = used[0]
+    if index.dtype not in (torch.int32, torch.int64):
+        return None
+    return Plan(Cut(cut.dim + (index.dim() - 1 if dim < cut.dim else 0), cut.bounds))
+
+
+def _along_other_dims(at: int) -> Rule:
+    """An operation that works along the dims in argument `at` and keeps the shape."""
+
+    def rule(call: Call) -> Plan | None:
+        cut, rank = call.only, call.args[0].dim()
+        dims = [dim % rank for dim in call.arg(at, ())]
+        return Plan(cut) if cut and dims and cut.dim not in dims else None
+
+    return rule
+
+
+def _reduce(at: int) -> Rule:
+    """A reduction within each patch, over the dims in argument `at`.
+
+    Only over dims inside the cut one: there a patch's rows lie in memory as they do in the whole tensor,
+    so the sums are made in the same order and come out bit-equal.
+    """
+
+    def rule(call: Call) -> Plan | None:
+        cut, rank = call.only, call.args[0].dim()
+        asked = call.arg(at)
+        dims = [dim % rank for dim in asked] if isinstance(asked, (list, tuple)) else []
+        if cut is None or not dims or min(dims) <= cut.dim or not call.args[0].is_contiguous():
+            return None
+        return Plan(cut, localise=lambda _, args: (args[0].contiguous(), *args[1:]))
+
+    return rule
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "aten::_to_copy": pointwise,
+        "aten::copy": pointwise,
+        "aten::fill": pointwise,
+        "aten::zero": pointwise,
+        "aten::masked_fill": pointwise,
+        "aten::alias": _identity,
+        "aten::detach": _identity,
+        "aten::lift_fresh": _identity,
+        "aten::select": _select,
+        "aten::slice": _slice,
+        "aten::unsqueeze": _unsqueeze,
+        "aten::squeeze": _squeeze,
+        "aten::permute": _permute,
+        "aten::transpose": _transpose,
+        "aten::t": _transpose,
+        "aten::expand": _expand,
+        "aten::repeat": _repeat,
+        "aten::view": _reshape,
+        "aten::_unsafe_view": _reshape,
+        "aten::cat": _cat,
+        "aten::stack": _stack,
+        "aten::index_select": _index_select,
+        "aten::index": _index,
+        "aten::flip": _along_other_dims(1),
+        "aten::roll": _along_other_dims(2),
+        "aten::sum": _reduce(1),
+        "aten::mean": _reduce(1),
+        "aten::std": _reduce(1),
+        "aten::var": _reduce(1),
+        "aten::amax": _reduce(1),
+        "aten::amin": _reduce(1),
+        "aten::linalg_vector_norm": _reduce(2),
+    }
+)
+
+FACTORIES = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
+)
+"""Operations that look at the metadata of their first operand, never at its values."""
+
+SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
+"""Operations that return several views, each of which is a slice or a select."""
+
+
+def plan_for(call: Call) -> Plan | None:
+    """How the call runs patch by patch, or None where it needs the whole tensors."""
+    rule = rule_for(call.func)
+    plan = rule(call) if rule else None
+    if plan is None or not isinstance(call.out, Tensor):
+        return None
+    # Broadcasting a tensor of size 1 along its cut dim would leave nothing to cut.
+    return plan if call.out.shape[plan.cut.dim] == plan.cut.size else None
+
+
+def rule_for(func: OpOverload) -> Rule | None:
+    """The rule for an operation or for the functional form of an in-place one, if there is one."""
+    schema = func._schema
+    if torch.Tag.nondeterministic_seeded in func.tags or len(schema.returns) != 1:
+        return None
+    if torch.Tag.pointwise in func.tags:
+        return pointwise if str(schema.returns[0].type) == "Tensor" else None
+    rule = RULES.get(schema.name.removesuffix("_"))
+    return rule if schema.name in RULES or rule is pointwise else None
+
+
+def infer(func: OpOverload, args: Args, kwargs: Kwargs, lazy: type[Tensor]) -> Any:
+    """The geometry of what the operation returns, as a meta tensor.
+
+    Args:
+        func: The operation.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        lazy: The type whose instances carry their geometry in `_meta`.
+    """
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": None}
+    quick = _infer_pointwise(func, args, kwargs) if rule_for(func) is pointwise else None
+    if quick is not None:
+        return quick
+
+    def to_meta(leaf: Any) -> Any:
+        if type(leaf) is lazy:
+            return leaf._meta  # type: ignore[attr-defined]
+        if isinstance(leaf, Tensor):
+            return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+        return leaf
+
+    return func(*map_leaves(to_meta, args), **kwargs)
+
+
+def _infer_pointwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """By way of one element, which costs a tenth of what torch's own inference does."""
+    tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
+    if kwargs.get("memory_format") is not None or not all(x.is_contiguous() for x in tensors):
+        return None
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    if func._schema.is_mutable and shape != tensors[0].shape:
+        return None  # Wrong; torch has the words for it.
+    ones = [torch.ones((1,) * x.dim(), dtype=x.dtype) if isinstance(x, Tensor) else x for x in args]
+    return torch.empty(shape, dtype=func(*ones, **kwargs).dtype, device="meta")

@@ -1,0 +1,258 @@
+"""Loads of a pipeline only what this rank owns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+
+from patchpipe.apply import Attachment
+from patchpipe.balance import split_blocks
+from patchpipe.checkpoint import Checkpoint
+from patchpipe.config import ParallelConfig
+from patchpipe.errors import UnsupportedModel
+from patchpipe.mesh import Group, join
+from patchpipe.models import plan_for
+from patchpipe.models.plan import ModelPlan
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+
+
+def from_pretrained(
+    model: str | Path,
+    config: ParallelConfig | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    variant: str | None = None,
+    group: Group | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Loads a diffusers pipeline spread over the ranks of this process's group.
+
+    Every rank calls it alike, for example in a script under ``torchrun``. A rank reads its own blocks and the
+    shared embedders; the text encoders live on ``config.encoder_rank``, the VAE on ``config.output_rank``.
+
+    Args:
+        model: A folder in diffusers format, or a hub id.
+        config: The layout; ``None`` is one rank.
+        dtype: ``torch.bfloat16`` or its name; ``None`` takes float32, as diffusers does.
+        device: Where this rank computes; ``None`` takes its CUDA device, else the CPU.
+        variant: File variant such as ``"fp16"``.
+        group: The ranks; ``None`` joins those ``torchrun`` started.
+        kwargs: Components or options for the pipeline's own ``from_pretrained``, such as ``scheduler``.
+
+    Returns:
+        The ordinary diffusers pipeline. Called as ever, it gives the images on the output rank and ``None`` on
+        the others.
+
+    Raises:
+        UnsupportedModel: The transformer's class has no plan.
+        ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
+        FileNotFoundError: The model or a part of it is missing.
+    """
+    config = config or ParallelConfig()
+    wanted = as_dtype(dtype)
+    source = PipelineFolder.locate(model, variant)
+    plan = source.plan()
+    transformer = source.build("transformer", wanted)
+    owned = split_blocks(transformer, plan, config)
+    checkpoint = Checkpoint(source.path / "transformer", variant)
+    group = group or join(config, device=device)
+    group.agree(
+        {
+            "config": config.as_dict(),
+            "dtype": str(wanted),
+            "model": plan.model,
+            "model_config": source.config("transformer"),
+        }
+    )
+    names = owned_names(transformer, plan, owned[group.stage], last=group.last)
+    checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device)
+    _finish(transformer, wanted, group.device)
+    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
+    pipe = source.pipeline_class.from_pretrained(source.path, torch_dtype=wanted, **parts)
+    _place(pipe, group)
+    Attachment(pipe, config, group).attach()
+    return pipe
+
+
+class PipelineFolder:
+    """A pipeline on disk in diffusers format.
+
+    Args:
+        path: The folder with ``model_index.json``.
+        variant: File variant of the weights.
+    """
+
+    def __init__(self, path: Path, variant: str | None = None) -> None:
+        self.path, self.variant = path, variant
+        self.index: dict[str, Any] = json.loads((path / "model_index.json").read_text())
+
+    @classmethod
+    def locate(cls, model: str | Path, variant: str | None = None) -> PipelineFolder:
+        """Finds a local folder, or fetches a hub id.
+
+        Raises:
+            FileNotFoundError: There is no such folder, or the hub cannot be reached or knows no such model.
+        """
+        path = Path(model).expanduser()
+        if (path / "model_index.json").is_file():
+            return cls(path, variant)
+        if path.exists():
+            raise FileNotFoundError(
+                f"{path} has no model_index.json: give the top folder of a pipeline saved in diffusers format"
+            )
+        if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+            raise FileNotFoundError(f"there is no folder {model}; a hub id looks like owner/name")
+        return cls(_fetch(str(model), variant), variant)
+
+    @property
+    def pipeline_class(self) -> Any:
+        """The diffusers pipeline class."""
+        name = self.index["_class_name"]
+        found = getattr(diffusers, name, None)
+        if found is None:
+            raise UnsupportedModel(
+                f"this diffusers ({diffusers.__version__}) has no pipeline class {name}: upgrade it"
+            )
+        return found
+
+    def plan(self) -> ModelPlan:
+        """The plan of the pipeline's transformer.
+
+        Raises:
+            UnsupportedModel: There is none.
+        """
+        if not self.index.get("transformer") or not self.index["transformer"][1]:
+            raise UnsupportedModel(
+                f"{self.index['_class_name']} has no transformer: patchpipe spreads diffusion transformers only"
+            )
+        if self.index.get("transformer_2", [None, None])[1]:
+            raise UnsupportedModel(
+                f"{self.index['_class_name']} has two transformers, which no plan covers yet"
+            )
+        return plan_for(self.index["transformer"][1])
+
+    def config(self, part: str) -> dict[str, Any]:
+        """The configuration of one part."""
+        path = self.path / part / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} lacks {part}/config.json: the download is incomplete, fetch the model again"
+            )
+        return json.loads(path.read_text())
+
+    def build(self, part: str, dtype: torch.dtype) -> Any:
+        """A part without weights: parameters on ``meta``, computed buffers real."""
+        library, name = self.index[part]
+        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+            if library == "diffusers":
+                kind = getattr(diffusers, name)
+                return kind.from_config(self.config(part))
+            kind = getattr(transformers, name)
+            return kind(kind.config_class.from_pretrained(self.path / part))
+
+    def other_parts(self, config: ParallelConfig, group: Group, dtype: torch.dtype) -> dict[str, Any]:
+        """Stand-ins for text encoders and VAE where this rank does not hold them."""
+        parts: dict[str, Any] = {}
+        for part, entry in self.index.items():
+            if not isinstance(entry, list) or not entry[1]:
+                continue
+            encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
+            elsewhere = (encodes and group.rank != config.encoder_rank) or (
+                part == "vae" and not group.output
+            )
+            if elsewhere:
+                parts[part] = self.build(part, dtype).to("meta", dtype)
+        if self.variant and len(parts) < self._weighted():
+            parts["variant"] = self.variant
+        return parts
+
+    def _weighted(self) -> int:
+        return sum(part == "vae" or part.startswith("text_encoder") for part in self.index)
+
+
+def owned_names(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> list[str]:
+    """Names of the parameters and kept buffers a stage needs: its blocks, the embedders, and its head."""
+    skipped = [place.name for index, place in enumerate(plan.blocks_of(model)) if index not in owned]
+    skipped += [] if last else list(plan.head)
+
+    def needed(name: str) -> bool:
+        return not any(name == part or name.startswith(part + ".") for part in skipped)
+
+    return [name for name in model.state_dict() if needed(name)]
+
+
+def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every tensor; some classes ask to keep a few in float32."""
+    kept = getattr(model, "_keep_in_fp32_modules", None) or []
+    return {
+        name: torch.float32 if any(part in name.split(".") for part in kept) else dtype
+        for name in model.state_dict()
+    }
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A dtype from its name.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    try:
+        return DTYPES[dtype.lower().removeprefix("torch.")]
+    except KeyError:
+        raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}") from None
+
+
+def _finish(transformer: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """What diffusers does after loading: buffers follow the dtype, and the model is for inference."""
+    for module in transformer.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                keep = not buffer.is_floating_point() or getattr(transformer, "_keep_in_fp32_modules", None)
+                module._buffers[name] = buffer.to(device=device, dtype=buffer.dtype if keep else dtype)
+    transformer.requires_grad_(False).eval()
+
+
+def _place(pipe: Any, group: Group) -> None:
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and not any(tensor.is_meta for tensor in part.parameters()):
+            part.to(group.device)
+
+
+def _fetch(model: str, variant: str | None) -> Path:
+    try:
+        return Path(diffusers.DiffusionPipeline.download(model, variant=variant))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"{model} is no folder here and could not be fetched from the hub ({reason}): check the name and the "
+            f"network, or give a local folder"
+        ) from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(kept)

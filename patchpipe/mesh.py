@@ -1,0 +1,317 @@
+"""The one truth about ranks: who is in the group, who comes before and after, how they talk."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from patchpipe.config import ParallelConfig
+from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.transport import Channel, Wire
+
+FIRST_FAILURE = "first_failure"
+
+
+class Group:
+    """The ranks of one parallel pipeline, and the wires between them.
+
+    Forward hops, the return hop and everything shared by all ranks have separate process groups, so that
+    none waits behind another. A group of one rank has none.
+
+    Args:
+        config: The layout.
+        rank: This rank.
+        device: Where this rank computes.
+        store: Where the ranks meet; ``None`` only for a single rank.
+        backend: ``"gloo"`` or ``"nccl"``.
+    """
+
+    def __init__(
+        self, config: ParallelConfig, rank: int, device: torch.device, store: dist.Store | None, backend: str
+    ) -> None:
+        self.config, self.rank, self.device, self.backend = config, rank, device, backend
+        self.world_size = config.world_size
+        self._store = store
+        self._control: Any = None
+        self._wires: dict[str, Wire] = {}
+        if self.world_size > 1:
+            assert store is not None
+            self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
+            for name in ("forward", "return"):
+                inner = _process_group(store, name, backend, rank, self.world_size, config.timeout)
+                self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain)
+
+    # -- who is where ----------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        """Index of this rank's pipeline stage."""
+        return self.rank
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank runs the first stage, which holds the latent."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank runs the last stage, which makes the noise prediction."""
+        return self.stage == self.config.pipefusion - 1
+
+    @property
+    def output(self) -> bool:
+        """Whether this rank holds the VAE and gets the images."""
+        return self.rank == self.config.output_rank
+
+    def channel_from_previous(self) -> Channel:
+        """Streams from the stage before."""
+        return self._wires["forward"].channel(self.rank - 1)
+
+    def channel_to_next(self) -> Channel:
+        """Streams to the stage after."""
+        return self._wires["forward"].channel(self.rank + 1)
+
+    def channel_to_first(self) -> Channel:
+        """Noise predictions from the last stage to the first."""
+        return self._wires["return"].channel(0)
+
+    def channel_from_last(self) -> Channel:
+        """Noise predictions, as the first stage receives them."""
+        return self._wires["return"].channel(self.config.pipefusion - 1)
+
+    # -- what all ranks share --------------------------------------------------------------------
+
+    def broadcast(self, tensor: Tensor | None, root: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The root's tensor on every rank's device; the others pass ``None``."""
+        if self.world_size == 1:
+            assert tensor is not None
+            return tensor
+        staged = torch.empty(shape, dtype=dtype) if tensor is None else tensor.detach().to("cpu").contiguous()
+        self._broadcast_bytes(staged.reshape(-1).view(torch.uint8), root)
+        return staged.to(self.device) if tensor is None else tensor
+
+    def share(self, root: int, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns on the root, on every rank; what it raises there, it raises everywhere."""
+        if self.world_size == 1:
+            return compute()
+        if self.rank == root:
+            return self._share_mine(root, compute)
+        size = torch.zeros(1, dtype=torch.int64)
+        self._broadcast_bytes(size.view(torch.uint8), root)
+        message = torch.empty(int(size), dtype=torch.uint8)
+        self._broadcast_bytes(message, root)
+        failed, value = torch.load(
+            io.BytesIO(message.numpy().tobytes()), map_location=self.device, weights_only=False
+        )
+        if failed:
+            raise value
+        return value
+
+    def _share_mine(self, root: int, compute: Callable[[], Any]) -> Any:
+        error: Exception | None = None
+        value: Any = None
+        try:
+            value = compute()
+        except Exception as raised:
+            error = raised
+        buffer = io.BytesIO()
+        torch.save((error is not None, _portable(error) if error else value), buffer)
+        message = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        self._broadcast_bytes(torch.tensor([message.numel()]).view(torch.uint8), root)
+        self._broadcast_bytes(message, root)
+        if error is not None:
+            raise error
+        return value
+
+    def _broadcast_bytes(self, data: Tensor, root: int) -> None:
+        with self.explaining(f"rank {root}"):
+            self._control.broadcast(data, root).wait(timedelta(seconds=self.config.timeout))
+
+    def agree(self, what: dict[str, Any]) -> None:
+        """Checks that every rank was started with the same ``what``.
+
+        Raises:
+            ValueError: Two ranks differ; every rank raises the same text.
+        """
+        if self.world_size == 1:
+            return
+        told = [
+            self.share(root, lambda: json.dumps(what, sort_keys=True, default=str))
+            for root in range(self.world_size)
+        ]
+        reference = json.loads(told[0])
+        for rank, text in enumerate(told):
+            other = json.loads(text)
+            for name in sorted({*reference, *other}):
+                if reference.get(name) != other.get(name):
+                    raise ValueError(
+                        f"the ranks were started differently: {name} is {reference.get(name)!r} on rank 0 but "
+                        f"{other.get(name)!r} on rank {rank}; start every rank with the same configuration and model"
+                    )
+
+    # -- failure ---------------------------------------------------------------------------------
+
+    def report_failure(self, text: str) -> None:
+        """Tells the other ranks why this one fails, unless another told first."""
+        if self._store is None:
+            return
+        message = json.dumps({"rank": self.rank, "text": text})
+        try:
+            self._store.compare_set(FIRST_FAILURE, "", message)
+        except RuntimeError:  # the store's own process is gone: nobody is left to tell
+            return
+
+    def explain(self, error: Exception, peer: str) -> PatchpipeError:
+        """The error to raise when waiting for ``peer`` failed: the group's first failure where one is known."""
+        first = self._first_failure()
+        if first is not None and first["rank"] != self.rank:
+            return RankFailed(f"rank {first['rank']} failed first: {first['text']}")
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return RankLost(
+                f"{peer} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})"
+            )
+        return RankLost(
+            f"{peer} closed its connection: its process has died or was killed ({_first_line(error)})"
+        )
+
+    def explaining(self, peer: str) -> _Explained:
+        """A context that turns a failed wait into ``explain``'s error."""
+        return _Explained(self, peer)
+
+    def _first_failure(self) -> dict[str, Any] | None:
+        if self._store is None:
+            return None
+        try:
+            if not self._store.check([FIRST_FAILURE]):
+                return None
+            return json.loads(self._store.get(FIRST_FAILURE))
+        except (RuntimeError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """Closes the connections; peers that wait for this rank see it at once."""
+        self._control = None
+        self._wires.clear()
+
+
+class _Explained:
+    def __init__(self, group: Group, peer: str) -> None:
+        self.group, self.peer = group, peer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, PatchpipeError):
+            raise self.group.explain(error, self.peer) from error
+
+
+def join(
+    config: ParallelConfig,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    store: dist.Store | None = None,
+    device: torch.device | str | None = None,
+) -> Group:
+    """Joins the group this process belongs to.
+
+    Args:
+        config: The layout.
+        rank: This rank; ``None`` reads the environment that ``torchrun`` sets.
+        world_size: Number of ranks; likewise.
+        store: Where the ranks meet; ``None`` takes ``torchrun``'s.
+        device: Where this rank computes; ``None`` takes the CUDA device of its local rank, else the CPU.
+
+    Raises:
+        ValueError: The number of processes does not fit the layout.
+    """
+    if rank is None or world_size is None:
+        rank, world_size = _place_from_environment()
+    if world_size != config.world_size:
+        raise ValueError(
+            f"the layout needs {config.world_size} ranks (pipefusion={config.pipefusion}) but {world_size} "
+            f"were started: use `torchrun --nproc-per-node {config.world_size}` or change the layout"
+        )
+    place = _device_for(device)
+    if world_size == 1:
+        return Group(config, 0, place, None, "gloo")
+    deadline = timedelta(seconds=config.timeout)
+    store = store or _store_from_environment(deadline)
+    number = store.add(f"patchpipe/groups/{rank}", 1)  # ranks make their groups in the same order
+    scoped = dist.PrefixStore(f"patchpipe/{number}", store)
+    scoped.set_timeout(deadline)
+    return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
+
+
+def _place_from_environment() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    import os
+
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _store_from_environment(timeout: timedelta) -> dist.Store:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return store
+
+
+def _device_for(device: torch.device | str | None) -> torch.device:
+    import os
+
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def _backend(
+    config: ParallelConfig, store: dist.Store, rank: int, world_size: int, device: torch.device
+) -> str:
+    """NCCL where every rank has a CUDA device of its own; two ranks on one device cannot use it."""
+    if config.backend != "auto":
+        if config.backend == "nccl" and device.type != "cuda":
+            raise ValueError(
+                f"backend='nccl' needs CUDA devices but rank {rank} computes on {device}: use 'gloo'"
+            )
+        return config.backend
+    import socket
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    store.set(f"device/{rank}", f"{socket.gethostname()}/{uuid}" if uuid else "cpu")
+    seen = [store.get(f"device/{other}").decode() for other in range(world_size)]
+    return "nccl" if "cpu" not in seen and len(set(seen)) == world_size else "gloo"
+
+
+def _process_group(
+    store: dist.Store, name: str, backend: str, rank: int, world_size: int, timeout: float
+) -> dist.ProcessGroup:
+    """A process group of its own on ``store``; unlike ``new_group`` it leaves no global state behind."""
+    scoped, deadline = dist.PrefixStore(name, store), timedelta(seconds=timeout)
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = deadline
+        return dist.ProcessGroupNCCL(scoped, rank, world_size, options)
+    return dist.ProcessGroupGloo(scoped, rank, world_size, deadline)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling, else one that says the same."""
+    if type(error) in (ValueError, TypeError, KeyError, NotImplementedError, FileNotFoundError):
+        return type(error)(*error.args)
+    return RankFailed(f"{type(error).__name__}: {error}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,26 @@
+"""FLUX.1 (``FluxTransformer2DModel``): dual-stream blocks, then single-stream blocks on two kept tensors."""
+
+from patchpipe.models.plan import BlockList, ModelPlan, PackedTokens
+
+STREAMS = ("encoder_hidden_states", "hidden_states")
+
+FLUX = ModelPlan(
+    model="FluxTransformer2DModel",
+    grid=PackedTokens(ids="img_ids", column=1),
+    blocks=(
+        BlockList(
+            path="transformer_blocks",
+            streams=STREAMS,
+            attention={"attn": "joint"},
+            text_parameters=("context", "add_", "_added_"),
+        ),
+        BlockList(path="single_transformer_blocks", streams=STREAMS, attention={"attn": "joint"}),
+    ),
+    cut_inputs={"img_ids": 0},
+    text_inputs={"encoder_hidden_states": 1, "txt_ids": 0},
+    shared_inputs=("pooled_projections", "timestep", "guidance"),
+    ignored_inputs=("joint_attention_kwargs",),
+    embed="x_embedder",
+    head=("norm_out", "proj_out"),
+    conditioning=("time_text_embed",),
+)

@@ -1,0 +1,231 @@
+"""The vocabulary in which a transformer class is described to the patch pipeline.
+
+A plan is data about a diffusers class: which inputs hold image rows, how the text enters, which module
+lists are the blocks, what a block takes and returns, and which attention layers mix image tokens. The
+engine runs the class's own ``forward``; nothing of it is copied.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+AttentionKind = Literal["joint", "image", "cross"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the latent of one call divides into rows of tokens.
+
+    Attributes:
+        count: Token rows in the picture.
+        tokens: Image tokens in one row.
+        units: Entries of the latent's cut dim in one row.
+    """
+
+    count: int
+    tokens: int
+    units: int
+
+
+class Grid(Protocol):
+    """Where the image tokens lie in the latent a transformer takes."""
+
+    dim: int
+
+    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
+        """Token rows of a latent of ``latent_shape``."""
+        ...
+
+    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
+        """Shape of the noise prediction for a latent of ``latent_shape``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """A latent ``[batch, tokens, channels]`` in raster order, its rows told by position ids.
+
+    Args:
+        ids: The input with one position per image token, ``[tokens, axes]``.
+        column: The axis of the ids that counts rows.
+    """
+
+    ids: str = "img_ids"
+    column: int = 1
+    dim: int = 1
+
+    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
+        """Token rows, read off the ids.
+
+        Raises:
+            ValueError: The ids do not form rows of one length in raster order.
+        """
+        ids = inputs[self.ids]
+        ids = ids[0] if ids.ndim == 3 else ids
+        column = ids[:, self.column].tolist()
+        width = next((i for i, row in enumerate(column) if row != column[0]), len(column))
+        count = len(column) // width
+        raster = all(len(set(column[r * width : (r + 1) * width])) == 1 for r in range(count))
+        if count * width != latent_shape[self.dim] or not raster:
+            raise ValueError(
+                f"{self.ids} does not describe one picture in raster order ({len(column)} positions, "
+                f"{latent_shape[self.dim]} tokens): pictures joined to the latent as references are not supported"
+            )
+        return Rows(count=count, tokens=width, units=width)
+
+    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
+        """``[batch, tokens, patch_size² · out_channels]``."""
+        channels = model.config.patch_size**2 * model.out_channels
+        return torch.Size((*latent_shape[:-1], channels))
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """A latent ``[batch, channels, height, width]``, patchified by the model itself."""
+
+    dim: int = 2
+
+    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
+        """Token rows: latent rows over the patch size.
+
+        Raises:
+            ValueError: The latent is no multiple of the patch size.
+        """
+        size = model.config.patch_size
+        height, width = latent_shape[-2:]
+        if height % size or width % size:
+            raise ValueError(f"a latent of {height}×{width} is no multiple of the model's patch size {size}")
+        return Rows(count=height // size, tokens=width // size, units=size)
+
+    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
+        """``[batch, out_channels, height, width]``."""
+        return torch.Size((latent_shape[0], model.out_channels, *latent_shape[2:]))
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One ``ModuleList`` of blocks that run one after the other.
+
+    Args:
+        path: Name of the list in the model.
+        streams: Arguments a block takes *and* returns, in the order it returns them. A block that
+            returns a lone tensor has one stream.
+        attention: Kind of each attention module in a block: ``"joint"`` holds text and image rows,
+            ``"image"`` only image rows, ``"cross"`` takes its keys and values from the text alone.
+        text_first: Whether text rows come before image rows in the joint attention.
+        text_parameters: Parts of parameter names that serve the text stream alone.
+    """
+
+    path: str
+    streams: tuple[str, ...]
+    attention: Mapping[str, AttentionKind]
+    text_first: bool = True
+    text_parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Everything the engine knows of one transformer class.
+
+    Args:
+        model: Name of the diffusers class.
+        grid: Where the image tokens lie in the latent.
+        blocks: The block lists in the order the model runs them.
+        cut_inputs: Further inputs with one row per image token, and the dim of the rows.
+        text_inputs: Inputs with one row per text token, and the dim of the rows. They ride with patch 0;
+            the other patches carry no text rows. Empty for models that only cross-attend to text.
+        shared_inputs: Inputs every patch takes whole.
+        ignored_inputs: Inputs that change nothing here when empty; any other input is refused.
+        embed: Module that turns the latent into tokens: the first stage's own.
+        head: Modules and parameters after the blocks: the last stage's own.
+        conditioning: Modules whose result is the same for every patch of a call.
+        patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
+        latent: Name of the latent input.
+        text: Name of the input that identifies the prompt, which tells guidance branches apart.
+    """
+
+    model: str
+    grid: Grid
+    blocks: tuple[BlockList, ...]
+    embed: str
+    head: tuple[str, ...]
+    cut_inputs: Mapping[str, int] = field(default_factory=dict)
+    text_inputs: Mapping[str, int] = field(default_factory=dict)
+    shared_inputs: tuple[str, ...] = ()
+    ignored_inputs: tuple[str, ...] = ()
+    conditioning: tuple[str, ...] = ()
+    patch_embed: str | None = None
+    latent: str = "hidden_states"
+    text: str = "encoder_hidden_states"
+
+    def bind(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by name, refusing what the plan does not cover.
+
+        Raises:
+            ValueError: An input is set that was never tested under a patch pipeline.
+        """
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        inputs = {name: value for name, value in bound.items() if name != "self"}
+        known = {self.latent, *self.cut_inputs, *self.text_inputs, *self.shared_inputs, "return_dict"}
+        for name, value in inputs.items():
+            if name not in known and not self._ignorable(name, value):
+                raise ValueError(
+                    f"{self.model} was called with {name}, which patchpipe has not been tested with and "
+                    f"refuses rather than risk a wrong picture: leave it out, or run the pipeline on one device"
+                )
+        return inputs
+
+    def _ignorable(self, name: str, value: Any) -> bool:
+        if value is None or value is False:
+            return True
+        return (
+            name in self.ignored_inputs
+            and isinstance(value, dict)
+            and not any(v is not None for v in value.values())
+        )
+
+    def width(self, model: nn.Module) -> int:
+        """Channels of the tokens between blocks."""
+        return model.config.num_attention_heads * model.config.attention_head_dim
+
+    def text_rows(self, inputs: Mapping[str, Any]) -> int:
+        """Text rows that take part in joint attention."""
+        if self.text not in self.text_inputs:
+            return 0
+        return inputs[self.text].shape[self.text_inputs[self.text]]
+
+    def owned_elsewhere(self, *, first: bool, last: bool) -> tuple[str, ...]:
+        """Modules and parameters outside the blocks that this stage does not need."""
+        return (() if first else (self.embed,)) + (() if last else self.head)
+
+    def blocks_of(self, model: nn.Module) -> list[BlockPlace]:
+        """Every block of the model in running order."""
+        return [
+            BlockPlace(listing, index, block)
+            for listing in self.blocks
+            for index, block in enumerate(model.get_submodule(listing.path))
+        ]
+
+    def latent_tokens(self, latent: Tensor | torch.Size, rows: Rows) -> int:
+        """Image tokens of the whole latent."""
+        return rows.count * rows.tokens
+
+
+@dataclass(frozen=True)
+class BlockPlace:
+    """One block and where it stands."""
+
+    listing: BlockList
+    index: int
+    block: nn.Module
+
+    @property
+    def name(self) -> str:
+        """Its name in the model."""
+        return f"{self.listing.path}.{self.index}"

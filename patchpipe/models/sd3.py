@@ -1,0 +1,24 @@
+"""Stable Diffusion 3 and 3.5 (``SD3Transformer2DModel``): joint attention, dual attention in 3.5."""
+
+from patchpipe.models.plan import BlockList, ImageRows, ModelPlan
+
+SD3 = ModelPlan(
+    model="SD3Transformer2DModel",
+    grid=ImageRows(),
+    blocks=(
+        BlockList(
+            path="transformer_blocks",
+            streams=("encoder_hidden_states", "hidden_states"),
+            attention={"attn": "joint", "attn2": "image"},
+            text_first=False,
+            text_parameters=("context", "add_", "_added_"),
+        ),
+    ),
+    text_inputs={"encoder_hidden_states": 1},
+    shared_inputs=("pooled_projections", "timestep"),
+    ignored_inputs=("joint_attention_kwargs",),
+    embed="pos_embed",
+    head=("norm_out", "proj_out"),
+    conditioning=("time_text_embed",),
+    patch_embed="pos_embed",
+)

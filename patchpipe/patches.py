@@ -1,0 +1,104 @@
+"""How a latent is cut into patches of token rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from patchpipe.config import ParallelConfig
+from patchpipe.models.plan import Rows
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One piece of a cut latent, or the whole of it.
+
+    Attributes:
+        index: Its place among the patches.
+        units: Its range along the latent's cut dim.
+        rows: Its range of token rows.
+        tokens: Its range of image tokens.
+        total_tokens: Image tokens of the whole latent.
+        whole: Whether it is the uncut latent, as in a synchronous step.
+    """
+
+    index: int
+    units: tuple[int, int]
+    rows: tuple[int, int]
+    tokens: tuple[int, int]
+    total_tokens: int
+    whole: bool = False
+
+    @property
+    def carries_text(self) -> bool:
+        """Text rides with the first patch of a step."""
+        return self.index == 0
+
+    @property
+    def token_count(self) -> int:
+        """Image tokens in this patch."""
+        return self.tokens[1] - self.tokens[0]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The patches of one latent shape; the same for every step of a request."""
+
+    rows: Rows
+    row_bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Rows, config: ParallelConfig) -> Cut:
+        """Cuts ``rows`` as ``config`` asks.
+
+        Raises:
+            ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
+        """
+        sizes = config.patch_rows or even_rows(rows.count, config.patches_for(rows.count))
+        if sum(sizes) != rows.count:
+            raise ValueError(
+                f"patch_rows={sizes} adds up to {sum(sizes)} token rows but this picture has {rows.count}: "
+                f"change them, or give patches={len(sizes)} for an even cut"
+            )
+        return cls(rows, (0, *accumulate(sizes)))
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Offsets of the patches along the latent's cut dim."""
+        return tuple(row * self.rows.units for row in self.row_bounds)
+
+    @property
+    def total_tokens(self) -> int:
+        """Image tokens of the latent."""
+        return self.rows.count * self.rows.tokens
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches in streaming order."""
+        pairs = zip(self.row_bounds[:-1], self.row_bounds[1:], strict=True)
+        return tuple(self._patch(index, start, stop) for index, (start, stop) in enumerate(pairs))
+
+    @property
+    def whole(self) -> Patch:
+        """The latent as one patch."""
+        return self._patch(0, 0, self.rows.count, whole=True)
+
+    def _patch(self, index: int, start: int, stop: int, whole: bool = False) -> Patch:
+        units, tokens = self.rows.units, self.rows.tokens
+        return Patch(
+            index=index,
+            units=(start * units, stop * units),
+            rows=(start, stop),
+            tokens=(start * tokens, stop * tokens),
+            total_tokens=self.total_tokens,
+            whole=whole,
+        )
+
+
+def even_rows(rows: int, patches: int) -> tuple[int, ...]:
+    """Sizes of ``patches`` patches of ``rows`` rows that differ by one at most, the larger ones last.
+
+    The first patch also carries the text, so it is never the larger one.
+    """
+    size, extra = divmod(rows, patches)
+    return tuple(size + (index >= patches - extra) for index in range(patches))

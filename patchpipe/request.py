@@ -1,0 +1,160 @@
+"""What belongs to one request and ends with it: patches, guidance branches, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchpipe.config import ParallelConfig
+from patchpipe.mesh import Group
+from patchpipe.models.plan import ModelPlan
+from patchpipe.patches import Cut
+from patchpipe.store import LayerStore
+
+BranchKey = tuple[str | None, int, int]
+
+
+@dataclass
+class Branch:
+    """One guidance branch: its keys and values must never serve another.
+
+    Attributes:
+        calls: Calls of the transformer made for this branch so far.
+        stores: Keys and values by attention layer.
+    """
+
+    calls: int = 0
+    stores: dict[str, LayerStore] = field(default_factory=dict)
+
+
+@dataclass
+class RequestStats:
+    """What a request did, for people and for tests.
+
+    Attributes:
+        materialisations: How often the lazy latent had to be gathered in full.
+        reasons: The operations that asked for it.
+        patches: Patches of the latent.
+        stages: Pipeline stages.
+        steps_synchronous: Calls of the transformer that ran the whole latent.
+        steps_patched: Calls that ran it patch by patch.
+        seconds: Wall-clock seconds of the request on this rank.
+        store_bytes: Memory of the keys and values this rank held.
+        waited_seconds: Time this rank spent waiting for other ranks.
+        sent_bytes: Bytes this rank sent to the next stage or, from the last one, to the first.
+    """
+
+    materialisations: int = 0
+    reasons: list[str] = field(default_factory=list)
+    patches: int = 1
+    stages: int = 1
+    steps_synchronous: int = 0
+    steps_patched: int = 0
+    seconds: float = 0.0
+    store_bytes: int = 0
+    waited_seconds: float = 0.0
+    sent_bytes: int = 0
+
+    @property
+    def touched(self) -> bool:
+        """Whether the transformer was called at all."""
+        return self.steps_synchronous + self.steps_patched > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {**self.__dict__, "reasons": list(self.reasons), "touched": self.touched}
+
+
+class Request:
+    """One call of the pipeline. Also the lazy latent's way to the other ranks."""
+
+    def __init__(self, config: ParallelConfig, plan: ModelPlan, model: nn.Module, group: Group) -> None:
+        self.config, self.plan, self.model, self.group = config, plan, model, group
+        self.stats = RequestStats(stages=config.pipefusion)
+        self._branches: dict[BranchKey, Branch] = {}
+        self._texts: list[Tensor] = []
+        self._cut: Cut | None = None
+        self._latent_shape: torch.Size | None = None
+        self._last: tuple[Any, BranchKey] | None = None
+        self._started = perf_counter()
+
+    # -- the lazy latent's Exchange --------------------------------------------------------------
+
+    @property
+    def holder(self) -> bool:
+        """Whether this rank holds the values of the lazy latent."""
+        return self.group.first
+
+    def share(
+        self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Gives the first stage's tensor to every rank."""
+        return self.group.broadcast(full, 0, shape, dtype)
+
+    def note(self, reason: str) -> None:
+        """Counts a materialisation."""
+        self.stats.materialisations += 1
+        self.stats.reasons.append(reason)
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
+        """The cut of this request's latent; a latent of another shape starts afresh."""
+        shape = inputs[self.plan.latent].shape
+        spatial = shape[1:]
+        if self._cut is None or self._latent_shape != spatial:
+            rows = self.plan.grid.rows(self.model, shape, inputs)
+            self._cut, self._latent_shape = Cut.of(rows, self.config), spatial
+            self._branches.clear()
+            self.stats.patches = len(self._cut.patches)
+        return self._cut
+
+    def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:
+        """The guidance branch a call belongs to.
+
+        Calls are told apart by the name the pipeline gives them (``cache_context``), by the prompt they
+        are conditioned on, and, where both agree, by their order among the calls on one latent.
+        """
+        latent = inputs[self.plan.latent]
+        key: BranchKey = (context, self._text_index(inputs.get(self.plan.text)), 0)
+        if self._last is not None:
+            last_latent, last_key = self._last
+            if last_latent is latent and last_key[:2] == key[:2]:
+                key = (*key[:2], last_key[2] + 1)
+        self._last = (latent, key)
+        return self._branches.setdefault(key, Branch())
+
+    def synchronous(self, branch: Branch, cut: Cut) -> bool:
+        """Whether the branch's next call runs the latent whole."""
+        if self.config.synchronous or len(cut.patches) == 1:
+            return True
+        return branch.calls < int(self.config.warmup)
+
+    def keeps_stores(self, cut: Cut) -> bool:
+        """Whether keys and values will ever be read again."""
+        return not self.config.synchronous and len(cut.patches) > 1
+
+    def _text_index(self, text: Tensor | None) -> int:
+        if text is None:
+            return -1
+        for index, known in enumerate(self._texts):
+            if known is text or (known.shape == text.shape and torch.equal(known, text)):
+                return index
+        self._texts.append(text)
+        return len(self._texts) - 1
+
+    def finish(self, sent_bytes: int, waited_seconds: float) -> RequestStats:
+        """Ends the request: keys, values and lazy tensors are let go, the figures stay."""
+        stores = [store for branch in self._branches.values() for store in branch.stores.values()]
+        self.stats.store_bytes = sum(store.bytes for store in stores)
+        self.stats.seconds = perf_counter() - self._started
+        self.stats.sent_bytes, self.stats.waited_seconds = sent_bytes, waited_seconds
+        self._branches.clear()
+        self._texts.clear()
+        self._last = None
+        return self.stats

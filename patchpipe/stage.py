@@ -1,0 +1,270 @@
+"""One stage of the patch pipeline: the model's own ``forward``, but only the blocks this rank owns.
+
+The root ``forward`` of the diffusers class runs on one patch as if it were a smaller picture. Blocks of other
+stages are stood in for; hidden states from the stage before enter at the first owned block, and the run
+ends at the last owned block, whose result goes to the stage after. The last stage runs on to the head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchpipe.attention import attend_through
+from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.patches import Patch
+from patchpipe.positions import PositionTable
+from patchpipe.store import LayerStore
+
+Streams = dict[str, Tensor]
+
+
+@dataclass
+class CallContext:
+    """What the hooks read while one patch of one transformer call runs through the stage.
+
+    Attributes:
+        patch: The patch at work.
+        stores: The branch's key/value store of each layer; ``None`` where nothing is ever stale.
+        text_rows: Text rows in joint attention.
+        received: The streams from the stage before.
+        memo: Results shared by the patches of this call.
+    """
+
+    patch: Patch
+    stores: dict[str, LayerStore] | None
+    text_rows: int
+    received: Streams | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+
+
+class _StageDone(Exception):
+    """Ends the root ``forward`` after the last owned block; carries its streams."""
+
+    def __init__(self, streams: Streams) -> None:
+        super().__init__()
+        self.streams = streams
+
+
+class StandIn(nn.Module):
+    """Takes the place of a block another stage owns and hands its streams through."""
+
+    def __init__(self, streams: tuple[str, ...], positions: Mapping[str, int]) -> None:
+        super().__init__()
+        self.streams = streams
+        self.positions = dict(positions)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the streams it was given, in the order a block returns them."""
+        found = tuple(kwargs[n] if n in kwargs else args[self.positions[n]] for n in self.streams)
+        return found if len(found) > 1 else found[0]
+
+
+class Stage:
+    """The part of a transformer that one rank runs.
+
+    Args:
+        model: The transformer; changed in place by ``attach`` and restored by ``detach``.
+        plan: Its plan.
+        owned: Range of the blocks in running order that this stage owns.
+        first: Whether this is the first stage.
+        last: Whether this is the last stage.
+    """
+
+    def __init__(self, model: nn.Module, plan: ModelPlan, owned: range, *, first: bool, last: bool) -> None:
+        self.model, self.plan, self.owned = model, plan, owned
+        self.first, self.last = first, last
+        self.context: CallContext | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._forward: Callable[..., Any] = model.forward
+        self._width = plan.width(model)
+        self._positions = (
+            PositionTable(model.get_submodule(plan.patch_embed)) if plan.patch_embed and first else None
+        )
+
+    def attach(self) -> None:
+        """Hooks the stage into the model."""
+        places = self.plan.blocks_of(self.model)
+        for index, place in enumerate(places):
+            if index not in self.owned:
+                self._replace(place)
+        mine = [places[index] for index in self.owned]
+        for place in mine:
+            self._hook_attention(place)
+        if not self.first:
+            self._enter_at(mine[0])
+            self._stub_embed()
+        if not self.last:
+            self._leave_at(mine[-1])
+        for path in self.plan.conditioning:
+            self._share_between_patches(path)
+
+    def detach(self) -> None:
+        """Takes every hook off again, last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def run(self, inputs: Mapping[str, Any], latent: Tensor | None, context: CallContext) -> Streams | Tensor:
+        """Runs one patch.
+
+        Args:
+            inputs: The arguments of the transformer call, uncut.
+            latent: The patch of the latent; ``None`` on every stage but the first.
+            context: What the hooks are to know.
+
+        Returns:
+            The streams for the next stage, or on the last stage the patch of the noise prediction.
+        """
+        self.context = context
+        try:
+            with self._placed(inputs):
+                return self._forward(**self._cut(inputs, latent), return_dict=False)[0]
+        except _StageDone as done:
+            return done.streams
+        finally:
+            self.context = None
+
+    # -- inputs of one patch ---------------------------------------------------------------------
+
+    def _cut(self, inputs: Mapping[str, Any], latent: Tensor | None) -> dict[str, Any]:
+        assert self.context is not None
+        patch, plan = self.context.patch, self.plan
+        cut = {name: value for name, value in inputs.items() if name != "return_dict"}
+        cut[plan.latent] = self._placeholder(inputs[plan.latent]) if latent is None else latent
+        if patch.whole:
+            return cut
+        for name, dim in plan.cut_inputs.items():
+            dim = dim + (cut[name].ndim == 3 and dim == 0)  # ids may still carry a batch dim
+            cut[name] = cut[name].narrow(dim, patch.tokens[0], patch.token_count)
+        if not patch.carries_text:
+            for name, dim in plan.text_inputs.items():
+                dim = dim + (name != plan.text and cut[name].ndim == 3)
+                cut[name] = cut[name].narrow(dim, 0, 0)
+        return cut
+
+    def _placeholder(self, latent: Tensor) -> Tensor:
+        """The shape of the patch without its values, which only the first stage knows."""
+        assert self.context is not None
+        shape, (start, stop) = list(latent.shape), self.context.patch.units
+        shape[self.plan.grid.dim] = stop - start
+        return torch.zeros((), dtype=latent.dtype, device=latent.device).expand(shape)
+
+    @contextmanager
+    def _placed(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        assert self.context is not None
+        if self._positions is None or self.context.patch.whole:
+            yield
+            return
+        with self._positions.showing(inputs[self.plan.latent].shape, self.context.patch.rows):
+            yield
+
+    # -- hooks -----------------------------------------------------------------------------------
+
+    def _replace(self, place: BlockPlace) -> None:
+        blocks = self.model.get_submodule(place.listing.path)
+        blocks[place.index] = StandIn(place.listing.streams, argument_positions(place.block))
+        self._undo.append(lambda: blocks.__setitem__(place.index, place.block))
+
+    def _enter_at(self, place: BlockPlace) -> None:
+        positions = argument_positions(place.block)
+
+        def receive(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            assert self.context is not None
+            assert self.context.received is not None
+            placed = list(args)
+            for name, value in self.context.received.items():
+                if name in kwargs:
+                    kwargs[name] = value
+                else:
+                    placed[positions[name]] = value
+            return tuple(placed), kwargs
+
+        handle = place.block.register_forward_pre_hook(receive, with_kwargs=True, prepend=True)
+        self._undo.append(handle.remove)
+
+    def _leave_at(self, place: BlockPlace) -> None:
+        names = place.listing.streams
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            values = output if isinstance(output, tuple) else (output,)
+            raise _StageDone(dict(zip(names, values, strict=True)))
+
+        self._undo.append(place.block.register_forward_hook(leave).remove)
+
+    def _stub_embed(self) -> None:
+        """Before the first owned block nothing but the shape of the tokens matters."""
+
+        def embed(latent: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            assert self.context is not None
+            shape = (latent.shape[0], self.context.patch.token_count, self._width)
+            return torch.zeros((), dtype=latent.dtype, device=latent.device).expand(shape)
+
+        self._override(self.plan.embed, embed)
+
+    def _share_between_patches(self, path: str) -> None:
+        module = self._find(path)
+        if module is None:
+            return
+        compute = module.forward
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            assert self.context is not None
+            memo = self.context.memo
+            if path not in memo:
+                memo[path] = compute(*args, **kwargs)
+            return memo[path]
+
+        self._override(path, shared)
+
+    def _hook_attention(self, place: BlockPlace) -> None:
+        for path, kind in place.listing.attention.items():
+            layer = place.block.get_submodule(path) if getattr(place.block, path, None) is not None else None
+            if layer is None:
+                continue
+            name = f"{place.name}.{path}"
+            if kind == "cross":
+                for projection in ("to_k", "to_v"):  # of the text, which no patch changes
+                    self._share_between_patches(f"{name}.{projection}")
+                continue
+            joint, text_first = kind == "joint", place.listing.text_first
+            undo = attend_through(layer, lambda n=name, j=joint, t=text_first: self._store(n, j, t))
+            self._undo.append(undo)
+
+    def _store(self, name: str, joint: bool, text_first: bool) -> tuple[LayerStore, Patch] | None:
+        assert self.context is not None
+        if self.context.stores is None:
+            return None
+        store = self.context.stores.get(name)
+        if store is None:
+            store = LayerStore(self.context.text_rows if joint else 0, text_first)
+            self.context.stores[name] = store
+        return store, self.context.patch
+
+    def _find(self, path: str) -> nn.Module | None:
+        owner, _, leaf = path.rpartition(".")
+        return getattr(self.model.get_submodule(owner), leaf, None)
+
+    def _override(self, path: str, forward: Callable[..., Any]) -> None:
+        module = self.model.get_submodule(path)
+        previous = module.__dict__.get("forward")
+        module.forward = forward  # type: ignore[method-assign]
+
+        def undo() -> None:
+            if previous is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = previous  # type: ignore[method-assign]
+
+        self._undo.append(undo)
+
+
+def argument_positions(block: nn.Module) -> dict[str, int]:
+    """Place of each named argument of a block's ``forward``."""
+    names = [name for name in inspect.signature(type(block).forward).parameters if name != "self"]
+    return {name: index for index, name in enumerate(names)}

@@ -1,0 +1,102 @@
+"""The stale key/value store of one attention layer (PipeFusion, arXiv 2405.14430, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchpipe.patches import Patch
+
+SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
+
+
+class LayerStore:
+    """Keys and values of the whole sequence, fresh rows written in place over one-step-stale ones.
+
+    Belongs to one layer, one guidance branch and one request.
+
+    Args:
+        text_rows: Text rows in the sequence; 0 where the layer sees the image alone.
+        text_first: Whether the text rows come before the image rows.
+    """
+
+    def __init__(self, text_rows: int, text_first: bool) -> None:
+        self.text_rows = text_rows
+        self.text_first = text_first
+        self._key: Tensor | None = None
+        self._value: Tensor | None = None
+        self._fresh_tokens = 0  # image rows written so far, until the store is whole
+        self._whole = False
+
+    def keep(self, key: Tensor, value: Tensor) -> None:
+        """Takes over the keys and values ``[batch, heads, rows, channels]`` of a synchronous step."""
+        self._key, self._value = _own(key), _own(value)
+        self._whole = True
+
+    def write(self, patch: Patch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts a patch's fresh rows in their place.
+
+        Args:
+            patch: The patch the rows belong to.
+            key: ``[batch, heads, rows, channels]``, with the text rows if the patch carries them.
+            value: The same shape.
+
+        Returns:
+            Keys and values of every row that exists: fresh for the patches done in this step, one step
+            stale for the others, and none for rows no step has computed yet.
+        """
+        if self._key is None or self._value is None:
+            self._key, self._value = (self._allocate(rows, patch) for rows in (key, value))
+        self._check(patch, key)
+        self._put(self._key, key, patch)
+        self._put(self._value, value, patch)
+        if not self._whole:
+            self._fresh_tokens = patch.tokens[1]
+            self._whole = self._fresh_tokens == patch.total_tokens
+        return self._existing(self._key), self._existing(self._value)
+
+    @property
+    def bytes(self) -> int:
+        """Memory the store holds."""
+        return sum(
+            kept.numel() * kept.element_size() for kept in (self._key, self._value) if kept is not None
+        )
+
+    def _allocate(self, rows: Tensor, patch: Patch) -> Tensor:
+        batch, heads, _, channels = rows.shape
+        return rows.new_empty(batch, heads, self.text_rows + patch.total_tokens, channels)
+
+    def _check(self, patch: Patch, key: Tensor) -> None:
+        expected = patch.token_count + (self.text_rows if patch.carries_text else 0)
+        if key.shape[SEQUENCE] != expected:
+            raise RuntimeError(
+                f"patch {patch.index} brought {key.shape[SEQUENCE]} rows to an attention layer whose store "
+                f"expects {expected}: the model's plan does not fit this layer"
+            )
+
+    def _put(self, kept: Tensor, rows: Tensor, patch: Patch) -> None:
+        count = patch.token_count
+        image_start = patch.tokens[0] + (self.text_rows if self.text_first else 0)
+        if not (patch.carries_text and self.text_rows):
+            kept.narrow(SEQUENCE, image_start, count).copy_(rows)
+            return
+        if self.text_first and patch.tokens[0] == 0:
+            kept.narrow(SEQUENCE, 0, self.text_rows + count).copy_(rows)
+            return
+        image, text = rows.narrow(SEQUENCE, 0, count), rows.narrow(SEQUENCE, count, self.text_rows)
+        kept.narrow(SEQUENCE, image_start, count).copy_(image)
+        kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows).copy_(text)
+
+    def _existing(self, kept: Tensor) -> Tensor:
+        if self._whole:
+            return kept
+        if self.text_first or not self.text_rows:
+            return kept.narrow(SEQUENCE, 0, self.text_rows + self._fresh_tokens)
+        text = kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows)
+        return torch.cat([kept.narrow(SEQUENCE, 0, self._fresh_tokens), text], dim=SEQUENCE)
+
+
+def _own(rows: Tensor) -> Tensor:
+    """The tensor itself if it alone uses its memory, else a copy: the store writes into what it keeps."""
+    memory = rows.untyped_storage().nbytes()
+    return rows if memory == rows.numel() * rows.element_size() else rows.clone()

@@ -1,0 +1,135 @@
+"""Ordered asynchronous tensors between two ranks, whose shapes both sides know beforehand.
+
+Receives are posted before the data is needed and waited for once; what is sent is kept alive until it
+has left. On gloo, CUDA tensors go through host memory, so that ranks may share a device.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Explain = Callable[[Exception, str], Exception]
+SENDS_IN_FLIGHT = 64  # older ones have long arrived: each step waits for the answer to the step before
+
+
+class Wire:
+    """One process group, seen as channels to its ranks.
+
+    Args:
+        group: The process group (gloo or NCCL).
+        device: Where this rank computes.
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout: Seconds any wait may last.
+        explain: Turns a failed wait into the error to raise.
+    """
+
+    def __init__(
+        self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain
+    ) -> None:
+        self.group, self.device = group, device
+        self.staged = backend == "gloo" and device.type != "cpu"
+        self.timeout = timedelta(seconds=timeout)
+        self.explain = explain
+        self._channels: dict[int, Channel] = {}
+
+    def channel(self, peer: int) -> Channel:
+        """The channel to one rank."""
+        if peer not in self._channels:
+            self._channels[peer] = Channel(self, peer)
+        return self._channels[peer]
+
+    def wait(self, work: Any, peer: int) -> None:
+        """Waits for one operation, until the deadline.
+
+        Raises:
+            PatchpipeError: The peer died, failed or did not answer.
+        """
+        try:
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise self.explain(error, f"rank {peer}") from error
+
+
+class Channel:
+    """Tensors to and from one rank, in the order they are sent."""
+
+    def __init__(self, wire: Wire, peer: int) -> None:
+        self.wire, self.peer = wire, peer
+        self.sent_bytes = 0
+        self.waited_seconds = 0.0
+        self._sends: deque[tuple[Any, Tensor]] = deque()
+        self._receives: deque[Receive] = deque()
+
+    def send(self, tensor: Tensor) -> None:
+        """Starts sending; returns at once."""
+        staged = tensor.detach().to("cpu") if self.wire.staged else tensor.detach()
+        staged = staged.contiguous()
+        try:
+            work = self.wire.group.send([staged], self.peer, 0)
+        except RuntimeError as error:
+            raise self.wire.explain(error, f"rank {self.peer}") from error
+        self.sent_bytes += staged.numel() * staged.element_size()
+        self._sends.append((work, staged))
+        while len(self._sends) > SENDS_IN_FLIGHT:
+            self._finish_send()
+
+    def expect(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Receive:
+        """Posts the receive of the next tensor."""
+        place = torch.device("cpu") if self.wire.staged else self.wire.device
+        buffer = torch.empty(shape, dtype=dtype, device=place)
+        try:
+            work = self.wire.group.recv([buffer], self.peer, 0)
+        except RuntimeError as error:
+            raise self.wire.explain(error, f"rank {self.peer}") from error
+        receive = Receive(self, work, buffer)
+        self._receives.append(receive)
+        while self._receives and self._receives[0].done:
+            self._receives.popleft()
+        return receive
+
+    def drain(self) -> None:
+        """Waits until nothing is under way, so that the next request starts on a clean channel."""
+        while self._receives:
+            self._receives.popleft().wait()
+        while self._sends:
+            self._finish_send()
+
+    def _finish_send(self) -> None:
+        work, _alive = self._sends.popleft()
+        self.wire.wait(work, self.peer)
+
+
+class Receive:
+    """A posted receive. Waited for once only: a second wait on gloo never returns."""
+
+    def __init__(self, channel: Channel, work: Any, buffer: Tensor) -> None:
+        self._channel, self._work = channel, work
+        self._buffer: Tensor | None = buffer
+
+    @property
+    def done(self) -> bool:
+        """Whether it was waited for."""
+        return self._work is None
+
+    def wait(self) -> None:
+        """Waits for the tensor without taking it."""
+        if self._work is not None:
+            started = perf_counter()
+            work, self._work = self._work, None
+            self._channel.wire.wait(work, self._channel.peer)
+            self._channel.waited_seconds += perf_counter() - started
+
+    def take(self) -> Tensor:
+        """The tensor, on this rank's device; the receive then forgets it."""
+        self.wait()
+        if self._buffer is None:
+            raise RuntimeError("a received tensor was taken twice")
+        tensor, self._buffer = self._buffer, None
+        return tensor.to(self._channel.wire.device, non_blocking=True)

@@ -1,0 +1,179 @@
+"""Tiny pipelines with random weights, built from the real diffusers classes and saved to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
+
+from patchpipe.demo import MODEL_DIR
+
+MODELS = ("flux", "sd3", "pixart")
+PROMPT, OTHER_PROMPT = "red apple", "a blue dog in 3d style and a cherry blossom"
+WIDTH = 32
+
+
+def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A tiny pipeline: ``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``pixart`` or ``pixart-sigma``."""
+    torch.manual_seed(seed)
+    build = {
+        "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35,
+        "pixart": _pixart, "pixart-sigma": _pixart_sigma,
+    }[name]  # fmt: skip
+    pipe = build(blocks)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            _stir(part)
+            part.to(dtype)
+            part.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save(name: str, folder: Path, **options: Any) -> Path:
+    """Saves a tiny pipeline in diffusers format."""
+    pipeline(name, **options).save_pretrained(folder)
+    return Path(folder)
+
+
+def call_arguments(
+    name: str, *, guided: bool = True, height: int = 64, width: int = 48, steps: int = 4
+) -> dict[str, Any]:
+    """Call settings that suit the tiny pipelines; 16 pixels are one row of tokens."""
+    arguments: dict[str, Any] = {
+        "prompt": PROMPT,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+    }
+    if name.startswith("flux"):
+        arguments["max_sequence_length"] = 8
+        if guided:
+            arguments |= {"negative_prompt": OTHER_PROMPT, "true_cfg_scale": 3.0}
+    elif name.startswith("sd3"):
+        arguments |= {"max_sequence_length": 8, "guidance_scale": 4.0 if guided else 1.0}
+    else:
+        arguments |= {
+            "max_sequence_length": 8, "guidance_scale": 4.0 if guided else 1.0,
+            "use_resolution_binning": False, "clean_caption": False,
+        }  # fmt: skip
+    return arguments
+
+
+def _stir(module: torch.nn.Module) -> None:
+    """Random values everywhere: diffusers starts some layers at zero, where an error would not show."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 0.5 if parameter.ndim < 2 else 1.2 / parameter[0].numel() ** 0.5
+            noise = torch.randn_like(parameter) * scale
+            parameter.copy_(1 + 0.2 * noise if parameter.ndim < 2 and parameter.abs().sum() else noise)
+
+
+def _vae(channels: int) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=channels, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        scaling_factor=0.5, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def _clip(kind: type = CLIPTextModel) -> Any:
+    config = CLIPTextConfig(
+        vocab_size=1963, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, projection_dim=16, bos_token_id=1961, eos_token_id=1962,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _clip_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL_DIR / "tokenizer")
+
+
+def _t5_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(MODEL_DIR / "tokenizer_2")
+
+
+def _flux(blocks: int, guidance: bool = False) -> FluxPipeline:
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=blocks // 2, num_single_layers=blocks - blocks // 2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, pooled_projection_dim=16, axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance,
+    )  # fmt: skip
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        _vae(4),
+        _clip(),
+        _clip_tokenizer(),
+        _t5(),
+        _t5_tokenizer(),
+        transformer,
+    )
+
+
+def _flux_guided(blocks: int) -> FluxPipeline:
+    return _flux(blocks, guidance=True)
+
+
+def _sd3(blocks: int, dual: tuple[int, ...] = (), qk_norm: str | None = None) -> StableDiffusion3Pipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, num_layers=blocks, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=32, out_channels=4,
+        pos_embed_max_size=24, dual_attention_layers=dual, qk_norm=qk_norm,
+    )  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(4),
+        _clip(CLIPTextModelWithProjection), _clip_tokenizer(), _clip(CLIPTextModelWithProjection), _clip_tokenizer(),
+        _t5(), _t5_tokenizer(),
+    )  # fmt: skip
+
+
+def _sd35(blocks: int) -> StableDiffusion3Pipeline:
+    return _sd3(blocks, dual=tuple(range(max(1, blocks // 2))), qk_norm="rms_norm")
+
+
+def _pixart_transformer(blocks: int, sample_size: int) -> PixArtTransformer2DModel:
+    return PixArtTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=blocks,
+        cross_attention_dim=48, sample_size=sample_size, patch_size=2, caption_channels=WIDTH,
+        use_additional_conditions=sample_size == 128,
+    )  # fmt: skip
+
+
+def _pixart(blocks: int) -> PixArtAlphaPipeline:
+    return PixArtAlphaPipeline(
+        _t5_tokenizer(), _t5(), _vae(4), _pixart_transformer(blocks, 128), DPMSolverMultistepScheduler()
+    )
+
+
+def _pixart_sigma(blocks: int) -> PixArtSigmaPipeline:
+    return PixArtSigmaPipeline(
+        _t5_tokenizer(), _t5(), _vae(4), _pixart_transformer(blocks, 8), DPMSolverMultistepScheduler()
+    )
