@@ -62,9 +62,7 @@ class Attachment:
         self._set(model, "forward", self.runner.forward)
         if hasattr(model, "cache_context"):
             original = model.cache_context
-            self._set(
-                model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw))
-            )
+            self._set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
         if hasattr(pipe, "encode_prompt"):
             self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, self.config.encoder_rank))
         if getattr(pipe, "vae", None) is not None:
@@ -102,13 +100,7 @@ class Attachment:
     def _warn_if_synchronous(self, kwargs: dict[str, Any]) -> None:
         steps, warmup = kwargs.get("num_inference_steps"), self.config.warmup
         several = self.config.patches not in (None, 1) or self.config.pipefusion > 1
-        if (
-            isinstance(steps, int)
-            and isinstance(warmup, int)
-            and steps <= warmup
-            and several
-            and self.group.output
-        ):
+        if isinstance(steps, int) and isinstance(warmup, int) and steps <= warmup and several and self.group.output:
             logger.warning(
                 "num_inference_steps=%d is not more than warmup=%d: every step runs synchronously, no patch streams",
                 steps,
@@ -145,9 +137,7 @@ class Attachment:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         had, previous = name in owner.__dict__, owner.__dict__.get(name)
         object.__setattr__(owner, name, value)
-        self._undo.append(
-            lambda: object.__setattr__(owner, name, previous) if had else object.__delattr__(owner, name)
-        )
+        self._undo.append(lambda: object.__setattr__(owner, name, previous) if had else object.__delattr__(owner, name))
 
 
 def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None) -> Any:
@@ -172,15 +162,11 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     if getattr(pipe, "patchpipe", None) is not None:
         raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
     if getattr(pipe, "transformer", None) is None:
-        raise ValueError(
-            f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only"
-        )
+        raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
     plan = plan_for(pipe.transformer)
     split_blocks(pipe.transformer, plan, config)
     group = group or join(config, device=_device_of(pipe))
-    group.agree(
-        {"config": config.as_dict(), "model": plan.model, "model_config": dict(pipe.transformer.config)}
-    )
+    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": dict(pipe.transformer.config)})
     Attachment(pipe, config, group).attach()
     return pipe
 

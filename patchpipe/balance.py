@@ -28,9 +28,7 @@ def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> l
         )
     sizes = config.stage_blocks or balanced([block_cost(place) for place in places], config.pipefusion)
     if sum(sizes) != len(places):
-        raise ValueError(
-            f"stage_blocks={sizes} adds up to {sum(sizes)} but {plan.model} has {len(places)} blocks"
-        )
+        raise ValueError(f"stage_blocks={sizes} adds up to {sum(sizes)} but {plan.model} has {len(places)} blocks")
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 

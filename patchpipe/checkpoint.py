@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 STEM = "diffusion_pytorch_model"
+MAPPED_BYTES = 64 * 2**20  # a file is opened anew after so much of it was read
 
 
 class Checkpoint:
@@ -73,9 +74,23 @@ class Checkpoint:
         for name in wanted:
             by_file[self._file_of[name]].append(name)
         for path, chosen in by_file.items():
-            with _opened(path) as file:
-                for name in chosen:
-                    _assign(model, name, file.get_tensor(name), dtype_of.get(name), device, path)
+            left = iter(chosen)
+            while self._read_some(model, path, left, dtype_of, device) >= MAPPED_BYTES:
+                pass
+
+    def _read_some(
+        self, model: nn.Module, path: Path, left: Iterator[str], dtype_of: dict[str, torch.dtype], device: torch.device
+    ) -> int:
+        """Reads until enough of the file is mapped into memory; closing it gives the pages back."""
+        read = 0
+        with _opened(path) as file:
+            for name in left:
+                tensor = file.get_tensor(name)
+                _assign(model, name, tensor, dtype_of.get(name), device, path)
+                read += tensor.numel() * tensor.element_size()
+                if read >= MAPPED_BYTES:
+                    break
+        return read
 
     def _read_index(self, index: Path) -> None:
         weight_map = json.loads(index.read_text())["weight_map"]

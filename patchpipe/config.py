@@ -128,9 +128,7 @@ class ParallelConfig:
 
     def _check_rank(self, name: str, rank: int | None) -> None:
         if rank is not None and not 0 <= rank < self.world_size:
-            raise ValueError(
-                f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}"
-            )
+            raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}")
 
 
 def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:

@@ -26,9 +26,21 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from patchpipe.lazy_nodes import Exchange, Node, Receiver, Recorded, Value, View
-from patchpipe.lazy_rules import FACTORIES, SPLITS, Args, Call, Cut, Kwargs, Plan, infer, map_leaves, plan_for
+from patchpipe.lazy_rules import (
+    CONSTANTS,
+    FACTORIES,
+    SPLITS,
+    Args,
+    Call,
+    Cut,
+    Kwargs,
+    Plan,
+    infer,
+    map_leaves,
+    plan_for,
+)
 
-__all__ = ["Exchange", "PatchTensor", "materialise_tree", "patch_of"]
+__all__ = ["Exchange", "PatchTensor", "lift", "materialise_tree", "patch_of"]
 
 aten = torch.ops.aten
 
@@ -50,8 +62,6 @@ class PatchTensor(torch.Tensor):
     _chain: tuple[View, ...]
     _meta: Tensor
     _known: tuple[int, Node] | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -148,9 +158,16 @@ class PatchTensor(torch.Tensor):
         return node
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
+        """Keep einsum in one piece: torch would take it apart into reshapes that lose the cut."""
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.functional.einsum:
+                tensors = args[1] if isinstance(args[1], (list, tuple)) else args[1:]
+                return _dispatch(aten.einsum.default, (args[0], list(tensors)), {})
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: OpOverload, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         """Record the operation, or materialise and run it."""
         return _dispatch(func, args, kwargs or {})
 
@@ -222,9 +239,9 @@ def _dispatch(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
     if torch.Tag.inplace_view in func.tags:
         raise NotImplementedError(f"{_reason(func)} on a lazy tensor; use the form that returns a new tensor")
     if name in FACTORIES and type(args[0]) is PatchTensor:
-        return func(_blank(args[0]), *args[1:], **kwargs)
+        return _make(func, args, kwargs)
     cut = [x for x in _tensors(args, kwargs) if type(x) is PatchTensor]
-    if all(x.materialised for x in cut) or any(arg.is_out for arg in func._schema.arguments):
+    if all(x._value.free for x in cut) or any(arg.is_out for arg in func._schema.arguments):
         return _run_whole(func, args, kwargs)
     if name in SPLITS:
         return _split(func, args)
@@ -286,8 +303,7 @@ def _split(func: OpOverload, args: Args) -> list[Tensor]:
     dim = rest[1] if len(rest) > 1 else 0
     stops = itertools.accumulate(part.shape[dim] for part in parts)
     return [
-        aten.slice.Tensor(tensor, dim, stop - part.shape[dim], stop)
-        for part, stop in zip(parts, stops, strict=True)
+        aten.slice.Tensor(tensor, dim, stop - part.shape[dim], stop) for part, stop in zip(parts, stops, strict=True)
     ]
 
 
@@ -335,9 +351,7 @@ def _written_to(func: OpOverload, args: Args, kwargs: Kwargs) -> list[PatchTenso
         value = kwargs.get(argument.name) if argument.kwarg_only else args[index]
         lazy = [x for x in _tensors((value,), {}) if type(x) is PatchTensor]
         if lazy and argument.is_out:
-            raise NotImplementedError(
-                f"{_reason(func)} with a lazy tensor as out=; assign the result instead"
-            )
+            raise NotImplementedError(f"{_reason(func)} with a lazy tensor as out=; assign the result instead")
         found += lazy
     return found
 
@@ -353,8 +367,27 @@ def _node_of(leaf: Any) -> Node | None:
     return leaf._node() if type(leaf) is PatchTensor else None
 
 
-def _blank(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+def _make(func: OpOverload, args: Args, kwargs: Kwargs) -> Tensor:
+    """A new tensor that takes only its geometry from a lazy one: plain, or a constant cut the same way."""
+    like: PatchTensor = args[0]
+    meta, device, rest = like._meta, like.device, args[1:]
+
+    def make() -> Tensor:
+        blank = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device=device)
+        return func(blank, *rest, **kwargs)
+
+    made = make()
+    if func._schema.name not in CONSTANTS or made.device != device:
+        return made
+    # A sum of patches often starts from zeros: `total += patch` must find something that is cut.
+    return _constant(made, make, like)
+
+
+def _constant(model: Tensor, make: Callable[[], Tensor], like: PatchTensor) -> PatchTensor:
+    meta = torch.empty_strided(model.shape, model.stride(), dtype=model.dtype, device="meta")
+    value = Value(meta, model.device, like.cut, like._value.exchange)
+    value.constant = make
+    return PatchTensor(meta, model.device, value.cut, value)
 
 
 def _device(asked: torch.device | str | None, default: torch.device) -> torch.device:
@@ -400,6 +433,20 @@ def _assemble(tensor: PatchTensor, dim: int, start: int, stop: int) -> Tensor:
     with torch.no_grad():
         whole = torch.cat([tensor.patch(i) for i in touched], cut.dim)
         return whole.narrow(dim, start - offset, stop - start).contiguous()
+
+
+def lift(tensor: Tensor, like: Tensor) -> Tensor:
+    """A plain tensor, known on every rank, as a lazy one cut like `like`, so that both can be summed in place.
+
+    Nothing that is later written to either of the two reaches the other.
+
+    Args:
+        tensor: The tensor; comes back as it is if it cannot be cut so, or is lazy already.
+        like: A lazy tensor; if it is plain, `tensor` comes back as it is.
+    """
+    if type(like) is not PatchTensor or type(tensor) is PatchTensor or tensor.shape != like.shape:
+        return tensor
+    return _constant(tensor, tensor.clone().clone, like)
 
 
 def materialise_tree(value: Any, reason: str) -> Any:

@@ -26,9 +26,7 @@ class Exchange(Protocol):
     holder: bool
     """Does this rank hold the patch values?"""
 
-    def share(
-        self, full: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def share(self, full: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give every rank the whole tensor; collective. The holder passes it, the others pass None."""
         raise NotImplementedError
 
@@ -210,6 +208,7 @@ class Value:
         exchange: The request's exchange.
         node: Its present value on the holder, until materialised.
         full: The whole tensor, once materialised; from then on the truth.
+        constant: Makes the whole tensor anywhere, if nothing was written to it yet.
         version: Counts the writes.
     """
 
@@ -217,13 +216,20 @@ class Value:
         self.meta, self.device, self.cut, self.exchange = meta, device, cut, exchange
         self.node: Node | None = None
         self.full: Tensor | None = None
+        self.constant: Callable[[], Tensor] | None = None
         self.version = 0
         self._snapshot: weakref.ref[_Snapshot] | None = None
+
+    @property
+    def free(self) -> bool:
+        """Can every rank have the whole tensor without asking another?"""
+        return self.full is not None or self.constant is not None
 
     def current(self) -> Node:
         """The present value; later writes do not change it."""
         if self.full is None:
-            assert self.node is not None
+            if self.node is None:
+                self.node = self._constant_node()
             return self.node
         known = self._snapshot() if self._snapshot else None
         if known is None or known.version is None or known.version != version_of(self.full):
@@ -233,7 +239,7 @@ class Value:
 
     def write(self, node: Node | None) -> None:
         """Replace the value of a tensor that is not materialised."""
-        self.node = node
+        self.node, self.constant = node, None
         self.version += 1
 
     def before_write(self) -> None:
@@ -251,11 +257,19 @@ class Value:
 
     def materialise(self, reason: str) -> Tensor:
         """The whole tensor on every rank; collective the first time."""
-        if self.full is None:
+        if self.full is None and self.constant is not None:
+            self.full, self.node, self.constant = self.constant(), None, None
+        elif self.full is None:
             self.exchange.note(reason)
             full = self.exchange.share(self._gather(), tuple(self.meta.shape), self.meta.dtype, self.device)
             self.full, self.node = _with_strides(full, self.meta), None
+        assert self.full is not None
         return self.full
+
+    def _constant_node(self) -> Node:
+        constant, cut = self.constant, self.cut
+        assert constant is not None
+        return Node(cut.patches, (), lambda index, _: constant().narrow(cut.dim, *cut.span(index)).contiguous())
 
     def _gather(self) -> Tensor | None:
         if not self.exchange.holder:

@@ -6,6 +6,7 @@ the operation mixes patches (or nobody has thought about it), and then the calle
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch._ops import OpOverload
 aten = torch.ops.aten
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+SHORT_SUM = 4
+"""So many products a contraction may add up and still run per patch."""
 
 
 def map_leaves(change: Callable[[Any], Any], args: Sequence[Any]) -> Args:
@@ -305,6 +308,32 @@ def _reduce(at: int) -> Rule:
     return rule
 
 
+def _einsum(call: Call) -> Plan | None:
+    """A short sum of products, one of whose factors is cut along a dim that is not summed over.
+
+    Short, because then every kernel adds the products in the order they come; a long sum is split up
+    differently for a patch than for the whole.
+    """
+    (inputs, _, output), tensors = call.args[0].replace(" ", "").partition("->"), call.args[1]
+    terms = [_labels(term, x.dim()) for term, x in zip(inputs.split(","), tensors, strict=True)]
+    (lazy, cut), result = call.cuts[0], _labels(output, call.out.dim())
+    place = next(i for i, x in enumerate(tensors) if x is lazy)
+    label = terms[place][cut.dim]
+    sizes = dict(zip(itertools.chain(*terms), (n for x in tensors for n in x.shape), strict=True))
+    summed = math.prod(size for name, size in sizes.items() if name not in result)
+    alone = len(call.cuts) == 1 and sum(term.count(label) for term in terms) == 1
+    if not output or not alone or label not in result or summed > SHORT_SUM:
+        return None
+    return Plan(Cut(result.index(label), cut.bounds))
+
+
+def _labels(term: str, rank: int) -> list[str]:
+    """One label per dim; those of an ellipsis are counted from its end, as it broadcasts."""
+    before, dots, after = term.partition("...")
+    hidden = rank - len(before) - len(after) if dots else 0
+    return [*before, *(f".{hidden - i}" for i in range(hidden)), *after]
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "aten::_to_copy": pointwise,
@@ -328,6 +357,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "aten::_unsafe_view": _reshape,
         "aten::cat": _cat,
         "aten::stack": _stack,
+        "aten::einsum": _einsum,
         "aten::index_select": _index_select,
         "aten::index": _index,
         "aten::flip": _along_other_dims(1),
@@ -350,6 +380,9 @@ FACTORIES = frozenset(
     )
 )
 """Operations that look at the metadata of their first operand, never at its values."""
+
+CONSTANTS = frozenset({"aten::zeros_like", "aten::ones_like", "aten::full_like"})
+"""Those of them that always give the same values and the same shape."""
 
 SPLITS = frozenset({"aten::split", "aten::split_with_sizes", "aten::unbind"})
 """Operations that return several views, each of which is a slice or a select."""
@@ -406,7 +439,8 @@ def _infer_pointwise(func: OpOverload, args: Args, kwargs: Kwargs) -> Tensor | N
     tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
     if kwargs.get("memory_format") is not None or not all(x.is_contiguous() for x in tensors):
         return None
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    shapes = {x.shape for x in tensors if x.dim()}
+    shape = shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*(x.shape for x in tensors))
     if func._schema.is_mutable and shape != tensors[0].shape:
         return None  # Wrong; torch has the words for it.
     ones = [torch.ones((1,) * x.dim(), dtype=x.dtype) if isinstance(x, Tensor) else x for x in args]

@@ -83,7 +83,7 @@ def from_pretrained(
     checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device)
     _finish(transformer, wanted, group.device)
     parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
-    pipe = source.pipeline_class.from_pretrained(source.path, torch_dtype=wanted, **parts)
+    pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group).attach()
     return pipe
@@ -125,9 +125,7 @@ class PipelineFolder:
         name = self.index["_class_name"]
         found = getattr(diffusers, name, None)
         if found is None:
-            raise UnsupportedModel(
-                f"this diffusers ({diffusers.__version__}) has no pipeline class {name}: upgrade it"
-            )
+            raise UnsupportedModel(f"this diffusers ({diffusers.__version__}) has no pipeline class {name}: upgrade it")
         return found
 
     def plan(self) -> ModelPlan:
@@ -141,9 +139,7 @@ class PipelineFolder:
                 f"{self.index['_class_name']} has no transformer: patchpipe spreads diffusion transformers only"
             )
         if self.index.get("transformer_2", [None, None])[1]:
-            raise UnsupportedModel(
-                f"{self.index['_class_name']} has two transformers, which no plan covers yet"
-            )
+            raise UnsupportedModel(f"{self.index['_class_name']} has two transformers, which no plan covers yet")
         return plan_for(self.index["transformer"][1])
 
     def config(self, part: str) -> dict[str, Any]:
@@ -172,9 +168,7 @@ class PipelineFolder:
             if not isinstance(entry, list) or not entry[1]:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
-            elsewhere = (encodes and group.rank != config.encoder_rank) or (
-                part == "vae" and not group.output
-            )
+            elsewhere = (encodes and group.rank != config.encoder_rank) or (part == "vae" and not group.output)
             if elsewhere:
                 parts[part] = self.build(part, dtype).to("meta", dtype)
         if self.variant and len(parts) < self._weighted():
@@ -200,8 +194,7 @@ def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtype of every tensor; some classes ask to keep a few in float32."""
     kept = getattr(model, "_keep_in_fp32_modules", None) or []
     return {
-        name: torch.float32 if any(part in name.split(".") for part in kept) else dtype
-        for name in model.state_dict()
+        name: torch.float32 if any(part in name.split(".") for part in kept) else dtype for name in model.state_dict()
     }
 
 

@@ -107,9 +107,7 @@ class Group:
         self._broadcast_bytes(size.view(torch.uint8), root)
         message = torch.empty(int(size), dtype=torch.uint8)
         self._broadcast_bytes(message, root)
-        failed, value = torch.load(
-            io.BytesIO(message.numpy().tobytes()), map_location=self.device, weights_only=False
-        )
+        failed, value = torch.load(io.BytesIO(message.numpy().tobytes()), map_location=self.device, weights_only=False)
         if failed:
             raise value
         return value
@@ -143,8 +141,7 @@ class Group:
         if self.world_size == 1:
             return
         told = [
-            self.share(root, lambda: json.dumps(what, sort_keys=True, default=str))
-            for root in range(self.world_size)
+            self.share(root, lambda: json.dumps(what, sort_keys=True, default=str)) for root in range(self.world_size)
         ]
         reference = json.loads(told[0])
         for rank, text in enumerate(told):
@@ -174,12 +171,8 @@ class Group:
         if first is not None and first["rank"] != self.rank:
             return RankFailed(f"rank {first['rank']} failed first: {first['text']}")
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            return RankLost(
-                f"{peer} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})"
-            )
-        return RankLost(
-            f"{peer} closed its connection: its process has died or was killed ({_first_line(error)})"
-        )
+            return RankLost(f"{peer} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
+        return RankLost(f"{peer} closed its connection: its process has died or was killed ({_first_line(error)})")
 
     def explaining(self, peer: str) -> _Explained:
         """A context that turns a failed wait into ``explain``'s error."""
@@ -276,15 +269,11 @@ def _device_for(device: torch.device | str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _backend(
-    config: ParallelConfig, store: dist.Store, rank: int, world_size: int, device: torch.device
-) -> str:
+def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: int, device: torch.device) -> str:
     """NCCL where every rank has a CUDA device of its own; two ranks on one device cannot use it."""
     if config.backend != "auto":
         if config.backend == "nccl" and device.type != "cuda":
-            raise ValueError(
-                f"backend='nccl' needs CUDA devices but rank {rank} computes on {device}: use 'gloo'"
-            )
+            raise ValueError(f"backend='nccl' needs CUDA devices but rank {rank} computes on {device}: use 'gloo'")
         return config.backend
     import socket
 

@@ -75,6 +75,7 @@ class Request:
 
     def __init__(self, config: ParallelConfig, plan: ModelPlan, model: nn.Module, group: Group) -> None:
         self.config, self.plan, self.model, self.group = config, plan, model, group
+        self.holder = group.first  # whether this rank holds the values of the lazy latent
         self.stats = RequestStats(stages=config.pipefusion)
         self._branches: dict[BranchKey, Branch] = {}
         self._texts: list[Tensor] = []
@@ -85,14 +86,7 @@ class Request:
 
     # -- the lazy latent's Exchange --------------------------------------------------------------
 
-    @property
-    def holder(self) -> bool:
-        """Whether this rank holds the values of the lazy latent."""
-        return self.group.first
-
-    def share(
-        self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
+    def share(self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Gives the first stage's tensor to every rank."""
         return self.group.broadcast(full, 0, shape, dtype)
 

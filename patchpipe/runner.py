@@ -37,9 +37,7 @@ class Runner:
         stage: This rank's part of the model.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage) -> None:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
         self.request: Request | None = None
         self.last = RequestStats()
@@ -53,9 +51,7 @@ class Runner:
     def serving(self) -> Iterator[Request]:
         """The extent of one request; whatever it kept is gone afterwards."""
         if self.request is not None:
-            raise RuntimeError(
-                "this pipeline is already serving a request: wait for it, or load a second pipeline"
-            )
+            raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
         self.request = Request(self.config, self.plan, self.model, self.group)
         self.last = self.request.stats
         sent, waited = self._traffic()
@@ -83,6 +79,7 @@ class Runner:
 
     # -- one call --------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The transformer's ``forward``: same arguments, a lazy result.
 
@@ -96,11 +93,18 @@ class Runner:
             )
         inputs = self.plan.bind(self.model, args, kwargs)
         cut = self.request.cut_for(inputs)
+        self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self._branch_name)
         prediction = self._call(inputs, cut, branch)
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
+
+    def _recut(self, inputs: dict[str, Any], cut: Cut) -> None:
+        """A lazy latent that was reshaped since it was cut is gathered, on every rank alike."""
+        latent = inputs[self.plan.latent]
+        if isinstance(latent, PatchTensor) and (latent.cut_dim, latent.bounds) != (self.plan.grid.dim, cut.bounds):
+            inputs[self.plan.latent] = latent.materialise("a latent of another shape")
 
     def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> PatchTensor:
         assert self.request is not None
@@ -162,10 +166,6 @@ class Runner:
         latent, dim = inputs[self.plan.latent], self.plan.grid.dim
         if not isinstance(latent, PatchTensor):
             return latent if patch.whole else patch_of(latent, dim, *patch.units, patch.index)
-        if latent.cut_dim != dim or latent.bounds != cut.bounds:
-            raise RuntimeError(
-                f"the latent is cut at {latent.bounds} along dim {latent.cut_dim}, the request at {cut.bounds} along dim {dim}"
-            )
         if not patch.whole:
             return latent.patch(patch.index)
         return torch.cat([latent.patch(index) for index in range(len(cut.patches))], dim=dim)

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,9 +85,7 @@ class Stage:
         self._undo: list[Callable[[], None]] = []
         self._forward: Callable[..., Any] = model.forward
         self._width = plan.width(model)
-        self._positions = (
-            PositionTable(model.get_submodule(plan.patch_embed)) if plan.patch_embed and first else None
-        )
+        self._positions = PositionTable(model.get_submodule(plan.patch_embed)) if plan.patch_embed and first else None
 
     def attach(self) -> None:
         """Hooks the stage into the model."""
@@ -233,8 +232,7 @@ class Stage:
                     self._share_between_patches(f"{name}.{projection}")
                 continue
             joint, text_first = kind == "joint", place.listing.text_first
-            undo = attend_through(layer, lambda n=name, j=joint, t=text_first: self._store(n, j, t))
-            self._undo.append(undo)
+            self._undo.append(attend_through(layer, partial(self._store, name, joint, text_first)))
 
     def _store(self, name: str, joint: bool, text_first: bool) -> tuple[LayerStore, Patch] | None:
         assert self.context is not None

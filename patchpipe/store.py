@@ -58,9 +58,7 @@ class LayerStore:
     @property
     def bytes(self) -> int:
         """Memory the store holds."""
-        return sum(
-            kept.numel() * kept.element_size() for kept in (self._key, self._value) if kept is not None
-        )
+        return sum(kept.numel() * kept.element_size() for kept in (self._key, self._value) if kept is not None)
 
     def _allocate(self, rows: Tensor, patch: Patch) -> Tensor:
         batch, heads, _, channels = rows.shape

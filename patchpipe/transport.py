@@ -30,9 +30,7 @@ class Wire:
         explain: Turns a failed wait into the error to raise.
     """
 
-    def __init__(
-        self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain
-    ) -> None:
+    def __init__(self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain) -> None:
         self.group, self.device = group, device
         self.staged = backend == "gloo" and device.type != "cpu"
         self.timeout = timedelta(seconds=timeout)

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import diffusers
 import torch
 import torch.distributed as dist
+import transformers
 
 from patchpipe import ParallelConfig
 from patchpipe.mesh import Group, join
 
 PRELOAD = ["torch", "diffusers", "transformers", "patchpipe.loading", "tests.tiny", "tests.ranks"]
+PR_SET_PDEATHSIG = 1
+
+# Bit-equality is promised at equal thread counts: the test's own process computes as its ranks do.
+torch.set_num_threads(1)
 
 
 @dataclass
@@ -33,8 +43,21 @@ class Place:
         return join(config, rank=self.rank, world_size=self.world_size, store=self.store, device="cpu")
 
 
-def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    target: Callable[..., Any],
+    *args: Any,
+    timeout: float = 240,
+    mortal: Collection[int] = (),
+) -> list[Any]:
     """Calls ``target(place, *args)`` on every rank and returns what each returned.
+
+    Args:
+        world_size: Number of ranks.
+        target: A function of a module, called in each rank's process.
+        args: Its further arguments.
+        timeout: Seconds the whole may take.
+        mortal: Ranks that are meant to die; ``None`` stands for what they would have returned.
 
     Raises:
         AssertionError: A rank raised, died or was late; the text shows every rank's traceback.
@@ -46,21 +69,29 @@ def run_ranks(world_size: int, target: Callable[..., Any], *args: Any, timeout: 
     for rank in range(world_size):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_rank_main, args=(theirs, rank, world_size, server.port, target, args)
+            target=_rank_main, args=(theirs, rank, world_size, server.port, target, args), daemon=True
         )
         process.start()
         theirs.close()
         pipes.append(ours)
         processes.append(process)
     try:
-        return _collect(pipes, time.monotonic() + timeout)
+        return _collect(pipes, time.monotonic() + timeout, mortal)
     finally:
         for process in processes:
             process.kill()
             process.join()
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+def quieten() -> None:
+    """Silences what diffusers and transformers tell about tiny models; errors still show."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _collect(pipes: list[Connection], deadline: float, mortal: Collection[int]) -> list[Any]:
     results: dict[int, tuple[bool, Any]] = {}
     failed_at: float | None = None
     while len(results) < len(pipes):
@@ -73,8 +104,8 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
             rank = pipes.index(pipe)
             try:
                 results[rank] = pipe.recv()
-            except EOFError:
-                results[rank] = (False, "the process died without a word")
+            except (EOFError, ConnectionError):
+                results[rank] = (rank in mortal, None if rank in mortal else "the process died without a word")
             if not results[rank][0]:
                 failed_at = failed_at or time.monotonic()
     if len(results) == len(pipes) and all(fine for fine, _ in results.values()):
@@ -89,9 +120,17 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _rank_main(
     pipe: Connection, rank: int, world_size: int, port: int, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(1)
+    _die_with_parent()
+    warnings.simplefilter("ignore")
+    quieten()
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
         pipe.send((True, target(Place(rank, world_size, store), *args)))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+
+
+def _die_with_parent() -> None:
+    """A killed test leaves no ranks: the fork server goes with its owner, and its children with it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

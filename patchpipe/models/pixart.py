@@ -15,7 +15,7 @@ PIXART = ModelPlan(
     shared_inputs=("encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
     ignored_inputs=("cross_attention_kwargs",),
     embed="pos_embed",
-    head=("proj_out", "scale_shift_table"),
+    head=("proj_out",),
     conditioning=("adaln_single", "caption_projection"),
     patch_embed="pos_embed",
 )

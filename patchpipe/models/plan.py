@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 AttentionKind = Literal["joint", "image", "cross"]
 
@@ -36,7 +36,10 @@ class Rows:
 class Grid(Protocol):
     """Where the image tokens lie in the latent a transformer takes."""
 
-    dim: int
+    @property
+    def dim(self) -> int:
+        """The latent's dim that is cut."""
+        ...
 
     def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
         """Token rows of a latent of ``latent_shape``."""
@@ -185,9 +188,7 @@ class ModelPlan:
         if value is None or value is False:
             return True
         return (
-            name in self.ignored_inputs
-            and isinstance(value, dict)
-            and not any(v is not None for v in value.values())
+            name in self.ignored_inputs and isinstance(value, dict) and not any(v is not None for v in value.values())
         )
 
     def width(self, model: nn.Module) -> int:
@@ -211,10 +212,6 @@ class ModelPlan:
             for listing in self.blocks
             for index, block in enumerate(model.get_submodule(listing.path))
         ]
-
-    def latent_tokens(self, latent: Tensor | torch.Size, rows: Rows) -> int:
-        """Image tokens of the whole latent."""
-        return rows.count * rows.tokens
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,56 @@
+# Everything a newcomer needs: `make demo` paints, `make test` proves. Both set up on first use.
+#
+#   make demo REUSE_TORCH=1    use the torch this Python already has (a CUDA build, say)
+#   make test ARGS="-k law"    pass options to pytest
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+JOBS ?= 2
+
+ifdef REUSE_TORCH
+VENV_OPTIONS := --system-site-packages
+PINS := $(VENV)/constraints-without-torch.txt
+else
+VENV_OPTIONS :=
+PINS := constraints.txt
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check bench clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
+
+setup: $(STAMP) ## make the virtual environment and install what the project needs
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints-without-torch.txt
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup ## paint a sheet of pictures on two processes, beside the same pictures from one
+	$(BIN)/patchpipe generate "red apple, 3d style" "cat face, twemoji style" "rainbow, noto style" \
+		"cherry blossom, flat style" "red heart, flat style" "frog, 3d style" \
+		--pipefusion 2 --patches 4 --seed 0 --compare --sheet --output out/demo.png
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: setup ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## check types
+	$(BIN)/mypy
+
+check: lint types test ## everything CI runs
+
+bench: setup ## measure against one device; writes bench/results
+	$(BIN)/python -m bench.loopback $(ARGS)
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

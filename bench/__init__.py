@@ -1,0 +1,1 @@
+"""Measurements. Timed claims live here and not in the tests."""
