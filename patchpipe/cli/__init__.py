@@ -1,0 +1,12 @@
+"""The command line: ``patchpipe generate``, ``patchpipe info``, ``patchpipe models``."""
+
+from __future__ import annotations
+
+from patchpipe.cli import generate, info, models
+from patchpipe.cli.app import app
+
+__all__ = ["app"]
+
+app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=info.EPILOG)(info.info)
+app.command(epilog=models.EPILOG)(models.models)

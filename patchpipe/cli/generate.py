@@ -1,0 +1,110 @@
+"""``patchpipe generate``: prompts in, pictures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patchpipe.cli import options
+from patchpipe.cli.job import Job, call_arguments, run
+
+EPILOG = """
+[bold]Examples[/]
+
+  A picture of the bundled model, painted by two processes:
+
+  [green]patchpipe generate[/] "red heart, flat style" --pipefusion 2 -o heart.png
+
+  Several prompts on one sheet, next to what one device paints:
+
+  [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --compare -o sheet.png
+
+  A model of your own, four GPUs, bf16:
+
+  [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --pipefusion 4 --dtype bf16 --steps 28 \
+--height 1024 --width 1024
+
+  Any other argument of the pipeline:
+
+  [green]patchpipe generate[/] "an owl" --set max_sequence_length=32 --set output_type=pil
+"""
+Prompts = Annotated[
+    list[str], typer.Argument(help="What to paint; several prompts give several pictures.", metavar="PROMPT…")
+]
+
+
+def generate(
+    prompts: Prompts,
+    out: options.Out = Path("out.png"),
+    sheet: options.Sheet = False,
+    compare: options.Compare = False,
+    rounds: options.Rounds = 1,
+    json_file: options.JsonFile = None,
+    images: options.Images = 1,
+    seed: options.Seed = 0,
+    height: options.Height = None,
+    width: options.Width = None,
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative: options.Negative = None,
+    settings: options.Settings = None,
+    model: options.ModelOption = None,
+    devices: options.Devices = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+    variant: options.Variant = None,
+    pipefusion: options.Pipefusion = 1,
+    patches: options.Patches = None,
+    warmup: options.Warmup = "1",
+    patch_rows: options.PatchRows = None,
+    stage_blocks: options.StageBlocks = None,
+    output_rank: options.OutputRank = 0,
+    text_rank: options.TextRank = None,
+    backend: options.BackendChoice = "auto",
+    timeout: options.Timeout = 300.0,
+    debug: options.Debug = False,
+) -> None:
+    """Paint pictures from prompts on one or several devices."""
+    from patchpipe.demo import MODEL_DIR
+
+    config = options.read_config(
+        pipefusion=pipefusion,
+        patches=patches,
+        warmup=warmup,
+        patch_rows=patch_rows,
+        stage_blocks=stage_blocks,
+        output_rank=output_rank,
+        text_rank=text_rank,
+        backend=backend,
+        timeout=timeout,
+    )
+    source = model or str(MODEL_DIR)
+    arguments = call_arguments(
+        source,
+        height=height,
+        width=width,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        settings=options.read_settings(settings),
+    )
+    job = Job(
+        prompts=tuple(prompts),
+        images=images,
+        seed=seed,
+        arguments=arguments,
+        model=source,
+        config=config,
+        devices=options.read_devices(devices),
+        dtype=dtype,
+        threads=threads,
+        variant=variant,
+        out=out,
+        sheet=sheet,
+        compare=compare,
+        rounds=rounds,
+        report=json_file,
+    )
+    run(job)

@@ -1,0 +1,188 @@
+"""Runs what ``patchpipe generate`` was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchpipe.cli import pictures
+from patchpipe.cli.compare import Comparison, compare
+from patchpipe.cli.pictures import Tile
+from patchpipe.cli.view import View, likeness
+from patchpipe.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from patchpipe.engine import Engine, Result
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything asked for on the command line, checked and read."""
+
+    prompts: tuple[str, ...]
+    images: int
+    seed: int
+    arguments: dict[str, Any]
+    model: str
+    config: ParallelConfig
+    devices: str | list[str] | None
+    dtype: str | None
+    threads: int | None
+    variant: str | None
+    out: Path
+    sheet: bool
+    compare: bool
+    rounds: int
+    report: Path | None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 1 or more")
+
+    def requests(self) -> Iterator[tuple[str, int]]:
+        """Prompt and seed of every picture, in order."""
+        for prompt in self.prompts:
+            for number in range(self.images):
+                yield prompt, self.seed + number
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One picture and how it came about."""
+
+    prompt: str
+    seed: int
+    picture: Image.Image
+    result: Result
+
+
+def call_arguments(
+    model: str,
+    *,
+    height: int | None,
+    width: int | None,
+    steps: int | None,
+    guidance: float | None,
+    negative: str | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """The pipeline's arguments: those the model's ``call.json`` advises, then the options, then ``--set``."""
+    from patchpipe.demo import call_defaults
+
+    advised = call_defaults(model)
+    strength = "true_cfg_scale" if "true_cfg_scale" in advised else "guidance_scale"
+    given = {
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        strength: guidance,
+        "negative_prompt": negative,
+    }
+    return {**advised, **{name: value for name, value in given.items() if value is not None}, **settings}
+
+
+def run(job: Job) -> None:
+    """Paints, writes and tells."""
+    job = _check_targets(job)
+    view = View(quiet_stdout=job.report == Path("-"))
+    with view.warnings(), _start(job, view) as engine:
+        view.header(engine, job.model)
+        if job.compare:
+            with _start_plain(job, engine, view) as plain:
+                comparison = compare(engine, plain, list(job.requests()), job.arguments, job.rounds, view)
+            files = [_write_comparison(job, comparison)]
+            view.comparison(comparison)
+            requests = comparison.as_list()
+        else:
+            painted = [_paint(engine, view, job, prompt, seed) for prompt, seed in job.requests()]
+            files = _write(job, painted)
+            requests = [_describe(one) for one in painted]
+        view.written(files)
+        _report(job, engine, files, requests)
+
+
+def _check_targets(job: Job) -> Job:
+    job = dataclasses.replace(job, out=pictures.check_target(job.out))
+    if job.report is not None and job.report != Path("-"):
+        pictures.check_writable(job.report)
+    return job
+
+
+def _start(job: Job, view: View) -> Engine:
+    from patchpipe.engine import Engine
+
+    count = job.config.world_size
+    with view.waiting(f"starting {count} worker{'s' if count > 1 else ''}"):
+        return Engine(job.model, job.config, job.devices, job.dtype, job.variant, job.threads)
+
+
+def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
+    from patchpipe.engine import Engine
+
+    with view.waiting("starting plain diffusers on one device"):
+        return Engine(job.model, None, engine.devices[0], job.dtype, job.variant, engine.threads)
+
+
+def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int) -> Painted:
+    with view.painting(prompt) as on_progress:
+        result = engine.generate(prompt=prompt, seed=seed, on_progress=on_progress, **job.arguments)
+    picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
+    view.painted(prompt, seed, result)
+    return Painted(prompt, seed, picture, result)
+
+
+def _write(job: Job, painted: list[Painted]) -> list[Path]:
+    if job.sheet:
+        tiles = [Tile([one.picture], [""], one.prompt) for one in painted]
+        pictures.write_picture(pictures.sheet(tiles), job.out)
+        return [job.out]
+    files = pictures.numbered(job.out, len(painted))
+    for file, one in zip(files, painted, strict=True):
+        pictures.write_picture(one.picture, file)
+    return files
+
+
+def _write_comparison(job: Job, comparison: Comparison) -> Path:
+    many = f"{comparison.devices} device{'s' if comparison.devices > 1 else ''}"
+    labels = ("1 device", many if comparison.devices > 1 else "patchpipe")
+    tiles = [Tile([pair.one, pair.many], labels, f"{pair.prompt} ({likeness(pair.psnr)})") for pair in comparison.pairs]
+    pictures.write_picture(pictures.sheet(tiles), job.out)
+    return job.out
+
+
+def _describe(painted: Painted) -> dict[str, Any]:
+    result = painted.result
+    return {
+        "prompt": painted.prompt,
+        "seed": painted.seed,
+        "seconds": result.seconds,
+        "stats": dict(result.stats),
+    }
+
+
+def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str, Any]]) -> None:
+    if job.report is None:
+        return
+    report = {
+        "model": job.model,
+        "config": job.config.as_dict(),
+        "arguments": job.arguments,
+        "ranks": [dataclasses.asdict(rank) for rank in engine.ranks],
+        "start_seconds": engine.start_seconds,
+        "files": [str(file) for file in files],
+        "requests": requests,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    text = json.dumps(report, indent=2, default=str) + "\n"
+    if job.report == Path("-"):
+        print(text, end="")
+    else:
+        pictures.write_text(text, job.report)

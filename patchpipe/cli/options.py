@@ -1,0 +1,157 @@
+"""The options that commands share, and how their text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from patchpipe.config import ALL_STEPS, ParallelConfig
+
+_LAYOUT = "Layout"
+_MODEL = "Model and devices"
+_PICTURE = "Picture"
+_OUTPUT = "Output"
+
+_OWN_OPTIONS = {
+    "prompt": "the prompt is the command's argument",
+    "generator": "use --seed",
+    "seed": "use --seed",
+    "num_images_per_prompt": "use --images",
+}
+
+Backend = Literal["auto", "nccl", "gloo"]
+
+
+def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=kwargs.pop("default", False), **kwargs)
+
+
+Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
+Patches = Annotated[
+    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: twice the stages.[/]")
+]
+Warmup = Annotated[
+    str,
+    _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),
+]
+PatchRows = Annotated[str | None, _option(_LAYOUT, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
+StageBlocks = Annotated[
+    str | None,
+    _option(_LAYOUT, "Blocks of each stage. [dim]Default: balanced by cost.[/]", metavar="1,2,…"),
+]
+OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
+TextRank = Annotated[int | None, _option(_LAYOUT, "Rank with the text encoders. [dim]Default: the last.[/]")]
+BackendChoice = Annotated[Backend, _option(_LAYOUT, "How ranks talk; with gloo they can share a GPU.", default=True)]
+Timeout = Annotated[float, _option(_LAYOUT, "Seconds any wait for a rank may last.", default=True)]
+
+ModelOption = Annotated[
+    str | None,
+    _option(_MODEL, "Folder or hub id. [dim]Default: the bundled model.[/]", "--model", metavar="DIR|ID"),
+]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(help="Folder or hub id. [dim]Default: the bundled model.[/]", show_default=False),
+]
+Devices = Annotated[
+    str | None,
+    _option(_MODEL, "One for all ranks or one each: cpu, cuda:0,cuda:1. [dim]Default: GPUs if any.[/]"),
+]
+Dtype = Annotated[str | None, _option(_MODEL, "bf16, fp16 or fp32.")]
+Threads = Annotated[
+    int | None, _option(_MODEL, "CPU threads of each rank. [dim]Default: an even share of the cores.[/]")
+]
+Variant = Annotated[str | None, _option(_MODEL, "The checkpoint's variant, such as fp16.")]
+
+Height = Annotated[int | None, _option(_PICTURE, "Height in pixels.")]
+Width = Annotated[int | None, _option(_PICTURE, "Width in pixels.")]
+Steps = Annotated[int | None, _option(_PICTURE, "Denoising steps.")]
+Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; further ones count up.", default=True)]
+Guidance = Annotated[
+    float | None,
+    _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
+]
+Negative = Annotated[str | None, _option(_PICTURE, "What the picture should not show.")]
+Settings = Annotated[
+    list[str] | None,
+    _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
+]
+Images = Annotated[int, _option(_PICTURE, "Pictures for each prompt.", "-n", "--images", default=True)]
+
+Out = Annotated[Path, _option(_OUTPUT, "Picture to write; several are numbered.", "-o", "--out", default=True)]
+Sheet = Annotated[bool, _option(_OUTPUT, "Write several pictures as one sheet.", "--sheet")]
+Compare = Annotated[bool, _option(_OUTPUT, "Also paint on one device with plain diffusers, side by side.", "--compare")]
+Rounds = Annotated[int, _option(_OUTPUT, "Timed runs of each side under --compare.", default=True)]
+JsonFile = Annotated[Path | None, _option(_OUTPUT, "Write a report of the run.", "--json", metavar="FILE")]
+Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
+
+
+def read_warmup(text: str) -> int | Literal["all"]:
+    """Reads a number of steps or ``all``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text.strip().lower() == ALL_STEPS:
+        return ALL_STEPS
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, or "all"') from None
+
+
+def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Reads ``1,2,3``.
+
+    Raises:
+        ValueError: A part of it is not a whole number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{name} {text} must be whole numbers with commas between them: 1,2,2") from None
+
+
+def read_devices(text: str | None) -> str | list[str] | None:
+    """Reads one device name or several with commas between them."""
+    if text is None or "," not in text:
+        return text
+    return [part.strip() for part in text.split(",")]
+
+
+def read_settings(texts: list[str] | None) -> dict[str, Any]:
+    """Reads ``key=value`` pairs; a value that is not JSON is text.
+
+    Raises:
+        ValueError: A pair has no ``=``.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts or ():
+        key, sign, value = text.partition("=")
+        if not sign or not key.isidentifier():
+            raise ValueError(f"--set {text} must look like key=value")
+        if key in _OWN_OPTIONS:
+            raise ValueError(f"--set {text}: {_OWN_OPTIONS[key]}")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def read_config(*, warmup: str, patch_rows: str | None, stage_blocks: str | None, **fields: Any) -> ParallelConfig:
+    """The layout that the options describe.
+
+    Raises:
+        ValueError: They do not describe one.
+    """
+    return ParallelConfig(
+        warmup=read_warmup(warmup),
+        patch_rows=read_numbers("--patch-rows", patch_rows),
+        stage_blocks=read_numbers("--stage-blocks", stage_blocks),
+        **fields,
+    )

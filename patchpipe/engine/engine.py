@@ -1,0 +1,330 @@
+"""The parent's side: owns the workers, sends requests, hands back pictures."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from patchpipe.config import ParallelConfig
+from patchpipe.engine import requests
+from patchpipe.engine.devices import choose_devices, dtype_name, threads_per_rank
+from patchpipe.engine.failures import from_death
+from patchpipe.engine.messages import Call, Done, RankInfo, Ready, Start, Step
+from patchpipe.engine.processes import Worker, Workers
+from patchpipe.engine.requests import Seed
+from patchpipe.engine.source import resolve_source
+from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
+from patchpipe.errors import PatchpipeError, RankLost
+
+if TYPE_CHECKING:
+    import torch
+
+_START = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is.
+
+    Attributes:
+        step: Turns of the pipeline's loop that are over.
+        total: How many there will be, where the pipeline tells.
+        seconds: Since the request began.
+    """
+
+    step: int
+    total: int | None
+    seconds: float
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request came to.
+
+    Attributes:
+        images: The pictures (or frames) of the pipeline's output.
+        seconds: How long the request took, as the caller saw it.
+        stats: What the run was like: materialisations, patches, synchronous and patched steps.
+        output: The pipeline's whole output.
+        seed: The seed used, also where none was given; ``None`` where a generator was.
+    """
+
+    images: Any
+    seconds: float
+    stats: Mapping[str, Any]
+    output: Any
+    seed: int | list[int] | None
+
+
+class Engine:
+    """A diffusers pipeline spread over worker processes of this machine.
+
+    The workers start at once and live until ``close``, the end of the ``with`` block, or the end of this
+    process, however it ends.
+
+    Example::
+
+        with patchpipe.Engine(path, patchpipe.ParallelConfig(pipefusion=2)) as engine:
+            images = engine(prompt="a red heart, flat style", seed=0)
+
+    Args:
+        path: A local folder in diffusers' format, or a hub id.
+        config: The layout; ``None`` runs plain diffusers in one worker.
+        devices: One device name for all ranks or one for each. ``None`` prefers CUDA devices.
+        dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or a ``torch.dtype``; ``None`` takes the pipeline's default.
+        variant: The checkpoint's variant, such as ``"fp16"``.
+        threads: CPU threads of each rank; ``None`` shares the cores evenly.
+        start_timeout: Seconds the workers may take to load the model.
+        port: The local port the ranks meet at; ``None`` takes a free one.
+        **load_options: Further arguments of ``from_pretrained``, such as ``revision``.
+
+    Raises:
+        ValueError: An argument is wrong, or the model does not fit the layout.
+        FileNotFoundError: There is no such model.
+        PatchpipeError: A worker could not start.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: ParallelConfig | None = None,
+        devices: str | Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        variant: str | None = None,
+        threads: int | None = None,
+        start_timeout: float = 600.0,
+        port: int | None = None,
+        **load_options: Any,
+    ) -> None:
+        if sys.platform == "win32":
+            raise PatchpipeError("the engine needs Linux or macOS; on Windows use torchrun")
+        began = time.monotonic()
+        self.config = config
+        layout = config or ParallelConfig()
+        self._silence = layout.timeout + SILENCE_GRACE
+        self._output_rank = layout.output_rank
+        source = resolve_source(path, **load_options)
+        self.path = source.path
+        self.devices = tuple(choose_devices(devices, layout.world_size, layout.backend if config else "auto"))
+        self.threads = threads_per_rank(threads, layout.world_size)
+        self._lock = threading.Lock()
+        self._request = _START
+        listener = None if config is None else _listen(port)
+        self._workers = Workers(layout.world_size, self.threads, offline=source.offline)
+        self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
+        try:
+            self._store = None if listener is None else _serve_store(listener)
+            ready = self._start(dtype_name(dtype), variant, load_options, start_timeout)
+        except BaseException:
+            self._abandon()
+            raise
+        self.ranks: tuple[RankInfo, ...] = tuple(message.info for message in ready)
+        self._arguments = ready[self._output_rank].arguments
+        self._any_argument = ready[self._output_rank].any_argument
+        self.start_seconds = time.monotonic() - began
+
+    def __call__(
+        self,
+        *args: Any,
+        seed: Seed = None,
+        on_progress: OnProgress | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the pipeline and returns its pictures; see ``generate``."""
+        return self.generate(*args, seed=seed, on_progress=on_progress, **kwargs).images
+
+    def generate(
+        self,
+        *args: Any,
+        seed: Seed = None,
+        on_progress: OnProgress | None = None,
+        **kwargs: Any,
+    ) -> Result:
+        """Runs the pipeline once.
+
+        Args:
+            *args: The pipeline's first arguments by position, usually the prompt.
+            seed: Seed of the noise, one for all pictures or one for each. ``None`` takes a fresh one.
+            on_progress: Called after each step. If it raises, the request is given up and the engine closed.
+            **kwargs: The pipeline's arguments by name.
+
+        Raises:
+            ValueError: The request is wrong; the engine stays usable.
+            TypeError: The pipeline takes no such argument; the engine stays usable.
+            RankFailed: A worker failed; the engine is closed.
+            RankLost: A worker died or fell silent; the engine is closed.
+        """
+        with self._lock:
+            arguments = self._named(args, kwargs)
+            if self.closed:
+                raise PatchpipeError("the engine is closed: make a new one")
+            requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
+            if seed is None and arguments.get("generator") is None:
+                seed = requests.fresh_seed()
+            encoded, global_seed = requests.encode(arguments, seed, self._arguments)
+            began = time.monotonic()
+            done = self._run(encoded, global_seed, on_progress)
+            seconds = time.monotonic() - began
+        output = done.output
+        used = seed if seed is None or isinstance(seed, int) else list(seed)
+        return Result(requests.pictures(output), seconds, dict(done.stats), output, used)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the workers are gone."""
+        return not self._finalizer.alive
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the arguments the pipeline's call takes."""
+        return self._arguments
+
+    def describe(self) -> str:
+        """A few lines for people: the model, the layout, and what each rank holds."""
+        first = self.ranks[0]
+        layout = "plain diffusers, one device" if self.config is None else self.config.describe()
+        model = f"{first.pipeline_class} ({first.transformer_class}, {first.dtype}) from {self.path}"
+        return "\n".join([model, layout, *map(_describe_rank, self.ranks)])
+
+    def close(self) -> None:
+        """Ends the workers; safe to call again."""
+        if self._finalizer.detach() is not None:
+            self._workers.shutdown()
+            self._store = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._abandon()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self.devices)} workers on {', '.join(self.devices)}"
+        return f"Engine({self.path!r}, {state})"
+
+    def _start(
+        self,
+        dtype: str | None,
+        variant: str | None,
+        load_options: Mapping[str, Any],
+        timeout: float,
+    ) -> list[Ready]:
+        for worker in self._workers.members:
+            start = Start(
+                rank=worker.rank,
+                world_size=len(self.devices),
+                path=self.path,
+                config=None if self.config is None else self.config.as_dict(),
+                device=self.devices[worker.rank],
+                dtype=dtype,
+                variant=variant,
+                threads=self.threads,
+                store_port=None if self._store is None else self._store.port,
+                directory=str(self._workers.directory),
+                load_options=load_options,
+            )
+            _send(worker, start)
+        return self._settle(self._watch(Ready, "starting", timeout).run())
+
+    def _run(self, arguments: dict[str, Any], seed: int, on_progress: Callable[[Progress], None] | None) -> Done:
+        def on_step(rank: int, step: Step) -> None:
+            if on_progress is not None and rank == self._output_rank:
+                on_progress(Progress(step.step, step.total, step.seconds))
+
+        try:
+            self._check_alive()
+            self._request += 1
+            for worker in self._workers.members:
+                _send(worker, Call(self._request, seed, arguments))
+            outcome = self._watch(Done, "painting", self._silence, on_step).run()
+        except BaseException:
+            self._abandon()
+            raise
+        return self._settle(outcome)[self._output_rank]
+
+    def _check_alive(self) -> None:
+        for worker in self._workers.members:
+            if not worker.alive:
+                raise from_death(worker, "waiting for a request").error
+
+    def _watch(
+        self,
+        expected: type,
+        activity: str,
+        silence: float,
+        on_step: Callable[[int, Step], None] | None = None,
+    ) -> Watch:
+        members = self._workers.members
+        return Watch(members, self.devices, expected, self._request, activity, silence, on_step)
+
+    def _settle(self, outcome: Outcome) -> list[Any]:
+        if outcome.failure is None:
+            return outcome.answers
+        if not outcome.usable:
+            self._abandon()
+        raise outcome.failure.error
+
+    def _abandon(self) -> None:
+        """Ends the workers at once, without waiting for the request they are in."""
+        self._finalizer()
+        self._store = None
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named = dict(zip(self._arguments, args, strict=False))
+        if len(args) > len(named):
+            raise TypeError(f"{len(args)} arguments were given, but the pipeline takes {len(named)}")
+        for name in named:
+            if name in kwargs:
+                raise TypeError(f"{name} was given twice: by position and by name")
+        return {**named, **kwargs}
+
+
+def _send(worker: Worker, message: Any) -> None:
+    try:
+        worker.channel.send(message)
+    except BlockingIOError as error:
+        raise RankLost(f"rank {worker.rank} (pid {worker.pid}) takes no messages: it seems to be stopped") from error
+    except ConnectionError:
+        return  # it is dead: the wait that follows finds out how it died
+
+
+def _describe_rank(rank: RankInfo) -> str:
+    return (
+        f"rank {rank.rank}: {rank.device}, {rank.threads} threads, {rank.parameters / 1e6:.1f} M parameters "
+        f"of the transformer, {rank.bytes / 2**20:.0f} MiB of weights, pid {rank.pid}"
+    )
+
+
+def _listen(port: int | None) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port or 0))
+    except OSError as error:
+        reason = f"port {port} cannot be used ({error.strerror})"
+        raise PatchpipeError(f"{reason}: name another one, or none to let the system choose") from error
+
+
+def _serve_store(listener: socket.socket) -> Any:
+    """Hosts the place where the ranks meet on a socket that only this machine can reach."""
+    from torch.distributed import TCPStore
+
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())

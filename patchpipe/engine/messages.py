@@ -1,0 +1,174 @@
+"""What the parent and its workers say to each other, and the channel they say it on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Start:
+    """Parent to worker, once: everything a worker needs to build its part of the pipeline.
+
+    ``config`` of ``None`` asks for plain diffusers on one device; ``store_port`` is ``None`` then.
+    """
+
+    rank: int
+    world_size: int
+    path: str
+    config: Mapping[str, Any] | None
+    device: str
+    dtype: str | None
+    variant: str | None
+    threads: int
+    store_port: int | None
+    directory: str
+    load_options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What one worker holds.
+
+    Attributes:
+        rank: Its rank.
+        pid: Its process.
+        device: Where its part of the transformer lives.
+        dtype: The transformer's dtype, such as ``"bfloat16"``.
+        threads: CPU threads it computes with.
+        pipeline_class: The diffusers pipeline it runs.
+        transformer_class: The model spread over the ranks.
+        parameters: Parameters of the transformer held by this rank.
+        bytes: Bytes of all weights held by this rank, encoders and VAE included.
+    """
+
+    rank: int
+    pid: int
+    device: str
+    dtype: str
+    threads: int
+    pipeline_class: str
+    transformer_class: str
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Worker to parent: the pipeline is loaded; ``arguments`` are the names its call takes."""
+
+    request: int
+    info: RankInfo
+    arguments: tuple[str, ...]
+    any_argument: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """Parent to worker: run the pipeline once with these (encoded) arguments."""
+
+    request: int
+    seed: int
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Worker to parent: one turn of the pipeline's loop is over."""
+
+    request: int
+    step: int
+    total: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Worker to parent: a library or patchpipe itself warns about the request, such as of a cut prompt."""
+
+    request: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """Worker to parent: the request is over; only the output rank sends an output."""
+
+    request: int
+    output: Any
+    stats: Mapping[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Worker to parent: an exception ended the request, or the start.
+
+    ``clean`` tells that it was raised before any call of the transformer, so that the worker can go on.
+    ``secondary`` tells that it follows from another rank's failure.
+    """
+
+    request: int
+    class_name: str
+    message: str
+    traceback: str
+    clean: bool
+    secondary: bool
+
+
+@dataclass(frozen=True)
+class Close:
+    """Parent to worker: leave the group and exit."""
+
+
+@dataclass(frozen=True)
+class GeneratorState:
+    """A ``torch.Generator`` on its way to another process."""
+
+    device: str
+    state: Any
+
+
+class Channel:
+    """One end of a two-way channel of pickled messages over a socket.
+
+    The plain pickler is used on purpose: ``Connection.send`` would hand tensors over as shared memory files
+    as soon as ``torch.multiprocessing`` is imported, and such files outlive a killed process.
+    """
+
+    def __init__(self, fd: int, send_timeout: float | None = None) -> None:
+        if send_timeout is not None:
+            _limit_sends(fd, send_timeout)
+        self.connection = Connection(fd)
+
+    def send(self, message: Any) -> None:
+        """Sends one message."""
+        self.connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+
+    def receive(self) -> Any:
+        """Waits for one message.
+
+        Raises:
+            EOFError: The other process is gone.
+        """
+        try:
+            data = self.connection.recv_bytes()
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+        return pickle.loads(data)
+
+    def close(self) -> None:
+        """Closes this end."""
+        self.connection.close()
+
+
+def _limit_sends(fd: int, seconds: float) -> None:
+    with socket.socket(fileno=os.dup(fd)) as view:
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        view.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

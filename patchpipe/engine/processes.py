@@ -1,0 +1,179 @@
+"""Starts worker processes, tells how they died, and ends them.
+
+A worker is a fresh interpreter (``python -m patchpipe.engine.worker``), so the caller's script is never
+imported again and needs no ``__main__`` guard. Its standard input is a lifeline: it never carries data, and
+its end means that the parent is gone. (``PR_SET_PDEATHSIG`` would not do: it fires when the *thread* that
+started the worker ends, which in a web server or a notebook is not the end of the parent.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from patchpipe.engine.devices import loopback_interface
+from patchpipe.engine.messages import Channel, Close
+
+LOG_TAIL_LINES = 25
+
+
+class Worker:
+    """One worker process as its parent sees it."""
+
+    def __init__(self, rank: int, process: subprocess.Popen[bytes], channel: Channel, log: Path) -> None:
+        self.rank = rank
+        self.process = process
+        self.channel = channel
+        self.log = log
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self.process.poll() is None
+
+    def exit_code(self, wait: float = 2.0) -> int | None:
+        """The exit status (negative: a signal), waiting a little for it."""
+        try:
+            return self.process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def log_tail(self) -> str:
+        """The last lines the worker printed."""
+        try:
+            text = self.log.read_text(errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.rstrip().splitlines()[-LOG_TAIL_LINES:])
+
+
+class Workers:
+    """All worker processes of one engine, their private folder and their end.
+
+    Args:
+        count: Number of ranks.
+        threads: CPU threads of each.
+        offline: Keep the workers from asking the hub, which cannot be reached.
+    """
+
+    def __init__(self, count: int, threads: int, offline: bool = False) -> None:
+        self._owner = os.getpid()
+        self.directory = Path(tempfile.mkdtemp(prefix="patchpipe-"))
+        self.members: list[Worker] = []
+        try:
+            env = _environment(threads, offline)
+            for rank in range(count):
+                self.members.append(_start(rank, self.directory, env))
+        except BaseException:
+            self.shutdown(grace=0)
+            raise
+
+    def shutdown(self, grace: float = 5.0) -> None:
+        """Ends every worker and removes the private folder; safe to call again.
+
+        Args:
+            grace: Seconds the workers get to leave by themselves; 0 ends them at once.
+        """
+        if os.getpid() != self._owner:
+            return  # a fork of the parent: the workers are not its own
+        members, self.members = self.members, []
+        if grace > 0:
+            _ask_to_leave(members)
+            _wait_all(members, grace)
+        for worker in members:
+            _signal(worker, signal.SIGTERM)
+        _wait_all(members, 1.0)
+        for worker in members:
+            _signal(worker, signal.SIGKILL)
+        for worker in members:
+            _reap(worker)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code is None:
+        return "closed its connection"
+    if code >= 0:
+        return f"exited with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}"
+
+
+def _start(rank: int, directory: Path, env: dict[str, str]) -> Worker:
+    ours, theirs = socket.socketpair()
+    log = directory / f"rank-{rank}.log"
+    with theirs, ours, log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "patchpipe.engine.worker", str(theirs.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(theirs.fileno(),),
+            env=env,
+            start_new_session=True,  # a Ctrl-C in the terminal is the parent's to handle
+        )
+        return Worker(rank, process, Channel(ours.detach(), send_timeout=60.0), log)
+
+
+def _environment(threads: int, offline: bool) -> dict[str, str]:
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    env = dict(os.environ)
+    env.update(
+        PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)),
+        PYTHONUNBUFFERED="1",
+        PYTHONFAULTHANDLER="1",
+        OMP_NUM_THREADS=str(threads),
+        MKL_NUM_THREADS=str(threads),
+        TOKENIZERS_PARALLELISM="false",
+    )
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        env.pop(name, None)
+    if offline:
+        env["HF_HUB_OFFLINE"] = "1"
+    interface = loopback_interface()
+    if interface is not None:
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return env
+
+
+def _ask_to_leave(members: list[Worker]) -> None:
+    for worker in members:
+        try:
+            worker.channel.send(Close())
+        except OSError:
+            continue  # it is gone already, which is what was wanted
+
+
+def _wait_all(members: list[Worker], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    for worker in members:
+        worker.exit_code(max(0.0, deadline - time.monotonic()))
+
+
+def _signal(worker: Worker, number: signal.Signals) -> None:
+    if worker.alive:
+        worker.process.send_signal(number)
+
+
+def _reap(worker: Worker) -> None:
+    worker.process.wait()
+    worker.channel.close()
+    if worker.process.stdin is not None:
+        worker.process.stdin.close()

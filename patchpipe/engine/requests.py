@@ -1,0 +1,143 @@
+"""Checks a request before any work and makes it fit to travel to another process and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from patchpipe.engine.messages import GeneratorState
+
+Seed = int | Sequence[int] | None
+
+
+def check_names(names: Iterable[str], known: Sequence[str], any_argument: bool, pipeline: str) -> None:
+    """Refuses an argument that the pipeline does not take.
+
+    Raises:
+        TypeError: Its name, with the nearest one that exists.
+    """
+    if any_argument:
+        return
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            raise TypeError(f"{pipeline} takes no argument {name!r}: {hint}")
+
+
+def encode(arguments: Mapping[str, Any], seed: Seed, known: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """Makes arguments fit to travel.
+
+    Args:
+        arguments: The pipeline's arguments.
+        seed: A seed for all pictures, one for each, or ``None`` for a fresh one.
+        known: Names the pipeline takes.
+
+    Returns:
+        The encoded arguments and the number to seed every rank's global generator with, so that all ranks
+        draw the same numbers.
+
+    Raises:
+        ValueError: A value cannot travel, or both a seed and a generator are given.
+        TypeError: The seed is not a whole number.
+    """
+    encoded = {name: _encode_value(name, value) for name, value in arguments.items()}
+    if encoded.get("generator") is not None:
+        if seed is not None:
+            raise ValueError("seed and generator were both given: leave one of them out")
+        return encoded, fresh_seed()
+    seeds = _check_seed(fresh_seed() if seed is None else seed)
+    first = seeds if isinstance(seeds, int) else seeds[0]
+    if "generator" in known:
+        encoded["generator"] = _seeded(seeds)
+    return encoded, first
+
+
+def fresh_seed() -> int:
+    """A seed that nobody has chosen."""
+    return secrets.randbits(32)
+
+
+def decode(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes ``encode`` on the other side."""
+    return {name: _map(value, _decode_leaf) for name, value in arguments.items()}
+
+
+def portable(output: Any) -> Any:
+    """A pipeline's output with its tensors on the CPU, ready to travel."""
+    return _map(output, _to_host)
+
+
+def pictures(output: Any) -> Any:
+    """The part of a pipeline's output that people want: its images, frames, or first field."""
+    for name in ("images", "frames"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _check_seed(seed: int | Sequence[int]) -> int | list[int]:
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return seed
+    if isinstance(seed, (list, tuple)) and seed and all(type(one) is int for one in seed):
+        return list(seed)
+    raise TypeError(f"seed={seed!r} must be a whole number or a list of them")
+
+
+def _seeded(seeds: int | list[int]) -> Any:
+    import torch
+
+    def one(seed: int) -> GeneratorState:
+        return GeneratorState("cpu", torch.Generator("cpu").manual_seed(seed).get_state())
+
+    return one(seeds) if isinstance(seeds, int) else [one(seed) for seed in seeds]
+
+
+def _encode_value(name: str, value: Any) -> Any:
+    import torch
+
+    def leaf(item: Any) -> Any:
+        if isinstance(item, torch.Generator):
+            return GeneratorState(str(item.device), item.get_state())
+        if callable(item):
+            raise ValueError(
+                f"{name} holds a callable, which cannot travel to the worker processes: follow a request "
+                "with on_progress, or call the pipeline itself under torchrun"
+            )
+        return _to_host(item)
+
+    return _map(value, leaf)
+
+
+def _decode_leaf(item: Any) -> Any:
+    if not isinstance(item, GeneratorState):
+        return item
+    import torch
+
+    generator = torch.Generator(item.device.split(":")[0])
+    generator.set_state(item.state)
+    return generator
+
+
+def _to_host(item: Any) -> Any:
+    import torch
+
+    return item.detach().cpu() if isinstance(item, torch.Tensor) else item
+
+
+def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, list):
+        return [_map(item, leaf) for item in value]
+    if isinstance(value, tuple):
+        items = [_map(item, leaf) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if dataclasses.is_dataclass(value) and isinstance(value, Mapping):  # diffusers' BaseOutput
+        return type(value)(**{name: _map(item, leaf) for name, item in value.items()})
+    if isinstance(value, dict):
+        return {name: _map(item, leaf) for name, item in value.items()}
+    return leaf(value)

@@ -1,0 +1,105 @@
+"""PipeFusion told naively, to compare patchpipe with; it shares no code with it.
+
+For every patch the *whole* transformer runs on the *whole* latent, and of its output only the rows of that patch
+are kept. What makes it PipeFusion is what attention sees: keys and values come from a table with one row per token,
+in which this pass refreshes the rows of its own patch (and, for the first patch, those of the text), while all other
+rows stay as an earlier pass left them. A transformer mixes rows in attention alone, so the rest of the pass is waste,
+but harmless. Nothing is cut, so there are no positions, hooks or stages to get wrong. Rows nobody has computed yet
+are NaN: to read one would show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
+
+
+class _Pass(TorchFunctionMode):
+    """The self-attention of one pass over one patch."""
+
+    def __init__(
+        self, table: Table, tokens: int, fresh: range, exist: int, with_text: bool, text_first: bool
+    ) -> None:
+        super().__init__()
+        self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
+        self.with_text, self.text_first = with_text, text_first
+        self.layer = -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **(kwargs or {})}
+        query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
+        if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
+            return func(*args, **(kwargs or {}))
+        self.layer += 1
+        return func(query, *self._rows(key, value), **named)
+
+    def _rows(self, *computed: Tensor) -> list[Tensor]:
+        table = self.table.setdefault(self.layer, [torch.full_like(rows, torch.nan) for rows in computed])
+        text_count = computed[0].shape[2] - self.tokens
+        image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
+        text = [text_at + row for row in range(text_count)]
+        refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
+        seen = sorted([image_at + row for row in range(self.exist)] + text)
+        for kept, rows in zip(table, computed, strict=True):
+            kept[:, :, refreshed] = rows[:, :, refreshed]
+        return [kept[:, :, seen] for kept in table]
+
+
+@contextmanager
+def naive_pipefusion(
+    pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1
+) -> Iterator[None]:
+    """While it lasts, a request of the pipeline runs as PipeFusion would.
+
+    Args:
+        pipe: A plain diffusers pipeline.
+        patch_rows: Token rows of each patch.
+        warmup: Calls per guidance branch that run the latent whole.
+        branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
+    """
+    model = pipe.transformer
+    packed = type(model).__name__ == "FluxTransformer2DModel"
+    text_first = packed
+    whole_forward = model.forward
+    tables: list[Table] = [{} for _ in range(branches)]
+    calls = 0
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        nonlocal calls
+        dim = 1 if packed else 2
+        rows = sum(patch_rows)
+        units = hidden_states.shape[dim] // rows  # of the latent, per row of tokens
+        assert units * rows == hidden_states.shape[dim]
+        tokens_per_row = units if packed else hidden_states.shape[3] // 2
+        step, branch = divmod(calls, branches)
+        calls += 1
+        patches = [rows] if step < warmup else list(patch_rows)
+        results, start = [], 0
+        for index, count in enumerate(patches):
+            stop = start + count
+            fresh = range(start * tokens_per_row, stop * tokens_per_row)
+            exist = rows if step > 0 else stop  # no earlier step has computed the rest
+            attention = _Pass(
+                tables[branch], rows * tokens_per_row, fresh, exist * tokens_per_row, index == 0, text_first
+            )
+            with attention:
+                result = whole_forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
+            results.append(result.narrow(dim, start * units, count * units))
+            start = stop
+        return (torch.cat(results, dim=dim),)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward

@@ -1,0 +1,220 @@
+"""The command line as its users meet it: pictures, tables, and one line for every error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from patchpipe.cli import app, options, pictures
+from patchpipe.cli.job import call_arguments
+from patchpipe.config import ParallelConfig
+from patchpipe.engine.devices import dtype_name
+from tests import tiny
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_CALL = {"height": 64, "width": 48, "num_inference_steps": 4, "max_sequence_length": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tiny.save("flux", tmp_path_factory.mktemp("flux"))
+    (folder / "call.json").write_text(json.dumps({**TINY_CALL, "true_cfg_scale": 3.0, "negative_prompt": ""}))
+    return str(folder)
+
+
+def start(*args: str, **kwargs: object) -> subprocess.Popen[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "patchpipe", *args]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)  # type: ignore[call-overload]
+
+
+# -- pictures ------------------------------------------------------------------------------------
+
+
+def test_generate_writes_numbered_pictures_and_a_report(model: str, tmp_path: Path) -> None:
+    out, report = tmp_path / "new" / "out.png", tmp_path / "report.json"
+    layout = ["--pipefusion", "2", "--patches", "2", "--devices", "cpu", "--threads", "1"]
+    with start("generate", "red apple", "owl", "--model", model, *layout, "-o", str(out), "--json", str(report)) as run:
+        text, errors = run.communicate(timeout=100)
+    assert (run.returncode, errors) == (0, "")
+    assert sorted(file.name for file in out.parent.iterdir()) == ["out-1.png", "out-2.png"]
+    assert Image.open(out.with_name("out-1.png")).size == (48, 64)
+    assert "pipefusion 2 · patches 2 · warm-up 1" in text
+    assert "materialised once" in text
+    told = json.loads(report.read_text())
+    assert ParallelConfig(**told["config"]) == ParallelConfig(pipefusion=2, patches=2)
+    assert [one["prompt"] for one in told["requests"]] == ["red apple", "owl"]
+    assert len(told["ranks"]) == 2
+
+
+def test_compare_of_a_synchronous_run_is_identical(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sheet.png"
+    args = ["generate", "red apple", "--model", model, "--devices", "cpu", "--threads", "1", "-o", str(out)]
+    assert app(args=[*args, "--pipefusion", "2", "--warmup", "all", "--compare"]) == 0
+    text = capsys.readouterr().out
+    assert "identical" in text
+    assert "speed-up" in text
+    assert Image.open(out).width > 2 * 96
+
+
+def test_killed_worker_ends_the_command_with_one_line(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "never.png"
+    args = ["generate", "owl", "--model", model, "--pipefusion", "2", "--steps", "900", "--devices", "cpu"]
+    with start(*args, "-o", str(out)) as run:
+        workers = _wait_for_loop(run)
+        began = time.monotonic()
+        workers[1].send_signal(signal.SIGKILL)
+        _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - began < 15
+    assert run.returncode == 1
+    assert errors.startswith("error: rank 1 (pid ")
+    assert "was killed by SIGKILL while painting" in errors
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
+
+
+def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The workers, by rank, once the header tells that the model is loaded."""
+    assert run.stdout is not None
+    while "start-up" not in run.stdout.readline():
+        assert run.poll() is None
+    time.sleep(0.5)
+    return sorted(psutil.Process(run.pid).children(), key=lambda process: process.pid)
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generate"], "Missing argument"),
+        (["genarate", "x"], "No such command 'genarate'"),
+        (["generate", "x", "--pipefusion", "two"], "--pipefusion"),
+        (["generate", "x", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
+        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, or "all"'),
+        (["generate", "x", "--patch-rows", "1;2"], "--patch-rows 1;2 must be whole numbers"),
+        (["generate", "x", "--backend", "mpi"], "--backend"),
+        (["generate", "x", "--dtype", "int3"], "dtype='int3' is unknown: use bf16, fp16 or fp32"),
+        (["generate", "x", "--set", "novalue"], "--set novalue must look like key=value"),
+        (["generate", "x", "--set", "seed=3"], "use --seed"),
+        (["generate", "x", "-n", "0"], "--images 0 must be 1 or more"),
+        (["generate", "x", "-o", "x.doc"], "must end in a picture format"),
+        (["generate", "x", "-o", "/proc/nowhere/x.png"], "cannot be written"),
+        (["generate", "x", "--model", "/no/such/model"], "there is no folder /no/such/model"),
+        (["generate", "x", "--devices", "tpu"], "device 'tpu' is unknown"),
+        (["info", "/no/such/model"], "there is no folder /no/such/model"),
+        (["info", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert app(args=args) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert words in errors
+    assert errors.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_pipeline_argument_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["generate", "x", "--model", model, "--devices", "cpu", "-o", str(tmp_path / "x.png")]
+    assert app(args=[*args, "--set", "heigth=3"]) == 2
+    assert "FluxPipeline takes no argument 'heigth': did you mean 'height'?" in capsys.readouterr().err
+
+
+# -- help and tables -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["info", "--help"], ["models", "--help"]])
+def test_help_has_examples(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=args) == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert "patchpipe" in text
+
+
+def test_every_layout_option_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=["generate", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in ParallelConfig().as_dict():
+        assert f"--{name.replace('_', '-')}" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=["--version"]) == 0
+    assert capsys.readouterr().out.startswith("patchpipe ")
+
+
+def test_models_lists_the_supported_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=["models"]) == 0
+    assert "FluxTransformer2DModel" in capsys.readouterr().out
+
+
+def test_info_shows_blocks_and_ranks(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=["info", model, "--pipefusion", "2"]) == 0
+    text = capsys.readouterr().out
+    for words in ("FluxPipeline", "FluxTransformer2DModel", "single_transformer_blocks", "rank", "vae"):
+        assert words in text
+
+
+# -- small parts ---------------------------------------------------------------------------------
+
+
+def test_options_win_over_advice(model: str) -> None:
+    none = {"height": None, "width": None, "steps": None, "guidance": None, "negative": None, "settings": {}}
+    assert call_arguments(model, **none)["true_cfg_scale"] == 3.0  # type: ignore[arg-type]
+    given = call_arguments(model, **{**none, "guidance": 5.0, "steps": 7, "settings": {"width": 32}})  # type: ignore[arg-type]
+    assert (given["true_cfg_scale"], given["num_inference_steps"], given["width"]) == (5.0, 7, 32)
+    assert "guidance_scale" not in given
+
+
+def test_settings_are_read_as_json() -> None:
+    assert options.read_settings(["a=1", "b=[1, 2]", "c=text", "d=x=y", "e=null"]) == {
+        "a": 1,
+        "b": [1, 2],
+        "c": "text",
+        "d": "x=y",
+        "e": None,
+    }
+
+
+def test_dtype_names() -> None:
+    import torch
+
+    assert dtype_name(torch.bfloat16) == dtype_name("bf16") == dtype_name("torch.bfloat16") == "bfloat16"
+    assert dtype_name(None) is None
+
+
+def test_psnr() -> None:
+    grey, lighter = (Image.new("RGB", (8, 8), (value,) * 3) for value in (100, 101))
+    assert math.isinf(pictures.psnr(grey, grey))
+    assert pictures.psnr(grey, lighter) == pytest.approx(20 * math.log10(255), abs=1e-6)
+
+
+def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("disk full")
+
+    picture = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(picture, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pictures.write_picture(picture, tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []

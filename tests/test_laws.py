@@ -1,0 +1,525 @@
+"""The laws of the design, on the three models through their real pipelines, saved to disk and loaded again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
+from torch import Tensor, nn
+
+import patchpipe
+from patchpipe import ParallelConfig, PatchpipeError, UnsupportedModel
+from tests import tiny
+from tests.ranks import Place, quieten, run_ranks
+
+MODELS = tiny.MODELS
+RELATIVES = ("flux-guided", "sd35", "pixart-sigma")
+SINGLE = {"text_rank": None, "output_rank": 0, "stage_blocks": None}  # what one process has no choice of
+BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]
+
+Layout = dict[str, Any]
+Call = dict[str, Any]
+Results = dict[str, np.ndarray]
+
+
+def setup_module() -> None:
+    quieten()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pipeline, saved when first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def find(name: str) -> Path:
+        return root / name if (root / name).exists() else tiny.save(name, root / name)
+
+    return find
+
+
+# What is asked of a pipeline. Rows of tokens are 16 pixels high: 8 rows divide evenly by 1, 2, 4 and 8, 11 rows
+# by none but 1, and 9 rows by 3.
+CALLS: dict[str, Call] = {
+    "guided": {"guided": True, "height": 176},
+    "plain, two prompts": {"guided": False, "height": 128, "prompt": BATCH},
+    "guided, two images": {"guided": True, "height": 144, "num_images_per_prompt": 2, "steps": 3},
+    "plain, to pixels": {"guided": False, "height": 176, "steps": 3, "output_type": "np"},
+}
+
+
+def paint(pipe: Any, name: str, call: Call, seed: int = 3) -> np.ndarray | None:
+    """What a pipeline makes of one call, as float32 numbers."""
+    call = dict(call)
+    settings = {key: call.pop(key) for key in ("guided", "height", "width", "steps") if key in call}
+    arguments = {**tiny.call_arguments(name, **settings), "output_type": "latent", **call}
+    if isinstance(arguments["prompt"], list) and "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(arguments["prompt"])
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
+    if output is None:
+        return None
+    images = output.images
+    return images.float().numpy() if isinstance(images, Tensor) else images
+
+
+def label(layout: Layout, call: str) -> str:
+    return ", ".join([f"{key}={value}" for key, value in layout.items()] + [call])
+
+
+def serve(
+    place: Place, folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]
+) -> Results:
+    """Every call under every layout; nothing on the ranks that do not put out."""
+    results: Results = {}
+    for layout in layouts:
+        options = {"pipefusion": place.world_size, "timeout": 60.0, **layout}
+        dtype = options.pop("dtype", None)
+        config = ParallelConfig(**options)
+        pipe = patchpipe.from_pretrained(folder, config, dtype=dtype, group=place.join(config))
+        for title, call in calls.items():
+            made = paint(pipe, name, call)
+            assert (made is None) == (place.rank != config.output_rank), label(layout, title)
+            if made is not None:
+                results[label(layout, title)] = made
+    return results
+
+
+def alone(folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]) -> Results:
+    """The same in this process, one patch after the other."""
+    results: Results = {}
+    for layout in layouts:
+        single = {key: value for key, value in layout.items() if key not in SINGLE}
+        for title, made in serve(Place(0, 1, None), folder, name, [single], calls).items():
+            results[title.replace(label(single, ""), label(layout, ""))] = made
+    return results
+
+
+def plain(folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]) -> Results:
+    """The same by plain diffusers, which knows no layouts."""
+    results: Results = {}
+    for dtype in sorted({layout.get("dtype", "float32") for layout in layouts}):
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+        for title, call in calls.items():
+            made = paint(pipe, name, call)
+            assert made is not None
+            for layout in layouts:
+                if layout.get("dtype", "float32") == dtype:
+                    results[label(layout, title)] = made
+    return results
+
+
+def must_equal(ranks: list[Results], expected: Results, number: str) -> None:
+    """Bit-equal, all of them; the message names every case that is not."""
+    made = {title: result for rank in ranks for title, result in rank.items()}
+    assert made.keys() == expected.keys()
+    wrong = [
+        f"{number}, {title}: off by {np.abs(made[title] - expected[title]).max()}"
+        for title in expected
+        if not np.array_equal(made[title], expected[title])
+    ]
+    broken = [title for title in expected if not np.isfinite(expected[title]).all()]
+    assert not wrong, "\n".join(wrong)
+    assert not broken, f"numbers overflowed in {broken}"
+
+
+# ------------------------------------------------------------------------------------------------ law 1
+
+SYNCHRONOUS: list[Layout] = [
+    {"patches": 1, "warmup": 0},
+    {"patches": 1, "warmup": "all"},
+    {"patches": 2, "warmup": "all"},
+    {"patches": 3, "warmup": "all"},
+    {"patches": 4, "warmup": "all"},
+    {"patches": 8, "warmup": "all"},
+]
+HALF: list[Layout] = [
+    {"patches": 3, "warmup": "all", "dtype": "bfloat16"},
+    {"patches": 3, "warmup": "all", "dtype": "float16"},
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) -> None:
+    layouts = SYNCHRONOUS + HALF
+    expected = plain(folder(name), name, layouts, CALLS)
+    must_equal([alone(folder(name), name, layouts, CALLS)], expected, "N=1")
+    for stages in (2, 3, 4):
+        ranks = run_ranks(stages, serve, folder(name), name, layouts, CALLS)
+        must_equal(ranks, expected, f"N={stages}")
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
+    layouts = [{"patches": 3, "warmup": "all"}]
+    expected = plain(folder(name), name, layouts, CALLS)
+    must_equal(run_ranks(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
+
+
+# ------------------------------------------------------------------------------------------------ law 2
+
+PATCHED: list[Layout] = [
+    *({"patches": patches, "warmup": warmup} for patches in (2, 3, 4, 8) for warmup in (0, 1, 2)),
+    {"patches": 1, "warmup": 1},
+    {"patches": 1, "warmup": 2},
+    {"patches": 3, "warmup": 1, "dtype": "bfloat16"},
+    {"patches": 3, "warmup": 1, "dtype": "float16"},
+]
+UNEVEN: Mapping[str, Call] = {"11 rows": {"guided": True, "height": 176, "prompt": BATCH}}
+PLACED: dict[int, list[Layout]] = {
+    2: [{"patch_rows": (1, 2, 5, 3), "warmup": 1, "stage_blocks": (3, 1), "output_rank": 1, "text_rank": 0}],
+    3: [{"patch_rows": (6, 5), "warmup": 0, "stage_blocks": (1, 2, 1), "output_rank": 1, "text_rank": 1}],
+    4: [{"patch_rows": (5, 1, 1, 4), "warmup": 2, "output_rank": 3, "text_rank": 0}],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]) -> None:
+    expected = alone(folder(name), name, PATCHED, CALLS)
+    for stages in (2, 3, 4):
+        ranks = run_ranks(stages, serve, folder(name), name, PATCHED, CALLS)
+        must_equal(ranks, expected, f"N={stages}")
+    stale, fresh = (expected[label({"patches": 3, "warmup": w}, "guided")] for w in (0, 2))
+    assert not np.allclose(stale, fresh, rtol=1e-3), "staleness changes nothing here: nothing was tested"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(
+    name: str, folder: Callable[[str], Path]
+) -> None:
+    for stages, layouts in PLACED.items():
+        expected = alone(folder(name), name, layouts, UNEVEN)
+        must_equal(run_ranks(stages, serve, folder(name), name, layouts, UNEVEN), expected, f"N={stages}")
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_law_2_the_schedule_never_shows_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
+    layouts = [{"patches": 3, "warmup": 1}, {"patches": 4, "warmup": 0}]
+    expected = alone(folder(name), name, layouts, CALLS)
+    must_equal(run_ranks(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
+
+
+# ------------------------------------------------------------------------------------------------ law 3
+
+
+def rows_by_layer(place: Place, folder: Path, name: str, steps: int) -> dict[str, int]:
+    """Rows of tokens that each linear layer of this rank's blocks saw in one request."""
+    config = ParallelConfig(pipefusion=place.world_size, patches=4, warmup=0, timeout=60.0)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    rows: dict[str, int] = {}
+
+    def watch(title: str) -> Callable[..., None]:
+        def count(_module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
+            if args[0].ndim == 3:  # vectors of one row per picture modulate, they are no tokens
+                rows[title] = rows.get(title, 0) + args[0].shape[1]
+
+        return count
+
+    for title, module in pipe.transformer.named_modules():
+        if isinstance(module, nn.Linear) and "blocks." in title:
+            module.register_forward_hook(watch(title))
+    paint(pipe, name, {"guided": False, "height": 176, "steps": steps})
+    return rows
+
+
+def expected_rows(title: str, image: int, text: int) -> int:
+    if title.startswith("single_transformer_blocks"):
+        return image + text
+    serves_text = any(part in title for part in ("context", "add_", "_add_", "attn2.to_k", "attn2.to_v"))
+    return text if serves_text else image
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])
+def test_law_3_text_once_per_step(name: str, folder: Callable[[str], Path]) -> None:
+    steps, image = 3, 11 * 3
+    text = {"flux": 8, "sd3": 8 + 32, "pixart": 8}[name]  # SD3 also takes the 32 tokens of its CLIP encoders
+    seen: dict[str, int] = {}
+    for rank in run_ranks(2, rows_by_layer, folder(name), name, steps):
+        assert rank
+        assert not seen.keys() & rank.keys()
+        seen |= rank
+    wrong = {
+        title: f"{count} rows instead of {steps * expected_rows(title, image, text)}"
+        for title, count in seen.items()
+        if count != steps * expected_rows(title, image, text)
+    }
+    assert not wrong
+    in_blocks = {title.split(".")[1] for title in seen if title.startswith("transformer_blocks")}
+    assert len(in_blocks) == (2 if name == "flux" else 4)
+
+
+# ------------------------------------------------------------------------------------------------ law 4
+
+
+def real_parts(place: Place, folder: Path, name: str, layout: Layout) -> dict[str, dict[str, int]]:
+    """Elements of every parameter this rank really holds, by component."""
+    config = ParallelConfig(pipefusion=place.world_size, timeout=60.0, **layout)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    return {
+        part: {title: p.numel() for title, p in module.named_parameters() if not p.is_meta}
+        for part, module in pipe.components.items()
+        if isinstance(module, nn.Module)
+    }
+
+
+HEADS = {"flux": ("norm_out.", "proj_out."), "sd3": ("norm_out.", "proj_out."), "pixart": ("proj_out.", "scale_shift_table")}
+
+
+@pytest.mark.parametrize("layout", [{}, {"text_rank": 1, "output_rank": 2}], ids=["default", "placed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_law_4_a_rank_holds_what_it_owns(name: str, layout: Layout, folder: Callable[[str], Path]) -> None:
+    whole = {title: p.numel() for title, p in tiny.pipeline(name).transformer.named_parameters()}
+    ranks = run_ranks(3, real_parts, folder(name), name, {"stage_blocks": (1, 2, 1), **layout})
+    blocks = [{title for title in rank["transformer"] if "blocks." in title} for rank in ranks]
+    names = [title for held in blocks for title in held]
+    assert sorted(names) == sorted(title for title in whole if "blocks." in title), "each block on one rank"
+    assert [len({title.split(".")[0] + title.split(".")[1] for title in held}) for held in blocks] == [1, 2, 1]
+    for rank, held in enumerate(blocks):
+        others = set(ranks[rank]["transformer"]) - held
+        head = {title for title in others if title.startswith(HEADS[name])}
+        assert bool(head) == (rank == 2), "the head belongs to the last stage"
+        embedders = {title for title in whole if "blocks." not in title and not title.startswith(HEADS[name])}
+        assert others - head <= embedders
+        # what every rank needs to know of the step and the prompt; the embedding of the latent is the first's own
+        shared = sum(whole[title] for title in others - head)
+        assert shared <= sum(whole[title] for title in embedders)
+        for part, parameters in ranks[rank].items():
+            if part.startswith("text_encoder"):
+                assert bool(parameters) == (rank == layout.get("text_rank", 2)), part
+            if part == "vae":
+                assert bool(parameters) == (rank == layout.get("output_rank", 0))
+
+
+# ------------------------------------------------------------------------------------------------ law 5
+
+SMALL: Call = {"guided": True, "height": 176, "prompt": tiny.OTHER_PROMPT, "max_sequence_length": 16}
+LARGE: Call = {"guided": True, "height": 128, "width": 80, "prompt": BATCH, "steps": 3}
+
+
+def in_a_row(place: Place, folder: Path, name: str, calls: list[Call]) -> Results:
+    layout = {"patches": 3, "warmup": 1}
+    numbered = {str(index): call for index, call in enumerate(calls)}
+    return serve(place, folder, name, [layout], numbered)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_5_a_request_leaves_nothing_behind(name: str, folder: Callable[[str], Path]) -> None:
+    together = [*run_ranks(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0].values()]
+    small = [*run_ranks(2, in_a_row, folder(name), name, [SMALL])[0].values()][0]
+    large = [*run_ranks(2, in_a_row, folder(name), name, [LARGE])[0].values()][0]
+    for index, (made, fresh) in enumerate(zip(together, (small, large, small), strict=True)):
+        assert np.array_equal(made, fresh), f"request {index} is off by {np.abs(made - fresh).max()}"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_5_nor_does_a_request_that_fails(name: str, folder: Callable[[str], Path]) -> None:
+    pipe = patchpipe.from_pretrained(folder(name), ParallelConfig(patches=3, warmup=1))
+    expected = paint(pipe, name, LARGE)
+
+    def fail(_pipe: Any, step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            raise KeyError("in mid-request")
+        return values
+
+    if name == "pixart":
+        failing: Call = {**SMALL, "callback": lambda step, *_: fail(None, step, None, {}), "callback_steps": 1}
+    else:
+        failing = {**SMALL, "callback_on_step_end": fail}
+    with pytest.raises(KeyError, match="in mid-request"):
+        paint(pipe, name, failing)
+    assert pipe.patchpipe.runner.request is None
+    made = paint(pipe, name, LARGE)
+    assert np.array_equal(made, expected)
+
+
+IMAGE_TO_IMAGE = {"flux": FluxImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
+
+
+def from_an_image(place: Place, name: str, warmup: int | str) -> list[np.ndarray] | None:
+    """Two requests that start late, at different steps."""
+    base = tiny.pipeline(name)
+    pipe = IMAGE_TO_IMAGE[name](**{k: v for k, v in base.components.items() if not k.endswith("image_encoder")
+                                   and k != "feature_extractor"})  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    config = ParallelConfig(pipefusion=place.world_size, patches=3, warmup=warmup, timeout=60.0)
+    patchpipe.parallelize(pipe, config, group=place.join(config))
+    made = []
+    for strength in (0.6, 0.9):
+        image = torch.rand(1, 3, 176, 48, generator=torch.Generator().manual_seed(5))
+        arguments = tiny.call_arguments(name, height=176, steps=6) | {"image": image, "strength": strength}
+        output = pipe(**arguments, generator=torch.Generator().manual_seed(3), output_type="latent")
+        made.append(None if output is None else output.images.numpy())
+    return made
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_IMAGE)
+def test_law_5_also_when_requests_start_late(name: str) -> None:
+    for warmup in (1, "all"):
+        both = run_ranks(2, from_an_image, name, warmup)[0]
+        expected = from_an_image(Place(0, 1, None), name, warmup)
+        for index, (made, reference) in enumerate(zip(both, expected, strict=True)):
+            assert np.array_equal(made, reference), f"request {index} with warmup={warmup}"
+
+
+# ------------------------------------------------------------------------------------------------ law 6
+
+
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("flux", "controlnet_block_samples", [0]),
+        ("flux", "controlnet_single_block_samples", [0]),
+        ("flux", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
+        ("sd3", "block_controlnet_hidden_states", [0]),
+        ("sd3", "skip_layers", [1]),
+        ("sd3", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
+        ("pixart", "attention_mask", [0]),
+        ("pixart", "cross_attention_kwargs", {"scale": 0.5}),
+    ],
+)
+def test_law_6_never_silently_wrong(name: str, option: str, value: Any, folder: Callable[[str], Path]) -> None:
+    """What no parity test covers is refused by name."""
+    pipe = patchpipe.from_pretrained(folder(name), ParallelConfig(patches=2))
+    forward = pipe.transformer.forward
+    pipe.transformer.forward = lambda *args, **kwargs: forward(*args, **{**kwargs, option: value})
+    with pytest.raises(ValueError, match=f"called with {option}"):
+        paint(pipe, name, CALLS["guided"])
+
+
+def test_law_6_an_unknown_model_is_named_beside_the_known_ones(tmp_path: Path) -> None:
+    from diffusers import AuraFlowTransformer2DModel
+
+    pipe = tiny.pipeline("sd3")
+    pipe.transformer = AuraFlowTransformer2DModel(
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=8, caption_projection_dim=16, pos_embed_max_size=16,
+    )  # fmt: skip
+    text = "AuraFlowTransformer2DModel has no plan.*FluxTransformer2DModel.*SD3.*PixArt.*docs/adding-a-model.md"
+    with pytest.raises(UnsupportedModel, match=text):
+        patchpipe.parallelize(pipe, ParallelConfig())
+    assert not hasattr(pipe, "patchpipe")
+    pipe.register_modules(transformer=pipe.transformer)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=text):
+        patchpipe.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_law_6_a_layout_that_does_not_fit_is_refused(name: str, folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="pipefusion=5 is more stages than the 4 blocks"):
+        patchpipe.from_pretrained(folder(name), ParallelConfig(pipefusion=5))
+    with pytest.raises(ValueError, match=r"stage_blocks=\(3,\) adds up to 3 but .* has 4 blocks"):
+        patchpipe.from_pretrained(folder(name), ParallelConfig(stage_blocks=(3,)))
+    for layout, text in (
+        ({"patches": 12}, "patches=12 is more than the 11 token rows"),
+        ({"patch_rows": (5, 5)}, r"patch_rows=\(5, 5\) adds up to 10 token rows but this picture has 11"),
+    ):
+        pipe = patchpipe.from_pretrained(folder(name), ParallelConfig(**layout))
+        with pytest.raises(ValueError, match=text):
+            paint(pipe, name, CALLS["guided"])
+
+
+def test_law_6_the_transformer_serves_no_calls_outside_a_request(folder: Callable[[str], Path]) -> None:
+    pipe = patchpipe.from_pretrained(folder("sd3"), ParallelConfig())
+    with pytest.raises(RuntimeError, match=r"pipe\.patchpipe\.serving\(\)"):
+        pipe.transformer(torch.zeros(1, 4, 8, 8))
+
+
+def test_law_6_attention_that_bypasses_the_store_is_noticed(folder: Callable[[str], Path]) -> None:
+    pipe = patchpipe.from_pretrained(folder("flux"), ParallelConfig(patches=2))
+
+    class Own:
+        def __call__(self, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states, hidden_states
+
+    pipe.transformer.transformer_blocks[0].attn.set_processor(Own())
+    with pytest.raises(RuntimeError, match="scaled_dot_product_attention 0 times"):
+        paint(pipe, "flux", CALLS["guided"])
+
+
+def started_with(place: Place, folder: Path, configs: list[Layout]) -> str:
+    config = ParallelConfig(pipefusion=place.world_size, timeout=60.0, **configs[place.rank])
+    with pytest.raises(ValueError) as caught:
+        patchpipe.from_pretrained(folder, config, group=place.join(config))
+    return str(caught.value)
+
+
+def test_law_6_ranks_that_were_started_differently_all_say_so(folder: Callable[[str], Path]) -> None:
+    texts = run_ranks(3, started_with, folder("sd3"), [{}, {}, {"warmup": 2}])
+    assert len(set(texts)) == 1
+    assert "the ranks were started differently" in texts[0]
+    assert "on rank 2" in texts[0]
+
+
+# ------------------------------------------------------------------------------------------------ law 7
+
+DEADLINE = 2.0
+
+
+def afflicted(place: Place, folder: Path, name: str, affliction: str) -> tuple[str, str, float]:
+    """Kind, text and seconds of the error on this rank when rank 1 falls ill in the third step."""
+    config = ParallelConfig(
+        pipefusion=place.world_size, patches=3, timeout=DEADLINE if affliction == "sleep" else 60.0
+    )
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    if place.rank == 1:
+        _afflict(pipe.patchpipe.runner, affliction)
+    started = time.monotonic()
+    try:
+        paint(pipe, name, {"guided": True, "height": 176, "steps": 6, "output_type": "np"})
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - started
+    return "nothing", "", 0.0
+
+
+def _afflict(runner: Any, affliction: str) -> None:
+    run, calls = runner.stage.run, 0
+
+    def ill(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            if affliction == "raise":
+                raise ArithmeticError("the block is on fire")
+            if affliction == "exit":
+                os._exit(3)
+            if affliction == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(DEADLINE + 3)
+        return run(*args)
+
+    runner.stage.run = ill
+
+
+@pytest.mark.parametrize("affliction", ["raise", "exit", "kill", "sleep"])
+@pytest.mark.parametrize("name", MODELS)
+def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Path]) -> None:
+    dies = affliction in ("exit", "kill")
+    ranks = run_ranks(3, afflicted, folder(name), name, affliction, timeout=60, mortal=[1] if dies else [])
+    for rank in (0, 2):
+        kind, text, seconds = ranks[rank]
+        assert issubclass(getattr(patchpipe, kind, Exception), PatchpipeError), f"rank {rank}: {kind}: {text}"
+        assert seconds < 10, f"rank {rank} needed {seconds:.1f} s"
+        assert "rank 1" in text, f"rank {rank}: {text}"
+        if affliction == "raise":
+            assert (kind, text) == ("RankFailed", "rank 1 failed first: ArithmeticError: the block is on fire")
+    if dies:
+        assert ranks[1] is None
+    elif affliction == "raise":
+        assert ranks[1][:2] == ("ArithmeticError", "the block is on fire")
+    if affliction == "sleep":
+        assert any(kind == "RankLost" and "did not answer within 2 s" in text for kind, text, _ in ranks[::2])

@@ -1,0 +1,77 @@
+"""One process of patchpipe computes what PipeFusion means, told naively in `tests/oracle.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+import patchpipe
+from patchpipe import ParallelConfig
+from tests import tiny
+from tests.oracle import naive_pipefusion
+from tests.ranks import quieten
+
+# Matrix products over other numbers of rows may sum in another order; a wrong row moves results by far more.
+TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
+PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma")
+ROWS = {1: (4,), 2: (2, 2), 3: (1, 1, 2), 4: (1, 1, 1, 1)}  # of the 4 rows of 64 pixels
+
+
+def setup_module() -> None:
+    quieten()
+
+
+def paint(pipe: Any, name: str, **options: Any) -> Tensor:
+    arguments = tiny.call_arguments(name, guided=options.pop("guided", True)) | options
+    generator = torch.Generator().manual_seed(7)
+    return pipe(**arguments, generator=generator, output_type="latent").images
+
+
+def compare(name: str, config: ParallelConfig, rows: tuple[int, ...], change: Callable | None = None, **options: Any) -> None:
+    pipe = tiny.pipeline(name)
+    if change is not None:
+        change(pipe)
+    separate = name.startswith("flux") and options.get("guided", True)
+    plain = paint(pipe, name, **options)
+    with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1):
+        naive = paint(pipe, name, **options)
+    patchpipe.parallelize(pipe, config)
+    ours = paint(pipe, name, **options)
+    scale = plain.std()
+    torch.testing.assert_close(ours / scale, naive / scale, **TOLERANCE)
+    if len(rows) > 1:
+        stale = (naive - plain).abs().max() / scale
+        assert stale > 50 * TOLERANCE["atol"], f"staleness moves the result by {stale} only: nothing was tested"
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> None:
+    for patches in (2, 3, 4):
+        compare(name, ParallelConfig(patches=patches, warmup=warmup), ROWS[patches])
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_the_naive_one_is_plain_diffusers_when_nothing_is_stale(name: str) -> None:
+    pipe = tiny.pipeline(name)
+    plain = paint(pipe, name)
+    with naive_pipefusion(pipe, (4,), 0, branches=2 if name == "flux" else 1):
+        torch.testing.assert_close(paint(pipe, name), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_uneven_patches_of_a_batch_without_guidance(name: str) -> None:
+    config = ParallelConfig(patch_rows=(3, 1, 5, 2), warmup=1)
+    compare(name, config, (3, 1, 5, 2), height=176, guided=False, prompt=[tiny.PROMPT, tiny.OTHER_PROMPT])
+
+
+def test_a_scheduler_that_calls_twice_a_step() -> None:
+    def heun(pipe: Any) -> None:
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+
+    compare("sd3", ParallelConfig(patches=2, warmup=1), ROWS[2], heun)

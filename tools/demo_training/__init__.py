@@ -1,0 +1,1 @@
+"""The training program of the bundled model: data, autoencoder, transformer, evaluation."""
