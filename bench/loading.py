@@ -1,6 +1,6 @@
 """Peak memory of each rank while it loads its share of a checkpoint that is made on the spot.
 
-    python -m bench.loading --gigabytes 2 --ranks 4
+python -m bench.loading --gigabytes 2 --ranks 4
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def main(
         found = run_ranks(ranks, load, folder, timeout=600)
     table = Table("rank", "owns GiB", "peak over base GiB", "share of checkpoint", "seconds")
     for rank, row in enumerate(found):
-        table.add_row(str(rank), f"{row['owned']:.2f}", f"{row['peak']:.2f}", f"{row['peak'] / size:.0%}", f"{row['seconds']:.1f}")
+        table.add_row(
+            str(rank), f"{row['owned']:.2f}", f"{row['peak']:.2f}", f"{row['peak'] / size:.0%}", f"{row['seconds']:.1f}"
+        )
     console = Console()
     console.print(f"checkpoint {size:.2f} GiB in bfloat16, {ranks} ranks")
     console.print(table)

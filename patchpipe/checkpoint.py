@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 STEM = "diffusion_pytorch_model"
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 MAPPED_BYTES = 64 * 2**20  # a file is opened anew after so much of it was read
 
 
@@ -45,14 +46,13 @@ class Checkpoint:
         """Names of all the tensors."""
         return list(self._file_of)
 
-    def sizes(self) -> dict[str, int]:
-        """Elements of every tensor, from the files' headers alone."""
-        sizes: dict[str, int] = {}
+    def dtype(self) -> torch.dtype:
+        """How most of the tensors are stored, by the headers of the files."""
+        counts: Counter[str] = Counter()
         for path in sorted(set(self._file_of.values())):
             with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 - no mapping
-                    sizes[name] = torch.Size(file.get_slice(name).get_shape()).numel()
-        return sizes
+                counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - no mapping
+        return STORED.get(counts.most_common(1)[0][0], torch.float32)
 
     def fill(
         self, model: nn.Module, names: Iterable[str], dtype_of: dict[str, torch.dtype], device: torch.device

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
+FEWEST_TOKENS = 256  # in a patch, before the default number of patches is lowered towards the stages
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes ``2 * pipefusion``
-            (1 on one device), lowered to the number of token rows where the picture is small.
+        patches: Number of patches M the latent is cut into. ``None`` takes ``2 * pipefusion`` (1 on one
+            device), or fewer where patches would be too small to keep a device busy.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
@@ -77,8 +78,8 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    def patches_for(self, rows: int) -> int:
-        """Number of patches for a picture of ``rows`` token rows.
+    def patches_for(self, rows: int, tokens: int) -> int:
+        """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
 
         Raises:
             ValueError: More patches were asked for than there are rows.
@@ -86,7 +87,8 @@ class ParallelConfig:
         if self.patch_rows is not None:
             return len(self.patch_rows)
         if self.patches is None:
-            return min(2 * self.pipefusion, rows) if self.pipefusion > 1 else 1
+            stages = self.pipefusion
+            return min(rows, max(stages, min(2 * stages, tokens // FEWEST_TOKENS))) if stages > 1 else 1
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "

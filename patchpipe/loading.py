@@ -22,6 +22,7 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.mesh import Group, join
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
+from patchpipe.source import Source, resolve_source
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -107,17 +108,11 @@ class PipelineFolder:
 
         Raises:
             FileNotFoundError: There is no such folder, or the hub cannot be reached or knows no such model.
+            ValueError: What is there is not a diffusers pipeline.
         """
-        path = Path(model).expanduser()
-        if (path / "model_index.json").is_file():
-            return cls(path, variant)
-        if path.exists():
-            raise FileNotFoundError(
-                f"{path} has no model_index.json: give the top folder of a pipeline saved in diffusers format"
-            )
-        if str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
-            raise FileNotFoundError(f"there is no folder {model}; a hub id looks like owner/name")
-        return cls(_fetch(str(model), variant), variant)
+        source = resolve_source(model)
+        folder = Path(source.path)
+        return cls(folder if folder.is_dir() else _fetch(source, variant), variant)
 
     @property
     def pipeline_class(self) -> Any:
@@ -230,15 +225,13 @@ def _place(pipe: Any, group: Group) -> None:
             part.to(group.device)
 
 
-def _fetch(model: str, variant: str | None) -> Path:
+def _fetch(source: Source, variant: str | None) -> Path:
     try:
-        return Path(diffusers.DiffusionPipeline.download(model, variant=variant))
+        found = diffusers.DiffusionPipeline.download(source.path, variant=variant, local_files_only=source.offline)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"{model} is no folder here and could not be fetched from the hub ({reason}): check the name and the "
-            f"network, or give a local folder"
-        ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{source.path} could not be fetched from the hub: {reason}") from error
+    return Path(found)
 
 
 @contextmanager

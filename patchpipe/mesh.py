@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -15,8 +17,6 @@ from torch import Tensor
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
 from patchpipe.transport import Channel, Wire
-
-FIRST_FAILURE = "first_failure"
 
 
 class Group:
@@ -41,6 +41,7 @@ class Group:
         self._store = store
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
+        self._requests = 0
         if self.world_size > 1:
             assert store is not None
             self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
@@ -155,13 +156,21 @@ class Group:
 
     # -- failure ---------------------------------------------------------------------------------
 
+    def begin_request(self) -> None:
+        """From here on, failures are those of a new request; all ranks count alike."""
+        self._requests += 1
+
+    @property
+    def _failure_key(self) -> str:
+        return f"first_failure/{self._requests}"
+
     def report_failure(self, text: str) -> None:
         """Tells the other ranks why this one fails, unless another told first."""
         if self._store is None:
             return
         message = json.dumps({"rank": self.rank, "text": text})
         try:
-            self._store.compare_set(FIRST_FAILURE, "", message)
+            self._store.compare_set(self._failure_key, "", message)
         except RuntimeError:  # the store's own process is gone: nobody is left to tell
             return
 
@@ -182,9 +191,9 @@ class Group:
         if self._store is None:
             return None
         try:
-            if not self._store.check([FIRST_FAILURE]):
+            if not self._store.check([self._failure_key]):
                 return None
-            return json.loads(self._store.get(FIRST_FAILURE))
+            return json.loads(self._store.get(self._failure_key))
         except (RuntimeError, ValueError):
             return None
 
@@ -247,8 +256,6 @@ def join(
 def _place_from_environment() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
-    import os
-
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -260,8 +267,6 @@ def _store_from_environment(timeout: timedelta) -> dist.Store:
 
 
 def _device_for(device: torch.device | str | None) -> torch.device:
-    import os
-
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
@@ -275,8 +280,6 @@ def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: i
         if config.backend == "nccl" and device.type != "cuda":
             raise ValueError(f"backend='nccl' needs CUDA devices but rank {rank} computes on {device}: use 'gloo'")
         return config.backend
-    import socket
-
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     store.set(f"device/{rank}", f"{socket.gethostname()}/{uuid}" if uuid else "cpu")
     seen = [store.get(f"device/{other}").decode() for other in range(world_size)]

@@ -54,7 +54,7 @@ class Cut:
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
-        sizes = config.patch_rows or even_rows(rows.count, config.patches_for(rows.count))
+        sizes = config.patch_rows or even_rows(rows.count, config.patches_for(rows.count, rows.count * rows.tokens))
         if sum(sizes) != rows.count:
             raise ValueError(
                 f"patch_rows={sizes} adds up to {sum(sizes)} token rows but this picture has {rows.count}: "

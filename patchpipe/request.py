@@ -77,6 +77,7 @@ class Request:
         self.config, self.plan, self.model, self.group = config, plan, model, group
         self.holder = group.first  # whether this rank holds the values of the lazy latent
         self.stats = RequestStats(stages=config.pipefusion)
+        self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
         self._branches: dict[BranchKey, Branch] = {}
         self._texts: list[Tensor] = []
         self._cut: Cut | None = None
@@ -105,6 +106,7 @@ class Request:
             rows = self.plan.grid.rows(self.model, shape, inputs)
             self._cut, self._latent_shape = Cut.of(rows, self.config), spatial
             self._branches.clear()
+            self.memo.clear()
             self.stats.patches = len(self._cut.patches)
         return self._cut
 
@@ -150,5 +152,6 @@ class Request:
         self.stats.sent_bytes, self.stats.waited_seconds = sent_bytes, waited_seconds
         self._branches.clear()
         self._texts.clear()
+        self.memo.clear()
         self._last = None
         return self.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -44,6 +45,7 @@ class Runner:
         self._branch_name: str | None = None
         self._dtype = _matrix_dtype(model)
         self._width = plan.width(model)
+        self._signature = inspect.signature(type(model).forward)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -52,6 +54,7 @@ class Runner:
         """The extent of one request; whatever it kept is gone afterwards."""
         if self.request is not None:
             raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
+        self.group.begin_request()
         self.request = Request(self.config, self.plan, self.model, self.group)
         self.last = self.request.stats
         sent, waited = self._traffic()
@@ -91,7 +94,7 @@ class Runner:
                 "the transformer was called outside a pipeline call; wrap your own loop in "
                 "`with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
             )
-        inputs = self.plan.bind(self.model, args, kwargs)
+        inputs = self.plan.bind(self._signature, args, kwargs)
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self._branch_name)
@@ -111,9 +114,9 @@ class Runner:
         synchronous = self.request.synchronous(branch, cut)
         patches = (cut.whole,) if synchronous else cut.patches
         stores = branch.stores if self.request.keeps_stores(cut) else None
-        take = self._stream(inputs, cut, patches, stores)
-        branch.calls += 1
         self._count(synchronous)
+        branch.calls += 1
+        take = self._stream(inputs, cut, patches, stores)
         latent = inputs[self.plan.latent]
         shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
@@ -131,6 +134,7 @@ class Runner:
         self, inputs: dict[str, Any], cut: Cut, patches: tuple[Patch, ...], stores: dict[str, Any] | None
     ) -> Take | None:
         """Runs every patch through this stage; gives the way to the noise prediction on the first stage."""
+        assert self.request is not None
         text_rows = self.plan.text_rows(inputs)
         expected = [self._expect_streams(inputs, patch, text_rows) for patch in patches]
         answers = self._expect_answers(inputs, patches)
@@ -138,7 +142,7 @@ class Runner:
         results: list[Tensor] = []
         for patch, receives in zip(patches, expected, strict=True):
             received = {name: receive.take() for name, receive in receives.items()}
-            context = CallContext(patch, stores, text_rows, received or None, memo)
+            context = CallContext(patch, stores, text_rows, received or None, memo, self.request.memo)
             latent = self._latent_patch(inputs, cut, patch) if self.group.first else None
             result = self.stage.run(inputs, latent, context)
             if isinstance(result, Tensor):

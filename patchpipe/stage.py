@@ -36,6 +36,7 @@ class CallContext:
         text_rows: Text rows in joint attention.
         received: The streams from the stage before.
         memo: Results shared by the patches of this call.
+        request_memo: Results shared by the calls of this request.
     """
 
     patch: Patch
@@ -43,6 +44,8 @@ class CallContext:
     text_rows: int
     received: Streams | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _StageDone(Exception):
@@ -101,8 +104,14 @@ class Stage:
             self._stub_embed()
         if not self.last:
             self._leave_at(mine[-1])
+            for path in place.listing.conditioning:
+                self._share_between_patches(f"{place.name}.{path}")
+            for path, names in place.listing.constant.items():
+                self._share_between_calls(f"{place.name}.{path}", names, whole=True)
         for path in self.plan.conditioning:
             self._share_between_patches(path)
+        for path, names in self.plan.constant.items():
+            self._share_between_calls(path, names, whole=names == (self.plan.text,) and not self.plan.text_inputs)
 
     def detach(self) -> None:
         """Takes every hook off again, last one first."""
@@ -120,7 +129,7 @@ class Stage:
         Returns:
             The streams for the next stage, or on the last stage the patch of the noise prediction.
         """
-        self.context = context
+        self.context, context.inputs = context, inputs
         try:
             with self._placed(inputs):
                 return self._forward(**self._cut(inputs, latent), return_dict=False)[0]
@@ -221,15 +230,38 @@ class Stage:
 
         self._override(path, shared)
 
+    def _share_between_calls(self, path: str, names: tuple[str, ...], *, whole: bool) -> None:
+        """Keeps a result for the request, as long as the inputs it follows from are the same tensors.
+
+        Args:
+            path: The module.
+            names: The inputs of the call that its result follows from.
+            whole: Whether every patch shares one result.
+        """
+        module = self._find(path)
+        if module is None:
+            return
+        compute = module.forward
+
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            assert self.context is not None
+            context = self.context
+            sources = tuple(context.inputs.get(name) for name in names)
+            piece = None if whole else (context.patch.whole, context.patch.index)
+            key = (path, piece, *map(_identity, sources))
+            if key not in context.request_memo:  # the sources are kept too, lest another tensor takes their id
+                context.request_memo[key] = (sources, compute(*args, **kwargs))
+            return context.request_memo[key][1]
+
+        self._override(path, shared)
+
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, kind in place.listing.attention.items():
             layer = place.block.get_submodule(path) if getattr(place.block, path, None) is not None else None
             if layer is None:
                 continue
             name = f"{place.name}.{path}"
-            if kind == "cross":
-                for projection in ("to_k", "to_v"):  # of the text, which no patch changes
-                    self._share_between_patches(f"{name}.{projection}")
+            if kind == "cross":  # its keys and values are the text's: no patch changes them
                 continue
             joint, text_first = kind == "joint", place.listing.text_first
             self._undo.append(attend_through(layer, partial(self._store, name, joint, text_first)))
@@ -260,6 +292,12 @@ class Stage:
                 module.forward = previous  # type: ignore[method-assign]
 
         self._undo.append(undo)
+
+
+def _identity(value: Any) -> tuple[int, int]:
+    """Tells a tensor from another one, and from itself after an in-place change."""
+    versioned = isinstance(value, Tensor) and not value.is_inference()
+    return id(value), value._version if versioned else 0
 
 
 def argument_positions(block: nn.Module) -> dict[str, int]:

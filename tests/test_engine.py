@@ -23,7 +23,7 @@ from patchpipe.engine.failures import CAUSE, CONSEQUENCE, Failure
 from patchpipe.engine.messages import Call, Channel, Done, Failed
 from patchpipe.engine.oom import out_of_memory
 from patchpipe.engine.processes import Worker
-from patchpipe.engine.source import resolve_source
+from patchpipe.source import resolve_source
 from patchpipe.engine.watch import Outcome, Watch
 from tests import tiny
 
@@ -245,7 +245,7 @@ def test_sources(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         resolve_source(tmp_path)
-    monkeypatch.setattr("patchpipe.engine.source._hub_answers", lambda: False)
+    monkeypatch.setattr("patchpipe.source._hub_answers", lambda: False)
     with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
         resolve_source("nobody/nothing-here")
 

@@ -12,7 +12,7 @@ from patchpipe.cli import options
 
 if TYPE_CHECKING:
     from patchpipe.config import ParallelConfig
-    from patchpipe.loading import ModelInfo
+    from patchpipe.describe import ModelInfo
 
 EPILOG = """
 [bold]Examples[/]
@@ -35,7 +35,7 @@ def info(
 ) -> None:
     """Show a model's blocks, parameters and plan, and what each rank would hold."""
     from patchpipe.demo import MODEL_DIR
-    from patchpipe.engine.source import resolve_source
+    from patchpipe.source import resolve_source
 
     config = options.read_config(
         warmup="1",
@@ -50,7 +50,7 @@ def info(
 
 
 def _describe(path: str, config: ParallelConfig) -> ModelInfo:
-    from patchpipe.loading import describe_model  # heavy, and not needed to refuse bad input
+    from patchpipe.describe import describe_model  # heavy, and not needed to refuse bad input
 
     return describe_model(path, config)
 

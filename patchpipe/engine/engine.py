@@ -20,9 +20,9 @@ from patchpipe.engine.failures import from_death
 from patchpipe.engine.messages import Call, Done, RankInfo, Ready, Start, Step
 from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import Seed
-from patchpipe.engine.source import resolve_source
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
+from patchpipe.source import resolve_source
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,14 @@ FLUX = ModelPlan(
             streams=STREAMS,
             attention={"attn": "joint"},
             text_parameters=("context", "add_", "_added_"),
+            conditioning=("norm1.linear", "norm1_context.linear"),
         ),
-        BlockList(path="single_transformer_blocks", streams=STREAMS, attention={"attn": "joint"}),
+        BlockList(
+            path="single_transformer_blocks",
+            streams=STREAMS,
+            attention={"attn": "joint"},
+            conditioning=("norm.linear",),
+        ),
     ),
     cut_inputs={"img_ids": 0},
     text_inputs={"encoder_hidden_states": 1, "txt_ids": 0},
@@ -22,5 +28,6 @@ FLUX = ModelPlan(
     ignored_inputs=("joint_attention_kwargs",),
     embed="x_embedder",
     head=("norm_out", "proj_out"),
-    conditioning=("time_text_embed",),
+    conditioning=("time_text_embed", "norm_out.linear"),
+    constant={"pos_embed": ("img_ids", "txt_ids"), "context_embedder": ("encoder_hidden_states",)},
 )

@@ -123,6 +123,8 @@ class BlockList:
             ``"image"`` only image rows, ``"cross"`` takes its keys and values from the text alone.
         text_first: Whether text rows come before image rows in the joint attention.
         text_parameters: Parts of parameter names that serve the text stream alone.
+        conditioning: Modules of a block whose result is the same for every patch of a call, such as modulation.
+        constant: Modules of a block whose result follows from these inputs of the call alone.
     """
 
     path: str
@@ -130,6 +132,8 @@ class BlockList:
     attention: Mapping[str, AttentionKind]
     text_first: bool = True
     text_parameters: tuple[str, ...] = ()
+    conditioning: tuple[str, ...] = ()
+    constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class ModelPlan:
         embed: Module that turns the latent into tokens: the first stage's own.
         head: Modules and parameters after the blocks: the last stage's own.
         conditioning: Modules whose result is the same for every patch of a call.
+        constant: Modules whose result follows from these inputs and the patch alone: computed once a request.
         patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
         latent: Name of the latent input.
         text: Name of the input that identifies the prompt, which tells guidance branches apart.
@@ -163,17 +168,23 @@ class ModelPlan:
     shared_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
     conditioning: tuple[str, ...] = ()
+    constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     patch_embed: str | None = None
     latent: str = "hidden_states"
     text: str = "encoder_hidden_states"
 
-    def bind(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, refusing what the plan does not cover.
+
+        Args:
+            signature: Of the class's ``forward``, ``self`` included.
+            args: The call's positional arguments.
+            kwargs: The call's named arguments.
 
         Raises:
             ValueError: An input is set that was never tested under a patch pipeline.
         """
-        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        bound = signature.bind(None, *args, **kwargs).arguments
         inputs = {name: value for name, value in bound.items() if name != "self"}
         known = {self.latent, *self.cut_inputs, *self.text_inputs, *self.shared_inputs, "return_dict"}
         for name, value in inputs.items():

@@ -12,6 +12,7 @@ SD3 = ModelPlan(
             attention={"attn": "joint", "attn2": "image"},
             text_first=False,
             text_parameters=("context", "add_", "_added_"),
+            conditioning=("norm1.linear", "norm1_context.linear"),
         ),
     ),
     text_inputs={"encoder_hidden_states": 1},
@@ -19,6 +20,7 @@ SD3 = ModelPlan(
     ignored_inputs=("joint_attention_kwargs",),
     embed="pos_embed",
     head=("norm_out", "proj_out"),
-    conditioning=("time_text_embed",),
+    conditioning=("time_text_embed", "norm_out.linear"),
+    constant={"context_embedder": ("encoder_hidden_states",)},
     patch_embed="pos_embed",
 )

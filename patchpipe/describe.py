@@ -1,0 +1,135 @@
+"""What a model consists of and what each rank would hold, worked out without reading weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchpipe.balance import split_blocks
+from patchpipe.checkpoint import Checkpoint
+from patchpipe.config import ParallelConfig
+from patchpipe.loading import PipelineFolder, owned_names
+from patchpipe.models.plan import BlockPlace, ModelPlan
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What one rank holds.
+
+    Attributes:
+        rank: The rank.
+        blocks: Its blocks, for people.
+        parameters: Parameters of its part of the transformer and of its components.
+        bytes: Their size as stored.
+        components: Names of the whole components it holds.
+    """
+
+    rank: int
+    blocks: str
+    parameters: int
+    bytes: int
+    components: list[str]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model consists of.
+
+    Attributes:
+        pipeline_class: The diffusers pipeline.
+        transformer_class: Its transformer.
+        parameters: Parameters of the transformer.
+        dtype: How the transformer's weights are stored.
+        block_lists: Name, number of blocks, class and parameters of each list of blocks.
+        stages: What each rank holds.
+        plan: What the plan says, in a line.
+    """
+
+    pipeline_class: str
+    transformer_class: str
+    parameters: int
+    dtype: str
+    block_lists: list[tuple[str, int, str, int]]
+    stages: list[StageInfo]
+    plan: str
+
+
+def describe_model(model: str | Path, config: ParallelConfig, variant: str | None = None) -> ModelInfo:
+    """Describes a model folder or hub id under a layout.
+
+    Raises:
+        UnsupportedModel: The transformer's class has no plan.
+        ValueError: The layout does not fit the model.
+        FileNotFoundError: The model or a part of it is missing.
+    """
+    source = PipelineFolder.locate(model, variant)
+    plan = source.plan()
+    transformer = source.build("transformer", torch.float32)
+    dtype = Checkpoint(source.path / "transformer", variant).dtype()
+    return ModelInfo(
+        pipeline_class=source.index["_class_name"],
+        transformer_class=plan.model,
+        parameters=_parameters(transformer),
+        dtype=str(dtype).removeprefix("torch."),
+        block_lists=[_block_list(transformer, listing.path) for listing in plan.blocks],
+        stages=_stages(source, transformer, plan, config, dtype.itemsize),
+        plan=describe_plan(plan),
+    )
+
+
+def describe_plan(plan: ModelPlan) -> str:
+    """What a plan says, in a line: how text enters and what attention sees."""
+    kinds = [f"{path} {kind}" for listing in plan.blocks for path, kind in listing.attention.items()]
+    text = "text rides with patch 0" if plan.text_inputs else "text by cross-attention"
+    return f"{text} · attention: {', '.join(dict.fromkeys(kinds))}"
+
+
+def _stages(
+    source: PipelineFolder, transformer: nn.Module, plan: ModelPlan, config: ParallelConfig, itemsize: int
+) -> list[StageInfo]:
+    places, stages = plan.blocks_of(transformer), []
+    sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
+    components = _component_parameters(source)
+    for rank, owned in enumerate(split_blocks(transformer, plan, config)):
+        names = owned_names(transformer, plan, owned, last=rank == config.pipefusion - 1)
+        held = [part for part in components if rank == _home(part, config)]
+        parameters = sum(sizes[name] for name in names) + sum(components[part] for part in held)
+        blocks = _ranges([places[index] for index in owned])
+        stages.append(StageInfo(rank, blocks, parameters, parameters * itemsize, held))
+    return stages
+
+
+def _ranges(places: list[BlockPlace]) -> str:
+    """For example ``transformer_blocks 16…18, single_transformer_blocks 0…5``."""
+    indices: dict[str, list[int]] = {}
+    for place in places:
+        indices.setdefault(place.listing.path, []).append(place.index)
+    spans = {path: f"{found[0]}…{found[-1]}" if len(found) > 1 else str(found[0]) for path, found in indices.items()}
+    return ", ".join(f"{path} {span}" for path, span in spans.items())
+
+
+def _home(part: str, config: ParallelConfig) -> int:
+    return config.encoder_rank if part.startswith("text_encoder") else config.output_rank
+
+
+def _component_parameters(source: PipelineFolder) -> dict[str, int]:
+    parts = [
+        part
+        for part, entry in source.index.items()
+        if isinstance(entry, list) and entry[1] and (part == "vae" or part.startswith("text_encoder"))
+    ]
+    return {part: _parameters(source.build(part, torch.float32)) for part in parts}
+
+
+def _block_list(model: nn.Module, path: str) -> tuple[str, int, str, int]:
+    blocks: Any = model.get_submodule(path)
+    kind = type(blocks[0]).__name__ if len(blocks) else "none"
+    return path, len(blocks), kind, _parameters(blocks)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

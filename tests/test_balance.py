@@ -1,0 +1,64 @@
+"""Stages are balanced by what their blocks cost."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from patchpipe import ParallelConfig
+from patchpipe.balance import balanced, block_cost, split_blocks
+from patchpipe.models import plan_for
+from tests import tiny
+
+
+def cheapest(costs: list[float], stages: int) -> float:
+    """The dearest stage of the best split, by trying every one."""
+    ends = range(1, len(costs))
+    splits = ([0, *inner, len(costs)] for inner in combinations(ends, stages - 1))
+    return min(max(sum(costs[a:b]) for a, b in zip(s[:-1], s[1:], strict=True)) for s in splits)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("costs", [[1.0] * 7, [5, 1, 1, 1, 1, 1.5], [1, 1, 1, 1, 9], [3, 2.5, 1, 4, 1, 5, 9, 2, 6]])
+def test_no_split_has_a_cheaper_dearest_stage(costs: list[float], stages: int) -> None:
+    sizes = balanced(costs, stages)
+    assert len(sizes) == stages
+    assert sum(sizes) == len(costs)
+    assert min(sizes) >= 1
+    stops = [sum(sizes[:stage]) for stage in range(stages + 1)]
+    dearest = max(sum(costs[a:b]) for a, b in zip(stops[:-1], stops[1:], strict=True))
+    assert dearest == pytest.approx(cheapest(costs, stages))
+
+
+def test_a_dual_stream_block_of_flux_costs_what_its_image_stream_does() -> None:
+    """The nominal picture has 4,096 image and 512 text tokens, so the text stream weighs an eighth."""
+    model = tiny.pipeline("flux").transformer
+    places = plan_for(model).blocks_of(model)
+    double, single = block_cost(places[0]), block_cost(places[-1])
+    width, image, text = 32, 4096, 512
+    attention = 2 * image * (image + text) * width
+    # qkv and out: 4 w², feed-forward: 8 w², of each stream
+    assert double == pytest.approx(12 * width**2 * (image + text) + attention)
+    # qkv: 3 w², mlp: 4 w², out of both: 5 w², over one sequence; the text rows count as image rows cost here
+    assert single == pytest.approx(12 * width**2 * image + attention)
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_stages_cover_all_blocks_in_order(name: str) -> None:
+    model = tiny.pipeline(name, blocks=6).transformer
+    plan = plan_for(model)
+    for stages in (1, 2, 3, 6):
+        ranges = split_blocks(model, plan, ParallelConfig(pipefusion=stages))
+        assert [index for owned in ranges for index in owned] == list(range(6))
+    chosen = split_blocks(model, plan, ParallelConfig(pipefusion=3, stage_blocks=(1, 4, 1)))
+    assert chosen == [range(0, 1), range(1, 5), range(5, 6)]
+
+
+def test_layouts_that_do_not_fit_the_model_are_refused() -> None:
+    model = tiny.pipeline("sd3").transformer
+    plan = plan_for(model)
+    with pytest.raises(ValueError, match="pipefusion=5 is more stages than the 4 blocks of SD3.*use pipefusion=4"):
+        split_blocks(model, plan, ParallelConfig(pipefusion=5))
+    with pytest.raises(ValueError, match=r"stage_blocks=\(2, 3\) adds up to 5 but .* has 4 blocks"):
+        split_blocks(model, plan, ParallelConfig(pipefusion=2, stage_blocks=(2, 3)))

@@ -1,0 +1,58 @@
+"""What a configuration refuses, and says when it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from patchpipe import ParallelConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"pipefusion": 0}, "pipefusion=0 must be a whole number of 1 or more"),
+        ({"pipefusion": True}, "pipefusion=True must be a whole number"),
+        ({"pipefusion": 2.0}, "pipefusion=2.0 must be a whole number"),
+        ({"patches": 0}, "patches=0 must be a whole number of 1 or more"),
+        ({"warmup": -1}, 'warmup=-1 must be a whole number of 0 or more, or "all"'),
+        ({"warmup": "every"}, "warmup='every' must be a whole number"),
+        ({"patch_rows": ()}, "must list at least one row for each patch"),
+        ({"patch_rows": (2, 0)}, "must list at least one row for each patch"),
+        ({"patch_rows": (2, 2), "patches": 3}, "names 2 patches but patches=3: leave one of them out"),
+        ({"stage_blocks": (2, 2)}, "must list at least one block for each of the 1 stages"),
+        ({"stage_blocks": (4, 0), "pipefusion": 2}, "must list at least one block for each of the 2 stages"),
+        ({"output_rank": 1}, "output_rank=1 is not one of the 1 ranks"),
+        ({"pipefusion": 2, "text_rank": -1}, "text_rank=-1 is not one of the 2 ranks"),
+        ({"backend": "mpi"}, "backend='mpi' is unknown: use 'auto', 'nccl' or 'gloo'"),
+        ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
+        ({"timeout": float("nan")}, "timeout=nan must be a positive number of seconds"),
+    ],
+)
+def test_nonsense_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ParallelConfig(**options)
+    assert text in str(caught.value)
+
+
+def test_it_survives_json_and_cannot_be_changed() -> None:
+    config = ParallelConfig(pipefusion=2, patch_rows=[3, 1], stage_blocks=[1, 3], warmup="all")
+    assert ParallelConfig(**json.loads(json.dumps(config.as_dict()))) == config
+    assert config.patch_rows == (3, 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.warmup = 3
+
+
+def test_parts_are_placed_on_different_ranks_unless_told() -> None:
+    assert (ParallelConfig(pipefusion=3).encoder_rank, ParallelConfig(pipefusion=3).output_rank) == (2, 0)
+    assert ParallelConfig(pipefusion=3, text_rank=0).encoder_rank == 0
+    assert ParallelConfig(pipefusion=3).world_size == 3
+
+
+def test_it_describes_itself() -> None:
+    assert ParallelConfig(pipefusion=2, patches=4).describe() == "pipefusion 2 · patches 4 · warm-up 1"
+    text = ParallelConfig(patch_rows=(1, 2), warmup="all").describe()
+    assert text == "pipefusion 1 · patches 2 (1, 2) · every step synchronous"

@@ -1,0 +1,55 @@
+"""How a latent is cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from patchpipe import ParallelConfig
+from patchpipe.models.plan import Rows
+from patchpipe.patches import Cut, even_rows
+
+
+@pytest.mark.parametrize("rows", range(1, 20))
+def test_even_patches_differ_by_one_row_and_the_first_is_never_larger(rows: int) -> None:
+    for patches in range(1, rows + 1):
+        sizes = even_rows(rows, patches)
+        assert len(sizes) == patches
+        assert sum(sizes) == rows
+        assert max(sizes) - min(sizes) <= 1
+        assert list(sizes) == sorted(sizes)
+
+
+def test_a_cut_speaks_of_rows_tokens_and_units_of_the_latent() -> None:
+    cut = Cut.of(Rows(count=5, tokens=3, units=2), ParallelConfig(patches=2))
+    first, second = cut.patches
+    assert (first.rows, first.tokens, first.units) == ((0, 2), (0, 6), (0, 4))
+    assert (second.rows, second.tokens, second.units) == ((2, 5), (6, 15), (4, 10))
+    assert cut.bounds == (0, 4, 10)
+    assert [patch.carries_text for patch in cut.patches] == [True, False]
+    assert (second.token_count, second.total_tokens) == (9, 15)
+    assert cut.whole.whole
+    assert cut.whole.carries_text
+    assert cut.whole.tokens == (0, 15)
+
+
+def test_uneven_patches_are_taken_as_given() -> None:
+    cut = Cut.of(Rows(count=6, tokens=1, units=1), ParallelConfig(patch_rows=(3, 1, 2)))
+    assert cut.bounds == (0, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"patches": 7}, "patches=7 is more than the 6 token rows of this picture: use patches=6 or fewer"),
+        ({"patch_rows": (3, 2)}, r"patch_rows=\(3, 2\) adds up to 5 token rows but this picture has 6"),
+    ],
+)
+def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Cut.of(Rows(count=6, tokens=1, units=1), ParallelConfig(**options))
+
+
+def test_the_number_of_patches_chosen_for_the_user_fits_small_pictures() -> None:
+    config = ParallelConfig(pipefusion=4)
+    assert [len(Cut.of(Rows(rows, 1, 1), config).patches) for rows in (3, 8, 64)] == [3, 8, 8]
+    assert len(Cut.of(Rows(64, 1, 1), ParallelConfig()).patches) == 1
