@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from patchpipe.agreement import agree
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
 from patchpipe.transport import Channel, Wire
@@ -42,6 +43,7 @@ class Group:
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
         self._requests = 0
+        self._agreements = 0
         if self.world_size > 1:
             assert store is not None
             self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
@@ -139,20 +141,9 @@ class Group:
         Raises:
             ValueError: Two ranks differ; every rank raises the same text.
         """
-        if self.world_size == 1:
-            return
-        told = [
-            self.share(root, lambda: json.dumps(what, sort_keys=True, default=str)) for root in range(self.world_size)
-        ]
-        reference = json.loads(told[0])
-        for rank, text in enumerate(told):
-            other = json.loads(text)
-            for name in sorted({*reference, *other}):
-                if reference.get(name) != other.get(name):
-                    raise ValueError(
-                        f"the ranks were started differently: {name} is {reference.get(name)!r} on rank 0 but "
-                        f"{other.get(name)!r} on rank {rank}; start every rank with the same configuration and model"
-                    )
+        if self._store is not None:
+            self._agreements += 1
+            agree(self._store, f"agree/{self._agreements}", self.rank, self.world_size, what)
 
     # -- failure ---------------------------------------------------------------------------------
 
@@ -233,24 +224,31 @@ def join(
         device: Where this rank computes; ``None`` takes the CUDA device of its local rank, else the CPU.
 
     Raises:
-        ValueError: The number of processes does not fit the layout.
+        ValueError: The number of processes does not fit the layout, or the ranks have different layouts.
     """
     if rank is None or world_size is None:
         rank, world_size = _place_from_environment()
+    place, scoped = _device_for(device), None
+    if world_size > 1:
+        scoped = _meeting_point(store, rank, config.timeout)
+        agree(scoped, "layout", rank, world_size, {"config": config.as_dict()})
     if world_size != config.world_size:
         raise ValueError(
             f"the layout needs {config.world_size} ranks (pipefusion={config.pipefusion}) but {world_size} "
             f"were started: use `torchrun --nproc-per-node {config.world_size}` or change the layout"
         )
-    place = _device_for(device)
-    if world_size == 1:
+    if scoped is None:
         return Group(config, 0, place, None, "gloo")
-    deadline = timedelta(seconds=config.timeout)
+    return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
+
+
+def _meeting_point(store: dist.Store | None, rank: int, timeout: float) -> dist.Store:
+    deadline = timedelta(seconds=timeout)
     store = store or _store_from_environment(deadline)
     number = store.add(f"patchpipe/groups/{rank}", 1)  # ranks make their groups in the same order
     scoped = dist.PrefixStore(f"patchpipe/{number}", store)
     scoped.set_timeout(deadline)
-    return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
+    return scoped
 
 
 def _place_from_environment() -> tuple[int, int]:

@@ -1,0 +1,56 @@
+"""Makes sure that every rank was started alike, before anything that could hang is begun."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch.distributed as dist
+
+from patchpipe.errors import RankLost
+
+
+def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[str, Any]) -> None:
+    """Checks that every rank was started with the same ``what``.
+
+    Args:
+        store: Where the ranks meet.
+        topic: Names the matter; every rank uses it once.
+        rank: This rank.
+        world_size: Number of ranks.
+        what: Plain data, possibly nested.
+
+    Raises:
+        ValueError: Two ranks differ; every rank raises the same text.
+        RankLost: A rank did not show up before the store's deadline.
+    """
+    store.set(f"{topic}/{rank}", json.dumps(what, sort_keys=True, default=str))
+    told = [_told(store, f"{topic}/{other}", other) for other in range(world_size)]
+    for other, theirs in enumerate(told):
+        difference = first_difference(told[0], theirs)
+        if difference:
+            name, ours, their = difference
+            raise ValueError(
+                f"the ranks were started differently: {name} is {ours!r} on rank 0 but {their!r} on rank {other}; "
+                f"start every rank with the same configuration and model"
+            )
+
+
+def first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Name and both values of the first field in which two pieces of plain data differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in sorted({*ours, *theirs}):
+            found = first_difference(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return None
+    return None if ours == theirs else (name, ours, theirs)
+
+
+def _told(store: dist.Store, key: str, rank: int) -> Any:
+    try:
+        return json.loads(store.get(key))
+    except RuntimeError as error:
+        raise RankLost(
+            f"rank {rank} did not join before the deadline: was it started, and with the same layout?"
+        ) from error
