@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -172,7 +173,7 @@ class Group:
             return RankFailed(f"rank {first['rank']} failed first: {first['text']}")
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             return RankLost(f"{peer} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
-        return RankLost(f"{peer} closed its connection: its process has died or was killed ({_first_line(error)})")
+        return RankLost(f"{peer} closed its connection: its process has died or was killed ({_gist(error)})")
 
     def explaining(self, peer: str) -> _Explained:
         """A context that turns a failed wait into ``explain``'s error."""
@@ -303,5 +304,7 @@ def _portable(error: Exception) -> Exception:
     return RankFailed(f"{type(error).__name__}: {error}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+def _gist(error: Exception) -> str:
+    """What a transport's error says, without the place in its source and the advice."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+\]\s*", "", line).split(". ")[0][:200]

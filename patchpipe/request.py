@@ -84,6 +84,7 @@ class Request:
         self._latent_shape: torch.Size | None = None
         self._last: tuple[Any, BranchKey] | None = None
         self._started = perf_counter()
+        self._draw_alike()
 
     # -- the lazy latent's Exchange --------------------------------------------------------------
 
@@ -95,6 +96,22 @@ class Request:
         """Counts a materialisation."""
         self.stats.materialisations += 1
         self.stats.reasons.append(reason)
+
+    def _draw_alike(self) -> None:
+        """Lets every rank draw the first one's noise, where the pipeline is given no generator.
+
+        What ranks draw meets values that all of them hold as soon as the lazy latent has materialised.
+        """
+        if self.group.world_size == 1:
+            return
+        cuda = self.group.device if self.group.device.type == "cuda" else None
+        states = self.group.share(
+            0, lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(cuda) if cuda is not None else None)
+        )
+        if not self.group.first:
+            torch.set_rng_state(states[0].cpu())
+            if cuda is not None:
+                torch.cuda.set_rng_state(states[1].cpu(), cuda)
 
     # -- calls -----------------------------------------------------------------------------------
 

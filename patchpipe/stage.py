@@ -99,15 +99,15 @@ class Stage:
         mine = [places[index] for index in self.owned]
         for place in mine:
             self._hook_attention(place)
+            for path in place.listing.conditioning:
+                self._share_between_patches(f"{place.name}.{path}")
+            for path, names in place.listing.constant.items():
+                self._share_between_calls(f"{place.name}.{path}", names, whole=True)
         if not self.first:
             self._enter_at(mine[0])
             self._stub_embed()
         if not self.last:
             self._leave_at(mine[-1])
-            for path in place.listing.conditioning:
-                self._share_between_patches(f"{place.name}.{path}")
-            for path, names in place.listing.constant.items():
-                self._share_between_calls(f"{place.name}.{path}", names, whole=True)
         for path in self.plan.conditioning:
             self._share_between_patches(path)
         for path, names in self.plan.constant.items():
