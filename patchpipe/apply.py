@@ -85,6 +85,7 @@ class Attachment:
         """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
         self._warn_if_synchronous(kwargs)
         try:
+            self._draw_alike(kwargs.get("generator"))
             with self.runner.serving():
                 try:
                     output = materialise_tree(original(self._pipe, *args, **kwargs), "the pipeline's output")
@@ -106,6 +107,16 @@ class Attachment:
                 steps,
                 warmup,
             )
+
+    def _draw_alike(self, generator: Any) -> None:
+        """Every rank goes on from rank 0's random state: several of them may do the scheduler's arithmetic."""
+        if self.group.world_size == 1:
+            return
+        generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [])
+        states = self.group.share(0, lambda: [torch.get_rng_state(), *(each.get_state() for each in generators)])
+        torch.set_rng_state(states[0].cpu())
+        for each, state in zip(generators, states[1:], strict=True):
+            each.set_state(state.cpu())
 
     def _on_owner(self, compute: Callable[..., Any], owner: int) -> Callable[..., Any]:
         if self.group.world_size == 1:

@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.patches import Patch
 from patchpipe.store import LayerStore
 
-FindStore = Callable[[], "tuple[LayerStore, Patch] | None"]
+Attend = Callable[..., Tensor]  # scaled_dot_product_attention and whatever it was given beside its tensors
+
+
+class Sharing(Protocol):
+    """How the ranks that share a patch attend together."""
+
+    def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
+        """Attention of this rank's rows ``[batch, heads, own rows, channels]`` over all rows there are.
+
+        Args:
+            attend: Attention of a query over keys and values on this rank.
+            query: Of this rank's rows.
+            key: The same.
+            value: The same.
+            layer: The layer's store, and where its text rows stand.
+
+        Returns:
+            The result for this rank's rows and all heads.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What a self-attention layer needs beside its own module.
+
+    Attributes:
+        patch: This rank's rows.
+        store: The layer's keys and values; ``None`` where nothing is ever stale.
+        sharing: The ranks that share the patch, if there are several.
+        text_rows: Text rows in the sequence.
+        text_first: Whether they come before the image rows.
+    """
+
+    patch: Patch
+    store: LayerStore | None
+    sharing: Sharing | None
+    text_rows: int
+    text_first: bool
+
+    def remember(self, patch: Patch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a whole patch's fresh rows; returns keys and values of every row that exists."""
+        if self.store is None:
+            return key, value
+        return self.store.keep(key, value) if patch.whole else self.store.write(patch, key, value)
 
 
 class _StoreMode(TorchFunctionMode):
@@ -22,9 +67,9 @@ class _StoreMode(TorchFunctionMode):
     thread, so that two models in one process do not meet.
     """
 
-    def __init__(self, store: LayerStore, patch: Patch) -> None:
+    def __init__(self, attending: Attending) -> None:
         super().__init__()
-        self.store, self.patch = store, patch
+        self.attending = attending
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,26 +80,29 @@ class _StoreMode(TorchFunctionMode):
         return self._attend(func, *args, **kwargs)
 
     def _attend(
-        self, func: Any, query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any
+        self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        if self.patch.whole:
-            result = func(query, key, value, attn_mask, *args, **kwargs)
-            self.store.keep(key, value)
-            return result
-        if attn_mask is not None:
+        layer = self.attending
+        if attn_mask is not None and not layer.patch.uncut:
             raise NotImplementedError(
-                "a mask on self-attention is not supported while patches stream: use warmup='all'"
+                "a mask on self-attention is not supported while patches stream or are shared: use warmup='all' on "
+                "one device, or with pipefusion alone"
             )
-        key, value = self.store.write(self.patch, key, value)
-        return func(query, key, value, None, *args, **kwargs)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return func(query, key, value, attn_mask, *args, **kwargs)
+
+        if layer.sharing is not None:
+            return layer.sharing.attend(attend, query, key, value, layer)
+        return attend(query, *layer.remember(layer.patch, key, value))
 
 
-def attend_through(layer: nn.Module, find: FindStore) -> Callable[[], None]:
-    """Sends a layer's self-attention through its store.
+def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Callable[[], None]:
+    """Sends a layer's self-attention through its store and the ranks that share the patch.
 
     Args:
         layer: The attention module.
-        find: Gives the store and the patch at work; ``None`` leaves the layer alone.
+        find: What the patch at work needs; ``None`` leaves the layer alone.
 
     Returns:
         A function that undoes it.
@@ -62,10 +110,10 @@ def attend_through(layer: nn.Module, find: FindStore) -> Callable[[], None]:
     compute = layer.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        found = find()
-        if found is None:
+        attending = find()
+        if attending is None:
             return compute(*args, **kwargs)
-        with _StoreMode(*found) as mode:
+        with _StoreMode(attending) as mode:
             result = compute(*args, **kwargs)
         if mode.calls != 1:
             raise RuntimeError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
+DEGREES = ("pipefusion", "data", "cfg", "ulysses", "ring", "tensor", "distrifusion")
 FEWEST_TOKENS = 256  # in a patch, before the default number of patches is lowered towards the stages
 
 
@@ -26,6 +28,15 @@ class ParallelConfig:
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders. ``None`` takes the last rank.
+        data: Parts the batch is split into, each run by ranks of its own.
+        cfg: Guidance branches that run side by side: 2 gives the two branches ranks of their own.
+        ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
+            (DeepSpeed-Ulysses, arXiv 2309.14509).
+        ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
+            (Ring Attention, arXiv 2310.01889).
+        tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
+        distrifusion: Ranks that hold the whole model and a part of the latent each, and see the others' keys
+            and values one step late (DistriFusion, arXiv 2402.19481); instead of ``pipefusion``.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -41,11 +52,25 @@ class ParallelConfig:
     stage_blocks: tuple[int, ...] | None = None
     output_rank: int = 0
     text_rank: int | None = None
+    data: int = 1
+    cfg: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    tensor: int = 1
+    distrifusion: int = 1
     backend: Backend = "auto"
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        _at_least("pipefusion", self.pipefusion, 1)
+        for name in DEGREES:
+            _at_least(name, getattr(self, name), 1)
+        if self.cfg > 2:
+            raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
+        if self.distrifusion > 1 and (self.pipefusion > 1 or self.patches not in (None, 1) or self.patch_rows):
+            raise ValueError(
+                "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
+                "with pipefusion, patches or patch_rows"
+            )
         if self.patches is not None:
             _at_least("patches", self.patches, 1)
         if self.warmup != ALL_STEPS:
@@ -66,7 +91,12 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """Number of ranks the layout needs."""
-        return self.pipefusion
+        return prod(self.mesh_shape)
+
+    @property
+    def mesh_shape(self) -> tuple[int, ...]:
+        """Sizes of the axes ``data × cfg × pipe × displaced × ring × ulysses × tensor``."""
+        return (self.data, self.cfg, self.pipefusion, self.distrifusion, self.ring, self.ulysses, self.tensor)
 
     @property
     def encoder_rank(self) -> int:
@@ -102,7 +132,10 @@ class ParallelConfig:
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
         steps = "every step synchronous" if self.synchronous else f"warm-up {self.warmup}"
-        return f"pipefusion {self.pipefusion} · patches {patches} · {steps}"
+        others = "".join(
+            f"{name} {size} · " for name in ("data", "cfg", "ulysses") if (size := getattr(self, name)) > 1
+        )
+        return f"{others}pipefusion {self.pipefusion} · patches {patches} · {steps}"
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patchpipe.agreement import agree
+from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
-from patchpipe.transport import Channel, Wire
+from patchpipe.transport import Channel, Exchange, Wire
 
 
 class Group:
@@ -40,6 +41,7 @@ class Group:
     ) -> None:
         self.config, self.rank, self.device, self.backend = config, rank, device, backend
         self.world_size = config.world_size
+        self.mesh = Mesh(config.mesh_shape, rank)
         self._store = store
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
@@ -51,13 +53,24 @@ class Group:
             for name in ("forward", "return"):
                 inner = _process_group(store, name, backend, rank, self.world_size, config.timeout)
                 self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain)
+        self.lines: dict[Axis, Exchange] = {}
+        for axis in (*SEQUENCE_AXES, "tensor"):
+            if self.mesh.size(axis) > 1:
+                assert store is not None
+                self.lines[axis] = self._line(store, axis)
+
+    def _line(self, store: dist.Store, axis: Axis) -> Exchange:
+        ranks, index = self.mesh.along(axis), self.mesh.at(axis)
+        inner = _process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
+        wire = Wire(inner, self.device, self.backend, self.config.timeout, self.explain)
+        return Exchange(wire, index, len(ranks), ranks)
 
     # -- who is where ----------------------------------------------------------------------------
 
     @property
     def stage(self) -> int:
         """Index of this rank's pipeline stage."""
-        return self.rank
+        return self.mesh.at("pipe")
 
     @property
     def first(self) -> bool:
@@ -76,28 +89,39 @@ class Group:
 
     def channel_from_previous(self) -> Channel:
         """Streams from the stage before."""
-        return self._wires["forward"].channel(self.rank - 1)
+        return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage - 1))
 
     def channel_to_next(self) -> Channel:
         """Streams to the stage after."""
-        return self._wires["forward"].channel(self.rank + 1)
+        return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage + 1))
 
-    def channel_to_first(self) -> Channel:
-        """Noise predictions from the last stage to the first."""
-        return self._wires["return"].channel(0)
+    def answers(self, rank: int) -> Channel:
+        """Noise predictions between a rank of the last stage and one of the first."""
+        return self._wires["return"].channel(rank)
 
-    def channel_from_last(self) -> Channel:
-        """Noise predictions, as the first stage receives them."""
-        return self._wires["return"].channel(self.config.pipefusion - 1)
+    def drain(self) -> None:
+        """Waits until no hop is under way."""
+        for wire in self._wires.values():
+            wire.drain()
+
+    def traffic(self) -> tuple[int, float]:
+        """Bytes this rank sent in hops and exchanges so far, and seconds it waited for them."""
+        ends: list[Channel | Exchange] = [channel for wire in self._wires.values() for channel in wire.channels]
+        ends += self.lines.values()
+        return sum(end.sent_bytes for end in ends), sum(end.waited_seconds for end in ends)
 
     # -- what all ranks share --------------------------------------------------------------------
 
     def broadcast(self, tensor: Tensor | None, root: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The root's tensor on every rank's device; the others pass ``None``."""
+        """The root's tensor on every rank's device; others that have it too keep theirs, or pass ``None``."""
         if self.world_size == 1:
             assert tensor is not None
             return tensor
-        staged = torch.empty(shape, dtype=dtype) if tensor is None else tensor.detach().to("cpu").contiguous()
+        if self.rank == root:
+            assert tensor is not None
+            self._broadcast_bytes(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8), root)
+            return tensor
+        staged = torch.empty(shape, dtype=dtype)
         self._broadcast_bytes(staged.reshape(-1).view(torch.uint8), root)
         return staged.to(self.device) if tensor is None else tensor
 
@@ -193,6 +217,7 @@ class Group:
         """Closes the connections; peers that wait for this rank see it at once."""
         self._control = None
         self._wires.clear()
+        self.lines.clear()
 
 
 class _Explained:
@@ -235,7 +260,7 @@ def join(
         agree(scoped, "layout", rank, world_size, {"config": config.as_dict()})
     if world_size != config.world_size:
         raise ValueError(
-            f"the layout needs {config.world_size} ranks (pipefusion={config.pipefusion}) but {world_size} "
+            f"the layout needs {config.world_size} ranks ({config.describe()}) but {world_size} "
             f"were started: use `torchrun --nproc-per-node {config.world_size}` or change the layout"
         )
     if scoped is None:

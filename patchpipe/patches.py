@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from patchpipe.axes import shares
 from patchpipe.config import ParallelConfig
 from patchpipe.models.plan import Rows
 
@@ -20,6 +21,7 @@ class Patch:
         tokens: Its range of image tokens.
         total_tokens: Image tokens of the whole latent.
         whole: Whether it is the uncut latent, as in a synchronous step.
+        part: Which of how many ranks share the patch; the ranges above are then this rank's own.
     """
 
     index: int
@@ -28,6 +30,16 @@ class Patch:
     tokens: tuple[int, int]
     total_tokens: int
     whole: bool = False
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def uncut(self) -> bool:
+        """Whether the inputs of a call go in as they are."""
+        return self.whole and self.part[1] == 1
+
+    def text_range(self, rows: int) -> tuple[int, int]:
+        """The text rows that ride with this piece: all with the first patch, shared among its ranks."""
+        return shares(rows, self.part[1])[self.part[0]] if self.carries_text else (0, 0)
 
     @property
     def carries_text(self) -> bool:
@@ -77,6 +89,26 @@ class Cut:
         """The patches in streaming order."""
         pairs = zip(self.row_bounds[:-1], self.row_bounds[1:], strict=True)
         return tuple(self._patch(index, start, stop) for index, (start, stop) in enumerate(pairs))
+
+    def split(self, patch: Patch, parts: int) -> tuple[Patch, ...]:
+        """The pieces of a patch for the ranks that share it.
+
+        Raises:
+            ValueError: There are fewer rows than ranks.
+        """
+        if parts == 1:
+            return (patch,)
+        start, stop = patch.rows
+        if stop - start < parts:
+            raise ValueError(
+                f"a patch of {stop - start} token rows cannot be shared by {parts} ranks: use fewer patches, "
+                f"a taller picture, or fewer ranks along ulysses, ring and distrifusion"
+            )
+        pieces = shares(stop - start, parts)
+        return tuple(
+            replace(self._patch(patch.index, start + low, start + high, patch.whole), part=(index, parts))
+            for index, (low, high) in enumerate(pieces)
+        )
 
     @property
     def whole(self) -> Patch:

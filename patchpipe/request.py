@@ -24,10 +24,12 @@ class Branch:
     """One guidance branch: its keys and values must never serve another.
 
     Attributes:
+        index: Its place among the request's branches.
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values by attention layer.
     """
 
+    index: int = 0
     calls: int = 0
     stores: dict[str, LayerStore] = field(default_factory=dict)
 
@@ -140,7 +142,7 @@ class Request:
             if last_latent is latent and last_key[:2] == key[:2]:
                 key = (*key[:2], last_key[2] + 1)
         self._last = (latent, key)
-        return self._branches.setdefault(key, Branch())
+        return self._branches.setdefault(key, Branch(index=len(self._branches)))
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:
         """Whether the branch's next call runs the latent whole."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -11,16 +11,17 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from patchpipe.answers import Answers, Call
+from patchpipe.batches import BatchShare, share_batch, slice_inputs
 from patchpipe.config import ParallelConfig
 from patchpipe.lazy import PatchTensor, patch_of
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
+from patchpipe.sharing import sharing_for
 from patchpipe.stage import CallContext, Stage, Streams
 from patchpipe.transport import Receive
-
-Take = Callable[[int], Tensor]
 
 
 class Runner:
@@ -57,13 +58,12 @@ class Runner:
         self.group.begin_request()
         self.request = Request(self.config, self.plan, self.model, self.group)
         self.last = self.request.stats
-        sent, waited = self._traffic()
+        sent, waited = self.group.traffic()
         try:
             yield self.request
-            for channel in self._channels():
-                channel.drain()
+            self.group.drain()
         finally:
-            now_sent, now_waited = self._traffic()
+            now_sent, now_waited = self.group.traffic()
             self.last = self.request.finish(now_sent - sent, now_waited - waited)
             self.request = None
 
@@ -112,16 +112,23 @@ class Runner:
     def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> PatchTensor:
         assert self.request is not None
         synchronous = self.request.synchronous(branch, cut)
-        patches = (cut.whole,) if synchronous else cut.patches
-        stores = branch.stores if self.request.keeps_stores(cut) else None
+        latent = inputs[self.plan.latent]
+        call = Call(
+            inputs=inputs,
+            cut=cut,
+            patches=(cut.whole,) if synchronous else cut.patches,
+            shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
+            stores=branch.stores if self.request.keeps_stores(cut) else None,
+            text_rows=self.plan.text_rows(inputs),
+        )
         self._count(synchronous)
         branch.calls += 1
-        take = self._stream(inputs, cut, patches, stores)
-        latent = inputs[self.plan.latent]
+        answers = Answers(call, self.plan, self.model, self.group, self._dtype)
+        self._stream(call, answers)
         shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
             shape, self._dtype, latent.device, self.plan.grid.dim, cut.bounds,
-            self._as_patches(take, cut) if synchronous and take else take, self.request,
+            answers.patch if self.group.first else None, self.request,
         )  # fmt: skip
 
     def _count(self, synchronous: bool) -> None:
@@ -130,111 +137,68 @@ class Runner:
         else:
             self.last.steps_patched += 1
 
-    def _stream(
-        self, inputs: dict[str, Any], cut: Cut, patches: tuple[Patch, ...], stores: dict[str, Any] | None
-    ) -> Take | None:
-        """Runs every patch through this stage; gives the way to the noise prediction on the first stage."""
+    def _stream(self, call: Call, answers: Answers) -> None:
+        """Runs every patch of this rank's share of a call through this stage."""
+        share = call.share_of(self.group.mesh)
+        if share is None:
+            return
         assert self.request is not None
-        text_rows = self.plan.text_rows(inputs)
-        expected = [self._expect_streams(inputs, patch, text_rows) for patch in patches]
-        answers = self._expect_answers(inputs, patches)
+        batch = call.inputs[self.plan.latent].shape[0]
+        inputs = slice_inputs(call.inputs, self.plan, batch, share, self.request.memo)
+        pieces = [call.pieces(patch, self.group.mesh.parts) for patch in call.patches]
+        mine = [piece[self.group.mesh.part] for piece in pieces]
+        expected = [self._expect_streams(share, piece, call.text_rows) for piece in mine]
         memo: dict[str, Any] = {}
-        results: list[Tensor] = []
-        for patch, receives in zip(patches, expected, strict=True):
-            received = {name: receive.take() for name, receive in receives.items()}
-            context = CallContext(patch, stores, text_rows, received or None, memo, self.request.memo)
-            latent = self._latent_patch(inputs, cut, patch) if self.group.first else None
+        for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
+            context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
+            context.sharing = sharing_for(self.group, patch, shared)
+            latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
+            context.received = {name: receive.take() for name, receive in receives.items()} or None
             result = self.stage.run(inputs, latent, context)
             if isinstance(result, Tensor):
-                self._answer(result, results)
+                answers.give(result, patch)
             else:
-                self._pass_on(result, patch, text_rows)
-        if not self.group.first:
-            return None
-        return (lambda index: answers[index].take()) if answers else results.__getitem__
+                self._pass_on(result, piece, call.text_rows)
 
-    def _as_patches(self, take: Take, cut: Cut) -> Take:
-        """The patches of a prediction that comes in one piece."""
-        whole: list[Tensor] = []
-
-        def piece(index: int) -> Tensor:
-            if not whole:
-                whole.append(take(0))
-            start, stop = cut.bounds[index], cut.bounds[index + 1]
-            return whole[0].narrow(self.plan.grid.dim, start, stop - start).contiguous()
-
-        return piece
-
-    def _latent_patch(self, inputs: dict[str, Any], cut: Cut, patch: Patch) -> Tensor:
-        """A patch of the latent as a plain tensor: here the lazy arithmetic of the last step is done."""
-        latent, dim = inputs[self.plan.latent], self.plan.grid.dim
+    def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
+        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""
+        latent, dim = call.inputs[self.plan.latent], self.plan.grid.dim
         if not isinstance(latent, PatchTensor):
-            return latent if patch.whole else patch_of(latent, dim, *patch.units, patch.index)
-        if not patch.whole:
-            return latent.patch(patch.index)
-        return torch.cat([latent.patch(index) for index in range(len(cut.patches))], dim=dim)
+            whole = latent if patch.whole else patch_of(latent, dim, *patch.units, patch.index)
+        elif not patch.whole:
+            whole = latent.patch(patch.index)
+        else:
+            whole = torch.cat([latent.patch(index) for index in range(len(call.cut.patches))], dim=dim)
+        if share.size == latent.shape[0] and piece.part[1] == 1:
+            return whole
+        rows = whole.narrow(dim, piece.units[0] - patch.units[0], piece.units[1] - piece.units[0])
+        return rows[share.range[0] : share.range[1]].contiguous()
 
     # -- hops ------------------------------------------------------------------------------------
 
-    def _stream_shapes(self, inputs: dict[str, Any], patch: Patch, text_rows: int) -> dict[str, torch.Size]:
+    def _stream_shapes(self, batch: int, piece: Patch, text_rows: int) -> dict[str, torch.Size]:
         """Shapes of what goes from stage to stage, the same worked out on both sides."""
-        batch = inputs[self.plan.latent].shape[0]
-        shapes = {"hidden_states": torch.Size((batch, patch.token_count, self._width))}
-        if text_rows and patch.carries_text:
-            shapes[self.plan.text] = torch.Size((batch, text_rows, self._width))
+        shapes = {"hidden_states": torch.Size((batch, piece.token_count, self._width))}
+        start, stop = piece.text_range(text_rows)
+        if stop > start:
+            shapes[self.plan.text] = torch.Size((batch, stop - start, self._width))
         return shapes
 
-    def _expect_streams(self, inputs: dict[str, Any], patch: Patch, text_rows: int) -> dict[str, Receive]:
+    def _expect_streams(self, share: BatchShare, piece: Patch, text_rows: int) -> dict[str, Receive]:
         if self.group.first:
             return {}
         channel = self.group.channel_from_previous()
-        shapes = self._stream_shapes(inputs, patch, text_rows)
+        shapes = self._stream_shapes(share.size, piece, text_rows)
         return {name: channel.expect(shape, self._dtype) for name, shape in shapes.items()}
 
-    def _pass_on(self, streams: Streams, patch: Patch, text_rows: int) -> None:
+    def _pass_on(self, streams: Streams, piece: Patch, text_rows: int) -> None:
         channel = self.group.channel_to_next()
-        names = ["hidden_states"] + ([self.plan.text] if text_rows and patch.carries_text else [])
-        for name in names:
+        for name in self._stream_shapes(0, piece, text_rows):
             if streams[name].dtype != self._dtype:
                 raise RuntimeError(
                     f"{name} left the stage as {streams[name].dtype}, the next one expects {self._dtype}"
                 )
             channel.send(streams[name])
-
-    def _expect_answers(self, inputs: dict[str, Any], patches: tuple[Patch, ...]) -> list[Receive]:
-        if not self.group.first or self.group.last:
-            return []
-        channel, dim = self.group.channel_from_last(), self.plan.grid.dim
-        shape = list(self.plan.grid.output_shape(self.model, inputs[self.plan.latent].shape))
-        receives = []
-        for patch in patches:
-            shape[dim] = patch.units[1] - patch.units[0]
-            receives.append(channel.expect(tuple(shape), self._dtype))
-        return receives
-
-    def _answer(self, prediction: Tensor, results: list[Tensor]) -> None:
-        if self.group.first:
-            results.append(prediction)
-        else:
-            self.group.channel_to_first().send(prediction)
-
-    def _channels(self) -> list[Any]:
-        if self.group.world_size == 1:
-            return []
-        group, found = self.group, []
-        if not group.first:
-            found.append(group.channel_from_previous())
-        if not group.last:
-            found.append(group.channel_to_next())
-        if group.last:
-            found.append(group.channel_to_first())
-        if group.first:
-            found.append(group.channel_from_last())
-        return found
-
-    def _traffic(self) -> tuple[int, float]:
-        channels = self._channels()
-        return sum(c.sent_bytes for c in channels), sum(c.waited_seconds for c in channels)
 
 
 def _matrix_dtype(model: nn.Module) -> torch.dtype:

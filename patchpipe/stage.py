@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchpipe.attention import attend_through
+from patchpipe.attention import Attending, Sharing, attend_through
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.patches import Patch
 from patchpipe.positions import PositionTable
@@ -37,6 +37,8 @@ class CallContext:
         received: The streams from the stage before.
         memo: Results shared by the patches of this call.
         request_memo: Results shared by the calls of this request.
+        inputs: The arguments of the call.
+        sharing: The ranks that share the patch, if there are several.
     """
 
     patch: Patch
@@ -46,6 +48,7 @@ class CallContext:
     memo: dict[str, Any] = field(default_factory=dict)
     request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Sharing | None = None
 
 
 class _StageDone(Exception):
@@ -145,15 +148,15 @@ class Stage:
         patch, plan = self.context.patch, self.plan
         cut = {name: value for name, value in inputs.items() if name != "return_dict"}
         cut[plan.latent] = self._placeholder(inputs[plan.latent]) if latent is None else latent
-        if patch.whole:
+        if patch.uncut:
             return cut
         for name, dim in plan.cut_inputs.items():
             dim = dim + (cut[name].ndim == 3 and dim == 0)  # ids may still carry a batch dim
             cut[name] = cut[name].narrow(dim, patch.tokens[0], patch.token_count)
-        if not patch.carries_text:
-            for name, dim in plan.text_inputs.items():
-                dim = dim + (name != plan.text and cut[name].ndim == 3)
-                cut[name] = cut[name].narrow(dim, 0, 0)
+        start, stop = patch.text_range(self.context.text_rows)
+        for name, dim in plan.text_inputs.items():
+            dim = dim + (name != plan.text and cut[name].ndim == 3)
+            cut[name] = cut[name].narrow(dim, start, stop - start)
         return cut
 
     def _placeholder(self, latent: Tensor) -> Tensor:
@@ -166,7 +169,7 @@ class Stage:
     @contextmanager
     def _placed(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         assert self.context is not None
-        if self._positions is None or self.context.patch.whole:
+        if self._positions is None or self.context.patch.uncut:
             yield
             return
         with self._positions.showing(inputs[self.plan.latent].shape, self.context.patch.rows):
@@ -264,17 +267,18 @@ class Stage:
             if kind == "cross":  # its keys and values are the text's: no patch changes them
                 continue
             joint, text_first = kind == "joint", place.listing.text_first
-            self._undo.append(attend_through(layer, partial(self._store, name, joint, text_first)))
+            self._undo.append(attend_through(layer, partial(self._attending, name, joint, text_first)))
 
-    def _store(self, name: str, joint: bool, text_first: bool) -> tuple[LayerStore, Patch] | None:
+    def _attending(self, name: str, joint: bool, text_first: bool) -> Attending | None:
+        """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
         assert self.context is not None
-        if self.context.stores is None:
+        context, text_rows = self.context, self.context.text_rows if joint else 0
+        if context.stores is None and context.sharing is None:
             return None
-        store = self.context.stores.get(name)
-        if store is None:
-            store = LayerStore(self.context.text_rows if joint else 0, text_first)
-            self.context.stores[name] = store
-        return store, self.context.patch
+        store = None
+        if context.stores is not None:
+            store = context.stores.setdefault(name, LayerStore(text_rows, text_first))
+        return Attending(context.patch, store, context.sharing, text_rows, text_first)
 
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")

@@ -28,10 +28,11 @@ class LayerStore:
         self._fresh_tokens = 0  # image rows written so far, until the store is whole
         self._whole = False
 
-    def keep(self, key: Tensor, value: Tensor) -> None:
+    def keep(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Takes over the keys and values ``[batch, heads, rows, channels]`` of a synchronous step."""
         self._key, self._value = _own(key), _own(value)
         self._whole = True
+        return key, value
 
     def write(self, patch: Patch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Puts a patch's fresh rows in their place.

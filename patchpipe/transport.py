@@ -43,16 +43,61 @@ class Wire:
             self._channels[peer] = Channel(self, peer)
         return self._channels[peer]
 
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels used so far."""
+        return list(self._channels.values())
+
+    def drain(self) -> None:
+        """Waits until nothing is under way on any channel."""
+        for channel in self._channels.values():
+            channel.drain()
+
     def wait(self, work: Any, peer: int) -> None:
         """Waits for one operation, until the deadline.
 
         Raises:
             PatchpipeError: The peer died, failed or did not answer.
         """
+        self.wait_for(work, f"rank {peer}")
+
+    def wait_for(self, work: Any, whom: str) -> None:
+        """The same for ranks named in words."""
         try:
             work.wait(self.timeout)
         except RuntimeError as error:
-            raise self.explain(error, f"rank {peer}") from error
+            raise self.explain(error, whom) from error
+
+
+class Exchange:
+    """All-to-all among the ranks of one line of the mesh.
+
+    Args:
+        wire: Their process group.
+        index: This rank's place in the line.
+        size: Ranks in the line.
+        ranks: Their ranks in the whole group, for messages.
+    """
+
+    def __init__(self, wire: Wire, index: int, size: int, ranks: tuple[int, ...]) -> None:
+        self.wire, self.index, self.size, self.ranks = wire, index, size, ranks
+        self.sent_bytes = 0
+        self.waited_seconds = 0.0
+
+    def all_to_all(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+        """Gives each rank its tensor and returns what each gave this one, of the ``shapes`` known beforehand."""
+        place = torch.device("cpu") if self.wire.staged else self.wire.device
+        out = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in sent]
+        outgoing = torch.cat(out).to(place)
+        sizes = [torch.Size(shape).numel() * sent[0].element_size() for shape in shapes]
+        incoming = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
+        started = perf_counter()
+        work = self.wire.group.alltoall_base(incoming, outgoing, sizes, [piece.numel() for piece in out])
+        self.wire.wait_for(work, f"one of the ranks {self.ranks}")
+        self.waited_seconds += perf_counter() - started
+        self.sent_bytes += outgoing.numel() - out[self.index].numel()
+        pieces = incoming.to(self.wire.device).split(sizes)
+        return [piece.view(sent[0].dtype).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 class Channel:

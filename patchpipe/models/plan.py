@@ -154,6 +154,8 @@ class ModelPlan:
         conditioning: Modules whose result is the same for every patch of a call.
         constant: Modules whose result follows from these inputs and the patch alone: computed once a request.
         patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
+        unbatched_inputs: Inputs without a batch dim.
+        guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         latent: Name of the latent input.
         text: Name of the input that identifies the prompt, which tells guidance branches apart.
     """
@@ -170,6 +172,8 @@ class ModelPlan:
     conditioning: tuple[str, ...] = ()
     constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     patch_embed: str | None = None
+    unbatched_inputs: tuple[str, ...] = ()
+    guidance: Literal["calls", "batch"] = "batch"
     latent: str = "hidden_states"
     text: str = "encoder_hidden_states"
 

@@ -1,0 +1,116 @@
+"""One call of the transformer, and how the pieces of its noise prediction come together.
+
+Ranks of the last stage each make a piece: some rows of a patch for a part of the batch. Every rank of the first
+stage holds the latent and so needs every piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchpipe.axes import Mesh
+from patchpipe.batches import BatchShare
+from patchpipe.mesh import Group
+from patchpipe.models.plan import ModelPlan
+from patchpipe.patches import Cut, Patch
+from patchpipe.store import LayerStore
+from patchpipe.transport import Receive
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer, the same on every rank.
+
+    Attributes:
+        inputs: Its arguments by name.
+        cut: The cut of its latent.
+        patches: The patches to run, or the whole latent as one.
+        shares: Who runs which part of its batch.
+        stores: The branch's keys and values on this rank; ``None`` where nothing is ever stale.
+        text_rows: Text rows in joint attention.
+    """
+
+    inputs: Mapping[str, Any]
+    cut: Cut
+    patches: tuple[Patch, ...]
+    shares: tuple[BatchShare, ...]
+    stores: dict[str, LayerStore] | None
+    text_rows: int
+
+    def share_of(self, mesh: Mesh) -> BatchShare | None:
+        """The part of the batch a rank runs, if any."""
+        place = (mesh.at("data"), mesh.at("cfg"))
+        return next((share for share in self.shares if (share.data, share.cfg) == place), None)
+
+    def pieces(self, patch: Patch, ranks: int) -> tuple[Patch, ...]:
+        """The rows of a patch for each rank that shares it."""
+        return self.cut.split(patch, ranks)
+
+
+class Answers:
+    """The noise prediction of one call, as the first stage's ranks put it together.
+
+    Receives are posted at once; a patch is put together when it is asked for.
+    """
+
+    def __init__(self, call: Call, plan: ModelPlan, model: nn.Module, group: Group, dtype: torch.dtype) -> None:
+        self.call, self.plan, self.group = call, plan, group
+        self._shape = plan.grid.output_shape(model, call.inputs[plan.latent].shape)
+        self._dtype = dtype
+        self._makers = [self._rank(share, part) for share in call.shares for part in range(group.mesh.parts)]
+        self._found: dict[tuple[int, int], Tensor | Receive] = {}
+        self._whole: Tensor | None = None
+        if group.first:
+            for patch in call.patches:
+                self._expect(patch)
+
+    def give(self, result: Tensor, patch: Patch) -> None:
+        """Sends what this rank made to every rank of the first stage."""
+        if self.group.mesh.at("tensor") > 0:
+            return  # its neighbour made the same
+        for rank in self.group.mesh.stage(0):
+            if rank == self.group.rank:
+                self._found[patch.index, rank] = result
+            else:
+                self.group.answers(rank).send(result)
+
+    def patch(self, index: int) -> Tensor:
+        """A patch of the prediction; waits for it."""
+        if not self.call.patches[0].whole:
+            return self._together(self.call.patches[index])
+        if self._whole is None:
+            self._whole = self._together(self.call.patches[0])
+        start, stop = self.call.cut.bounds[index : index + 2]
+        return self._whole.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+
+    def _rank(self, share: BatchShare, part: int) -> int:
+        return self.group.mesh.peer(data=share.data, cfg=share.cfg, pipe=self.group.config.pipefusion - 1, ulysses=part)
+
+    def _expect(self, patch: Patch) -> None:
+        pieces, makers = self.call.pieces(patch, self.group.mesh.parts), iter(self._makers)
+        shape = list(self._shape)
+        for share in self.call.shares:
+            for piece in pieces:
+                rank = next(makers)
+                shape[0], shape[self.plan.grid.dim] = share.size, piece.units[1] - piece.units[0]
+                if rank != self.group.rank:
+                    self._found[patch.index, rank] = self.group.answers(rank).expect(tuple(shape), self._dtype)
+
+    def _together(self, patch: Patch) -> Tensor:
+        pieces = [self._take(patch, rank) for rank in self._makers]
+        size = self.group.mesh.parts
+        shares = [_joined(pieces[at : at + size], self.plan.grid.dim) for at in range(0, len(pieces), size)]
+        return _joined(shares, 0)
+
+    def _take(self, patch: Patch, rank: int) -> Tensor:
+        found = self._found.pop((patch.index, rank))
+        return found.take() if isinstance(found, Receive) else found
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)

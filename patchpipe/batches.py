@@ -1,0 +1,97 @@
+"""How the batch of a call is shared among the ranks of the ``data`` and ``cfg`` axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchpipe.axes import shares
+from patchpipe.config import ParallelConfig
+from patchpipe.models.plan import ModelPlan
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """Part of a call's batch, and the coordinates of the ranks that run it."""
+
+    data: int
+    cfg: int
+    range: Range
+
+    @property
+    def size(self) -> int:
+        """Entries of the batch."""
+        return self.range[1] - self.range[0]
+
+
+def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig) -> tuple[BatchShare, ...]:
+    """Who runs what of one call, in the order of the batch.
+
+    Where both guidance branches come in one batch, ``cfg`` splits it into its halves; where each branch is a
+    call of its own, the ranks of one branch run it and the others wait for their own.
+
+    Args:
+        batch: Entries of the call's batch.
+        branch: Which guidance branch the call is, where branches are calls.
+        plan: The model's plan.
+        config: The layout.
+
+    Raises:
+        ValueError: The batch does not divide as the layout asks.
+    """
+    halves: list[tuple[int, Range]] = [(branch % config.cfg, (0, batch))]
+    if config.cfg == 2 and plan.guidance == "batch":
+        if batch % 2:
+            raise ValueError(
+                "cfg=2 splits the two branches of guidance, but this call has none: set guidance, or cfg=1"
+            )
+        halves = [(0, (0, batch // 2)), (1, (batch // 2, batch))]
+    if min(stop - start for _, (start, stop) in halves) < config.data:
+        raise ValueError(
+            f"data={config.data} splits the pictures of a call, but there are only {halves[0][1][1]}: ask for more "
+            f"pictures at once, or set data={halves[0][1][1]}"
+        )
+    return tuple(
+        BatchShare(data, cfg, (start + low, start + high))
+        for cfg, (start, stop) in halves
+        for data, (low, high) in enumerate(shares(stop - start, config.data))
+    )
+
+
+def slice_inputs(
+    inputs: Mapping[str, Any], plan: ModelPlan, batch: int, share: BatchShare, kept: dict[tuple[Any, ...], Any]
+) -> dict[str, Any]:
+    """The inputs of a call for part of its batch; the latent is only given its shape.
+
+    Args:
+        inputs: The call's inputs.
+        plan: The model's plan.
+        batch: Entries of the whole batch.
+        share: The part.
+        kept: Slices made before, so that the same tensor gives the same slice in every call of a request.
+    """
+    latent = inputs[plan.latent]
+    shape = (share.size, *latent.shape[1:])
+    sliced = {name: _sliced(value, name, plan, batch, share.range, kept) for name, value in inputs.items()}
+    sliced[plan.latent] = torch.zeros((), dtype=latent.dtype, device=latent.device).expand(shape)
+    return sliced
+
+
+def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kept: dict[tuple[Any, ...], Any]) -> Any:
+    if part == (0, batch) or name == plan.latent or name in plan.unbatched_inputs:
+        return value
+    if isinstance(value, dict):
+        return {key: _sliced(entry, name, plan, batch, part, kept) for key, entry in value.items()}
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch:
+        return value
+    version = 0 if value.is_inference() else value._version
+    key = ("batch", id(value), version, part)
+    if key not in kept:
+        kept[key] = (value, value[part[0] : part[1]].contiguous())
+    return kept[key][1]

@@ -1,0 +1,21 @@
+"""Picks how the ranks that share a patch attend together."""
+
+from __future__ import annotations
+
+from patchpipe.attention import Sharing
+from patchpipe.mesh import Group
+from patchpipe.patches import Patch
+from patchpipe.ulysses import Ulysses
+
+
+def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharing | None:
+    """The way this group shares patches; ``None`` if each has a rank of its own.
+
+    Args:
+        group: The ranks.
+        patch: The patch, whole.
+        pieces: The rows of each rank that shares it.
+    """
+    if group.mesh.parts == 1:
+        return None
+    return Ulysses(group.lines["ulysses"], patch, pieces)
