@@ -137,6 +137,12 @@ class ParallelConfig:
         )
         return f"{others}pipefusion {self.pipefusion} · patches {patches} · {steps}"
 
+    def __str__(self) -> str:
+        """The mesh, and what each rank holds."""
+        from patchpipe.explain import describe_ranks
+
+        return describe_ranks(self)
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""
         return dataclasses.asdict(self)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchpipe.axes import Mesh
 from patchpipe.balance import split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
+from patchpipe.explain import Volume
 from patchpipe.loading import PipelineFolder, owned_names
 from patchpipe.models.plan import BlockPlace, ModelPlan
 
@@ -94,8 +96,11 @@ def _stages(
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
     components = _component_parameters(source)
-    for rank, owned in enumerate(split_blocks(transformer, plan, config)):
-        names = owned_names(transformer, plan, owned, last=rank == config.pipefusion - 1)
+    split = split_blocks(transformer, plan, config)
+    for rank in range(config.world_size):
+        stage = Mesh(config.mesh_shape, rank).at("pipe")
+        owned = split[stage]
+        names = owned_names(transformer, plan, owned, last=stage == config.pipefusion - 1)
         held = [part for part in components if rank == _home(part, config)]
         parameters = sum(sizes[name] for name in names) + sum(components[part] for part in held)
         blocks = _ranges([places[index] for index in owned])
@@ -133,3 +138,20 @@ def _block_list(model: nn.Module, path: str) -> tuple[str, int, str, int]:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text_tokens: int) -> Volume:
+    """What a step of a model works on, for ``explain.traffic``.
+
+    Raises:
+        UnsupportedModel: The transformer's class has no plan.
+        ValueError: The layout does not fit the model.
+        FileNotFoundError: The model or a part of it is missing.
+    """
+    source = PipelineFolder.locate(model)
+    plan = source.plan()
+    transformer = source.build("transformer", torch.float32)
+    split_blocks(transformer, plan, config)
+    dtype = Checkpoint(source.path / "transformer").dtype()
+    joint = text_tokens if plan.text_inputs else 0
+    return Volume(image_tokens + joint, plan.width(transformer), len(plan.blocks_of(transformer)), dtype.itemsize)

@@ -1,12 +1,13 @@
-"""The command line: ``patchpipe generate``, ``patchpipe info``, ``patchpipe models``."""
+"""The command line: ``patchpipe generate``, ``patchpipe info``, ``patchpipe explain``, ``patchpipe models``."""
 
 from __future__ import annotations
 
-from patchpipe.cli import generate, info, models
+from patchpipe.cli import explain, generate, info, models
 from patchpipe.cli.app import app
 
 __all__ = ["app"]
 
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)
+app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=models.EPILOG)(models.models)

@@ -17,6 +17,10 @@ EPILOG = """
 
   [green]patchpipe generate[/] "red heart, flat style" --pipefusion 2 -o heart.png
 
+  Eight processes: two guidance branches, two stages, two ranks to a stage:
+
+  [green]patchpipe generate[/] "red heart, flat style" --cfg 2 --pipefusion 2 --ulysses 2
+
   Several prompts on one sheet, next to what one device paints:
 
   [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --compare -o sheet.png
@@ -56,6 +60,11 @@ def generate(
     threads: options.Threads = None,
     variant: options.Variant = None,
     pipefusion: options.Pipefusion = 1,
+    cfg: options.Cfg = 1,
+    ulysses: options.Ulysses = 1,
+    ring: options.Ring = 1,
+    tensor: options.Tensor = 1,
+    distrifusion: options.Distrifusion = 1,
     patches: options.Patches = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
@@ -71,6 +80,11 @@ def generate(
 
     config = options.read_config(
         pipefusion=pipefusion,
+        cfg=cfg,
+        ulysses=ulysses,
+        ring=ring,
+        tensor=tensor,
+        distrifusion=distrifusion,
         patches=patches,
         warmup=warmup,
         patch_rows=patch_rows,

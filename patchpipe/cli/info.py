@@ -28,6 +28,11 @@ EPILOG = """
 def info(
     model: options.ModelArgument = None,
     pipefusion: options.Pipefusion = 1,
+    cfg: options.Cfg = 1,
+    ulysses: options.Ulysses = 1,
+    ring: options.Ring = 1,
+    tensor: options.Tensor = 1,
+    distrifusion: options.Distrifusion = 1,
     stage_blocks: options.StageBlocks = None,
     output_rank: options.OutputRank = 0,
     text_rank: options.TextRank = None,
@@ -42,6 +47,11 @@ def info(
         patch_rows=None,
         stage_blocks=stage_blocks,
         pipefusion=pipefusion,
+        cfg=cfg,
+        ulysses=ulysses,
+        ring=ring,
+        tensor=tensor,
+        distrifusion=distrifusion,
         output_rank=output_rank,
         text_rank=text_rank,
     )

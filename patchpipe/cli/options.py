@@ -30,8 +30,15 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
 
 
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
+Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
+Ulysses = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
+Ring = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]
+Tensor = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by slices of its matrices.", default=True)]
+Distrifusion = Annotated[
+    int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
+]
 Patches = Annotated[
-    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: twice the stages.[/]")
+    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: up to twice the stages.[/]")
 ]
 Warmup = Annotated[
     str,

@@ -1,0 +1,74 @@
+"""``patchpipe explain``: what a layout means, before anything is started."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from patchpipe.cli import options
+from patchpipe.cli.info import size
+
+PIXELS_PER_TOKEN = 16  # eight of the autoencoder, two of the patch embedding
+EPILOG = """
+[bold]Examples[/]
+
+  [green]patchpipe explain[/] --cfg 2 --pipefusion 2 --ulysses 2
+
+  [green]patchpipe explain[/] ./flux-dev --pipefusion 4 --height 2048 --width 2048
+"""
+
+TextTokens = Annotated[int, typer.Option(help="Tokens of the prompt that take part in joint attention.")]
+
+
+def explain(
+    model: options.ModelArgument = None,
+    pipefusion: options.Pipefusion = 1,
+    cfg: options.Cfg = 1,
+    ulysses: options.Ulysses = 1,
+    ring: options.Ring = 1,
+    tensor: options.Tensor = 1,
+    distrifusion: options.Distrifusion = 1,
+    patches: options.Patches = None,
+    warmup: options.Warmup = "1",
+    height: options.Height = 1024,
+    width: options.Width = 1024,
+    text_tokens: TextTokens = 512,
+    _debug: options.Debug = False,
+) -> None:
+    """Show the mesh of a layout: who is where, who holds what, and what travels in a step."""
+    from patchpipe.demo import MODEL_DIR
+    from patchpipe.source import resolve_source
+
+    config = options.read_config(
+        warmup=warmup,
+        patch_rows=None,
+        stage_blocks=None,
+        pipefusion=pipefusion,
+        cfg=cfg,
+        ulysses=ulysses,
+        ring=ring,
+        tensor=tensor,
+        distrifusion=distrifusion,
+        patches=patches,
+    )
+    source = resolve_source(model or MODEL_DIR)
+    from patchpipe.describe import volume_of  # heavy, and not needed to refuse bad input
+    from patchpipe.explain import ranks_table, traffic
+
+    tokens = (height or 1024) // PIXELS_PER_TOKEN * ((width or 1024) // PIXELS_PER_TOKEN)
+    console = Console(highlight=False)
+    console.print(f"[bold]{config.describe()}[/] · {config.world_size} ranks")
+    header, *rows = ranks_table(config)
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    sent = traffic(config, volume_of(source.path, config, tokens, text_tokens))
+    title = f"A rank sends per step, {height}×{width} pixels, one branch"
+    console.print(title if sent else "One device: nothing travels.")
+    for method, sent_bytes in sent.items():
+        console.print(f"  {method:14}{size(int(sent_bytes))}")
