@@ -89,7 +89,7 @@ class Answers:
         return self._whole.narrow(self.plan.grid.dim, start, stop - start).contiguous()
 
     def _rank(self, share: BatchShare, part: int) -> int:
-        return self.group.mesh.peer(data=share.data, cfg=share.cfg, pipe=self.group.config.pipefusion - 1, ulysses=part)
+        return self.group.mesh.maker(share.data, share.cfg, self.group.config.pipefusion - 1, part)
 
     def _expect(self, patch: Patch) -> None:
         pieces, makers = self.call.pieces(patch, self.group.mesh.parts), iter(self._makers)

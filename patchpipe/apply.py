@@ -18,6 +18,7 @@ from patchpipe.models import plan_for
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
+from patchpipe.tensor import TensorPart, check_tensor, tensor_part
 
 logger = logging.getLogger("patchpipe")
 
@@ -29,20 +30,28 @@ class _OutputElsewhere(BaseException):
 class Attachment:
     """A pipeline's parallel side, as ``pipe.patchpipe``.
 
+    Args:
+        pipe: The pipeline.
+        config: The layout.
+        group: The ranks.
+        owned: Range of the blocks in running order that this rank's stage owns.
+        part: This rank's part of their matrices, where they are split.
+
     Attributes:
         config: The layout.
         group: The ranks.
         runner: Runs the transformer's calls.
     """
 
-    def __init__(self, pipe: Any, config: ParallelConfig, group: Group) -> None:
+    def __init__(
+        self, pipe: Any, config: ParallelConfig, group: Group, owned: range, part: TensorPart | None = None
+    ) -> None:
         self.config, self.group = config, group
         model: nn.Module = pipe.transformer
         plan = plan_for(model)
-        owned = split_blocks(model, plan, config)[group.stage]
         stage = Stage(model, plan, owned, first=group.first, last=group.last)
         self.runner = Runner(model, plan, config, group, stage)
-        self._pipe, self._stage = pipe, stage
+        self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -57,6 +66,9 @@ class Attachment:
     def attach(self) -> None:
         """Hooks the pipeline: its call, its transformer, its text encoding and its VAE."""
         pipe, model = self._pipe, self._pipe.transformer
+        if self._part is not None:
+            self._part.attach(self.group.lines["tensor"])
+            self._undo.append(self._part.detach)
         self._stage.attach()
         self._undo.append(self._stage.detach)
         self._set(model, "forward", self.runner.forward)
@@ -155,8 +167,8 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     """Spreads a pipeline that is already in memory over the ranks of this process's group.
 
     Every rank calls it with the same pipeline. Call the pipeline as ever afterwards: the output rank gets the
-    images, the others ``None``. Parameters other ranks own stay in memory, so that ``restore`` can give the
-    pipeline back; ``from_pretrained`` reads only what a rank owns.
+    images, the others ``None``. Parameters other ranks own, and matrices split over ranks, stay in memory whole, so
+    that ``restore`` can give the pipeline back; ``from_pretrained`` reads only what a rank owns.
 
     Args:
         pipe: A diffusers pipeline whose transformer has a plan.
@@ -174,11 +186,15 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
         raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
-    plan = plan_for(pipe.transformer)
-    split_blocks(pipe.transformer, plan, config)
+    model: nn.Module = pipe.transformer
+    plan = plan_for(model)
+    stages = split_blocks(model, plan, config)
+    check_tensor(model, plan, config.tensor)
     group = group or join(config, device=_device_of(pipe))
-    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": dict(pipe.transformer.config)})
-    Attachment(pipe, config, group).attach()
+    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": dict(model.config)})
+    owned = stages[group.stage]
+    part = tensor_part(model, plan, owned, group.mesh.at("tensor"), config.tensor)
+    Attachment(pipe, config, group, owned, part).attach()
     return pipe
 
 

@@ -13,7 +13,31 @@ from torch.overrides import TorchFunctionMode
 from patchpipe.patches import Patch
 from patchpipe.store import LayerStore
 
-Attend = Callable[..., Tensor]  # scaled_dot_product_attention and whatever it was given beside its tensors
+
+@dataclass(frozen=True)
+class Attend:
+    """``scaled_dot_product_attention`` and whatever a model gave it beside its tensors.
+
+    Attributes:
+        compute: The function.
+        mask: Its ``attn_mask``.
+        dropout: Its ``dropout_p``.
+        causal: Its ``is_causal``.
+        scale: Its ``scale``; ``None`` is one over the root of the channels.
+        grouped: Its ``enable_gqa``.
+    """
+
+    compute: Callable[..., Tensor]
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    causal: bool = False
+    scale: float | None = None
+    grouped: bool = False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of a query over keys and values on this rank."""
+        options = {"enable_gqa": True} if self.grouped else {}
+        return self.compute(query, key, value, self.mask, self.dropout, self.causal, scale=self.scale, **options)
 
 
 class Sharing(Protocol):
@@ -80,18 +104,24 @@ class _StoreMode(TorchFunctionMode):
         return self._attend(func, *args, **kwargs)
 
     def _attend(
-        self, func: Any, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+        self,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
         layer = self.attending
         if attn_mask is not None and not layer.patch.uncut:
             raise NotImplementedError(
                 "a mask on self-attention is not supported while patches stream or are shared: use warmup='all' on "
                 "one device, or with pipefusion alone"
             )
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return func(query, key, value, attn_mask, *args, **kwargs)
-
+        attend = Attend(func, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
         return attend(query, *layer.remember(layer.patch, key, value))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from patchpipe.tensor import Slice
 
 STEM = "diffusion_pytorch_model"
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
@@ -55,9 +57,21 @@ class Checkpoint:
         return STORED.get(counts.most_common(1)[0][0], torch.float32)
 
     def fill(
-        self, model: nn.Module, names: Iterable[str], dtype_of: dict[str, torch.dtype], device: torch.device
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        dtype_of: dict[str, torch.dtype],
+        device: torch.device,
+        slices: Mapping[str, Slice] | None = None,
     ) -> None:
         """Reads the named parameters and buffers into a model built on ``meta``.
+
+        Args:
+            model: The model.
+            names: What to read.
+            dtype_of: The dtype each is to have.
+            device: Where each is to be.
+            slices: The part of some of them to read, and no more.
 
         Raises:
             ValueError: A tensor is missing from the checkpoint or has another shape.
@@ -75,19 +89,28 @@ class Checkpoint:
             by_file[self._file_of[name]].append(name)
         for path, chosen in by_file.items():
             left = iter(chosen)
-            while self._read_some(model, path, left, dtype_of, device) >= MAPPED_BYTES:
+            while self._read_some(model, path, left, dtype_of, device, slices or {}) >= MAPPED_BYTES:
                 pass
 
     def _read_some(
-        self, model: nn.Module, path: Path, left: Iterator[str], dtype_of: dict[str, torch.dtype], device: torch.device
+        self,
+        model: nn.Module,
+        path: Path,
+        left: Iterator[str],
+        dtype_of: dict[str, torch.dtype],
+        device: torch.device,
+        slices: Mapping[str, Slice],
     ) -> int:
         """Reads until enough of the file is mapped into memory; closing it gives the pages back."""
         read = 0
         with _opened(path) as file:
             for name in left:
-                tensor = file.get_tensor(name)
-                _assign(model, name, tensor, dtype_of.get(name), device, path)
-                read += tensor.numel() * tensor.element_size()
+                stored = file.get_slice(name)
+                shape = torch.Size(stored.get_shape())
+                _check_shape(model, name, shape, path)
+                tensor = slices[name].of(stored) if name in slices else file.get_tensor(name)
+                _assign(model, name, tensor, dtype_of.get(name), device)
+                read += shape.numel() * tensor.element_size()  # a slice may touch every page of its tensor
                 if read >= MAPPED_BYTES:
                     break
         return read
@@ -103,16 +126,16 @@ class Checkpoint:
         self._file_of = {name: self.folder / file for name, file in weight_map.items()}
 
 
-def _assign(
-    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device, path: Path
-) -> None:
+def _check_shape(model: nn.Module, name: str, shape: torch.Size, path: Path) -> None:
+    owner, _, leaf = name.rpartition(".")
+    expected = getattr(model.get_submodule(owner), leaf).shape
+    if expected != shape:
+        raise ValueError(f"{name} is {tuple(shape)} in {path.name} but {tuple(expected)} by the model's config.json")
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
     owner_path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_path)
-    expected = getattr(owner, leaf)
-    if expected.shape != tensor.shape:
-        raise ValueError(
-            f"{name} is {tuple(tensor.shape)} in {path.name} but {tuple(expected.shape)} by the model's config.json"
-        )
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     moved = tensor.to(device=device, dtype=wanted)
     if moved is tensor:

@@ -23,6 +23,7 @@ from patchpipe.mesh import Group, join
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.source import Source, resolve_source
+from patchpipe.tensor import check_tensor, tensor_part
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32,
@@ -44,7 +45,8 @@ def from_pretrained(
     """Loads a diffusers pipeline spread over the ranks of this process's group.
 
     Every rank calls it alike, for example in a script under ``torchrun``. A rank reads its own blocks and the
-    shared embedders; the text encoders live on ``config.encoder_rank``, the VAE on ``config.output_rank``.
+    shared embedders, and of split matrices its own slice alone; the text encoders live on ``config.encoder_rank``,
+    the VAE on ``config.output_rank``.
 
     Args:
         model: A folder in diffusers format, or a hub id.
@@ -69,7 +71,8 @@ def from_pretrained(
     source = PipelineFolder.locate(model, variant)
     plan = source.plan()
     transformer = source.build("transformer", wanted)
-    owned = split_blocks(transformer, plan, config)
+    stages = split_blocks(transformer, plan, config)
+    check_tensor(transformer, plan, config.tensor)
     checkpoint = Checkpoint(source.path / "transformer", variant)
     group = group or join(config, device=device)
     group.agree(
@@ -80,13 +83,16 @@ def from_pretrained(
             "model_config": source.config("transformer"),
         }
     )
-    names = owned_names(transformer, plan, owned[group.stage], last=group.last)
-    checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device)
+    owned = stages[group.stage]
+    names = owned_names(transformer, plan, owned, last=group.last)
+    part = tensor_part(transformer, plan, owned, group.mesh.at("tensor"), config.tensor)
+    slices = part.slices if part is not None else {}
+    checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
     _finish(transformer, wanted, group.device)
     parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
-    Attachment(pipe, config, group).attach()
+    Attachment(pipe, config, group, owned, part).attach()
     return pipe
 
 

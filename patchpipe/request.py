@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.config import ParallelConfig
+from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut
@@ -27,11 +28,18 @@ class Branch:
         index: Its place among the request's branches.
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values by attention layer.
+        parts: The same where ranks see each other's part of the latent late, in the order layers run.
     """
 
     index: int = 0
     calls: int = 0
     stores: dict[str, LayerStore] = field(default_factory=dict)
+    parts: list[PartStore] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its keys and values."""
+        return sum(store.bytes for store in self.stores.values()) + sum(store.bytes for store in self.parts)
 
 
 @dataclass
@@ -43,8 +51,8 @@ class RequestStats:
         reasons: The operations that asked for it.
         patches: Patches of the latent.
         stages: Pipeline stages.
-        steps_synchronous: Calls of the transformer that ran the whole latent.
-        steps_patched: Calls that ran it patch by patch.
+        steps_synchronous: Calls of the transformer that saw fresh keys and values only.
+        steps_patched: Calls that ran the latent patch by patch, or part by part, beside stale ones.
         seconds: Wall-clock seconds of the request on this rank.
         store_bytes: Memory of the keys and values this rank held.
         waited_seconds: Time this rank spent waiting for other ranks.
@@ -145,14 +153,12 @@ class Request:
         return self._branches.setdefault(key, Branch(index=len(self._branches)))
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:
-        """Whether the branch's next call runs the latent whole."""
-        if self.config.synchronous or len(cut.patches) == 1:
-            return True
-        return branch.calls < int(self.config.warmup)
+        """Whether the branch's next call sees fresh keys and values only."""
+        return not self.keeps_stores(cut) or branch.calls < int(self.config.warmup)
 
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""
-        return not self.config.synchronous and len(cut.patches) > 1
+        return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
 
     def _text_index(self, text: Tensor | None) -> int:
         if text is None:
@@ -165,8 +171,7 @@ class Request:
 
     def finish(self, sent_bytes: int, waited_seconds: float) -> RequestStats:
         """Ends the request: keys, values and lazy tensors are let go, the figures stay."""
-        stores = [store for branch in self._branches.values() for store in branch.stores.values()]
-        self.stats.store_bytes = sum(store.bytes for store in stores)
+        self.stats.store_bytes = sum(branch.bytes for branch in self._branches.values())
         self.stats.seconds = perf_counter() - self._started
         self.stats.sent_bytes, self.stats.waited_seconds = sent_bytes, waited_seconds
         self._branches.clear()

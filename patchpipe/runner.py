@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from patchpipe.answers import Answers, Call
 from patchpipe.batches import BatchShare, share_batch, slice_inputs
 from patchpipe.config import ParallelConfig
+from patchpipe.displaced import Displaced, displaced_for
 from patchpipe.lazy import PatchTensor, patch_of
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
@@ -62,6 +63,8 @@ class Runner:
         try:
             yield self.request
             self.group.drain()
+            for line in self.group.lines.values():
+                line.wire.drain()  # rows sent for a step that never comes
         finally:
             now_sent, now_waited = self.group.traffic()
             self.last = self.request.finish(now_sent - sent, now_waited - waited)
@@ -111,20 +114,20 @@ class Runner:
 
     def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> PatchTensor:
         assert self.request is not None
-        synchronous = self.request.synchronous(branch, cut)
+        synchronous, keeps = self.request.synchronous(branch, cut), self.request.keeps_stores(cut)
         latent = inputs[self.plan.latent]
         call = Call(
             inputs=inputs,
             cut=cut,
-            patches=(cut.whole,) if synchronous else cut.patches,
+            patches=(cut.whole,) if synchronous or len(cut.patches) == 1 else cut.patches,
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
-            stores=branch.stores if self.request.keeps_stores(cut) else None,
+            stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
         )
         self._count(synchronous)
         branch.calls += 1
         answers = Answers(call, self.plan, self.model, self.group, self._dtype)
-        self._stream(call, answers)
+        self._stream(call, answers, displaced_for(self.group, cut, branch.parts if keeps else None, synchronous))
         shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
             shape, self._dtype, latent.device, self.plan.grid.dim, cut.bounds,
@@ -137,7 +140,7 @@ class Runner:
         else:
             self.last.steps_patched += 1
 
-    def _stream(self, call: Call, answers: Answers) -> None:
+    def _stream(self, call: Call, answers: Answers, displaced: Displaced | None) -> None:
         """Runs every patch of this rank's share of a call through this stage."""
         share = call.share_of(self.group.mesh)
         if share is None:
@@ -151,7 +154,7 @@ class Runner:
         memo: dict[str, Any] = {}
         for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
             context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
-            context.sharing = sharing_for(self.group, patch, shared)
+            context.sharing = displaced or sharing_for(self.group, patch, shared)
             latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
             context.received = {name: receive.take() for name, receive in receives.items()} or None
             result = self.stage.run(inputs, latent, context)

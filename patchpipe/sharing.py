@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchpipe.attention import Sharing
 from patchpipe.mesh import Group
 from patchpipe.patches import Patch
+from patchpipe.ring import Ring
 from patchpipe.ulysses import Ulysses
 
 
@@ -14,8 +15,15 @@ def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharin
     Args:
         group: The ranks.
         patch: The patch, whole.
-        pieces: The rows of each rank that shares it.
+        pieces: The rows of each rank that shares it, in the order of ``Mesh.part``.
     """
-    if group.mesh.parts == 1:
+    mesh = group.mesh
+    if mesh.parts == 1:
         return None
-    return Ulysses(group.lines["ulysses"], patch, pieces)
+    ulysses = None
+    if mesh.size("ulysses") > 1:
+        start = mesh.part - mesh.at("ulysses")
+        ulysses = Ulysses(group.lines["ulysses"], patch, pieces[start : start + mesh.size("ulysses")])
+    if mesh.size("ring") == 1:
+        return ulysses
+    return Ring(group.lines["ring"], patch, pieces, ulysses)

@@ -56,6 +56,23 @@ class LayerStore:
             self._whole = self._fresh_tokens == patch.total_tokens
         return self._existing(self._key), self._existing(self._value)
 
+    def others(self, patch: Patch) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the rows that exist outside a patch, as unbroken views.
+
+        Args:
+            patch: A patch as a whole, not a rank's part of it.
+        """
+        if self._key is None or self._value is None:
+            return []
+        image = self.text_rows if self.text_first else 0  # where image rows start
+        stop = patch.total_tokens if self._whole else self._fresh_tokens
+        ranges = [(image, image + patch.tokens[0]), (image + patch.tokens[1], image + stop)]
+        if self.text_rows and not patch.carries_text:
+            text = 0 if self.text_first else patch.total_tokens
+            ranges.append((text, text + self.text_rows))
+        joined = _joined(sorted(span for span in ranges if span[0] < span[1]))
+        return [(self._key[:, :, low:high], self._value[:, :, low:high]) for low, high in joined]
+
     @property
     def bytes(self) -> int:
         """Memory the store holds."""
@@ -99,3 +116,14 @@ def _own(rows: Tensor) -> Tensor:
     """The tensor itself if it alone uses its memory, else a copy: the store writes into what it keeps."""
     memory = rows.untyped_storage().nbytes()
     return rows if memory == rows.numel() * rows.element_size() else rows.clone()
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges with those that touch made one."""
+    joined: list[tuple[int, int]] = []
+    for low, high in ranges:
+        if joined and joined[-1][1] == low:
+            joined[-1] = (joined[-1][0], high)
+        else:
+            joined.append((low, high))
+    return joined

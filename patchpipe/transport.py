@@ -35,6 +35,7 @@ class Wire:
         self.staged = backend == "gloo" and device.type != "cpu"
         self.timeout = timedelta(seconds=timeout)
         self.explain = explain
+        self.ranks: tuple[int, ...] | None = None  # of the group's members among all ranks, where they differ
         self._channels: dict[int, Channel] = {}
 
     def channel(self, peer: int) -> Channel:
@@ -59,7 +60,11 @@ class Wire:
         Raises:
             PatchpipeError: The peer died, failed or did not answer.
         """
-        self.wait_for(work, f"rank {peer}")
+        self.wait_for(work, self.name(peer))
+
+    def name(self, peer: int) -> str:
+        """A member of the group, for messages."""
+        return f"rank {self.ranks[peer] if self.ranks else peer}"
 
     def wait_for(self, work: Any, whom: str) -> None:
         """The same for ranks named in words."""
@@ -70,7 +75,7 @@ class Wire:
 
 
 class Exchange:
-    """All-to-all among the ranks of one line of the mesh.
+    """All-to-all, all-gather and hops around a ring, among the ranks of one line of the mesh.
 
     Args:
         wire: Their process group.
@@ -81,8 +86,38 @@ class Exchange:
 
     def __init__(self, wire: Wire, index: int, size: int, ranks: tuple[int, ...]) -> None:
         self.wire, self.index, self.size, self.ranks = wire, index, size, ranks
+        self.wire.ranks = ranks
         self.sent_bytes = 0
         self.waited_seconds = 0.0
+
+    def spread(self, own: Tensor, shapes: list[tuple[int, ...]]) -> dict[int, Receive]:
+        """Starts to give every rank this one's tensor and to get theirs; returns at once.
+
+        Args:
+            own: This rank's tensor; not to be written to afterwards.
+            shapes: Shape of each rank's tensor, all of one dtype.
+
+        Returns:
+            The receive of each other rank's tensor.
+        """
+        receives = {}
+        for peer in (*range(self.index), *range(self.index + 1, self.size)):
+            channel = self.wire.channel(peer)
+            # NCCL runs what one pair does in order: the two must not both begin with a send.
+            if self.index < peer:
+                channel.send(own)
+            receives[peer] = channel.expect(shapes[peer], own.dtype)
+            if self.index > peer:
+                channel.send(own)
+        self.sent_bytes += own.nbytes * len(receives)
+        return receives
+
+    def take(self, receive: Receive) -> Tensor:
+        """What another rank gave in ``spread``; waits for it."""
+        started = perf_counter()
+        receive.wait()
+        self.waited_seconds += perf_counter() - started
+        return receive.take()
 
     def all_to_all(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
         """Gives each rank its tensor and returns what each gave this one, of the ``shapes`` known beforehand."""
@@ -98,6 +133,56 @@ class Exchange:
         self.sent_bytes += outgoing.numel() - out[self.index].numel()
         pieces = incoming.to(self.wire.device).split(sizes)
         return [piece.view(sent[0].dtype).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def pass_on(self, sent: Tensor, shape: torch.Size | tuple[int, ...]) -> Shift:
+        """Starts giving a tensor to the next rank of the line and taking one from the rank before; returns at once.
+
+        Args:
+            sent: Any shape; the next rank knows it.
+            shape: Of what comes from the rank before; of the same dtype.
+        """
+        place = torch.device("cpu") if self.wire.staged else self.wire.device
+        outgoing = sent.contiguous().view(-1).view(torch.uint8).to(place)
+        size = torch.Size(shape).numel() * sent.element_size()
+        incoming = torch.empty(size, dtype=torch.uint8, device=place)
+        # One all-to-all that is empty between other ranks: NCCL would run a lone send before a lone receive, and
+        # ranks in a circle would then wait for each other.
+        out, into = [0] * self.size, [0] * self.size
+        out[(self.index + 1) % self.size], into[(self.index - 1) % self.size] = outgoing.numel(), size
+        try:
+            work = self.wire.group.alltoall_base(incoming, outgoing, into, out)
+        except RuntimeError as error:
+            raise self.wire.explain(error, f"one of the ranks {self.ranks}") from error
+        self.sent_bytes += outgoing.numel()
+        return Shift(self, work, outgoing, incoming, sent.dtype, shape)
+
+
+class Shift:
+    """A tensor on its way to the next rank of a line, and one on its way from the rank before."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        work: Any,
+        outgoing: Tensor,
+        incoming: Tensor,
+        dtype: torch.dtype,
+        shape: torch.Size | tuple[int, ...],
+    ) -> None:
+        self._exchange, self._work, self._incoming = exchange, work, incoming
+        self._dtype, self._shape = dtype, shape
+        self._alive: Tensor | None = outgoing  # until it has left
+
+    def take(self) -> Tensor:
+        """The tensor from the rank before, on this rank's device; once only."""
+        if self._work is None:
+            raise RuntimeError("a passed tensor was taken twice")
+        exchange, work, self._work = self._exchange, self._work, None
+        started = perf_counter()
+        exchange.wire.wait_for(work, f"one of the ranks {exchange.ranks}")
+        exchange.waited_seconds += perf_counter() - started
+        self._alive = None
+        return self._incoming.to(exchange.wire.device).view(self._dtype).view(self._shape)
 
 
 class Channel:
@@ -117,7 +202,7 @@ class Channel:
         try:
             work = self.wire.group.send([staged], self.peer, 0)
         except RuntimeError as error:
-            raise self.wire.explain(error, f"rank {self.peer}") from error
+            raise self.wire.explain(error, self.wire.name(self.peer)) from error
         self.sent_bytes += staged.numel() * staged.element_size()
         self._sends.append((work, staged))
         while len(self._sends) > SENDS_IN_FLIGHT:
@@ -130,7 +215,7 @@ class Channel:
         try:
             work = self.wire.group.recv([buffer], self.peer, 0)
         except RuntimeError as error:
-            raise self.wire.explain(error, f"rank {self.peer}") from error
+            raise self.wire.explain(error, self.wire.name(self.peer)) from error
         receive = Receive(self, work, buffer)
         self._receives.append(receive)
         while self._receives and self._receives[0].done:

@@ -28,6 +28,7 @@ FLUX = ModelPlan(
     ignored_inputs=("joint_attention_kwargs",),
     unbatched_inputs=("img_ids", "txt_ids"),
     guidance="calls",
+    tensor="class",
     embed="x_embedder",
     head=("norm_out", "proj_out"),
     conditioning=("time_text_embed", "norm_out.linear"),

@@ -20,4 +20,16 @@ PIXART = ModelPlan(
     conditioning=("adaln_single",),
     constant={"caption_projection": ("encoder_hidden_states",)},
     patch_embed="pos_embed",
+    tensor={
+        "transformer_blocks.*.attn1.to_q": "colwise",
+        "transformer_blocks.*.attn1.to_k": "colwise",
+        "transformer_blocks.*.attn1.to_v": "colwise",
+        "transformer_blocks.*.attn1.to_out.0": "rowwise",
+        "transformer_blocks.*.attn2.to_q": "colwise",
+        "transformer_blocks.*.attn2.to_k": "colwise",
+        "transformer_blocks.*.attn2.to_v": "colwise",
+        "transformer_blocks.*.attn2.to_out.0": "rowwise",
+        "transformer_blocks.*.ff.net.0.proj": "colwise",
+        "transformer_blocks.*.ff.net.2": "rowwise",
+    },
 )

@@ -156,6 +156,8 @@ class ModelPlan:
         patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
         unbatched_inputs: Inputs without a batch dim.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
+        tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
+            ``"colwise"`` or ``"rowwise"``. ``"class"`` takes the class's own; ``None`` covers none.
         latent: Name of the latent input.
         text: Name of the input that identifies the prompt, which tells guidance branches apart.
     """
@@ -174,6 +176,7 @@ class ModelPlan:
     patch_embed: str | None = None
     unbatched_inputs: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
+    tensor: Mapping[str, Any] | Literal["class"] | None = None
     latent: str = "hidden_states"
     text: str = "encoder_hidden_states"
 

@@ -1,0 +1,35 @@
+"""Which methods may be combined: those whose product is compared with one process by a test, and no others."""
+
+from __future__ import annotations
+
+Methods = frozenset[str]
+
+TESTED: tuple[Methods, ...] = (
+    frozenset({"pipefusion", "cfg", "ulysses"}),
+    frozenset({"pipefusion", "ring", "ulysses"}),
+    frozenset({"pipefusion", "cfg", "ring"}),
+    frozenset({"pipefusion", "cfg", "tensor"}),
+    frozenset({"pipefusion", "tensor", "ulysses"}),
+    frozenset({"pipefusion", "cfg", "data"}),
+    frozenset({"pipefusion", "data", "ulysses"}),
+    frozenset({"cfg", "distrifusion"}),
+    frozenset({"data", "distrifusion"}),
+)
+
+
+def check_combination(used: Methods) -> None:
+    """Refuses a product of methods that nothing tests.
+
+    Args:
+        used: The methods with a degree above 1.
+
+    Raises:
+        ValueError: The product is not tested; names the nearest that is.
+    """
+    if any(used <= tested for tested in TESTED):
+        return
+    nearest = max((used & tested for tested in TESTED), key=lambda common: (len(common), sorted(common)))
+    raise ValueError(
+        f"{' × '.join(sorted(used))} is not tested together and so refused: the nearest that is tested is "
+        f"{' × '.join(sorted(nearest))}; leave out {', '.join(sorted(used - nearest))}"
+    )

@@ -1,0 +1,131 @@
+"""Displaced patch parallelism (DistriFusion, arXiv 2402.19481): each rank runs the whole model on a part of the latent.
+
+In the warm-up, every attention layer gathers the keys and values of all parts and waits for them, which is
+exact. From then on it attends to its own fresh rows and to the others' rows of the step before, while its own
+travel to the others for their next step.
+
+A rank so keeps the keys and values of the whole latent, for all layers: as much as one device would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchpipe.attention import Attend, Attending
+from patchpipe.mesh import Group
+from patchpipe.patches import Cut, Patch
+from patchpipe.transport import Exchange, Receive
+
+ROWS = 3  # dim of the rows in a part [key and value, batch, heads, rows, channels]
+
+
+class PartStore:
+    """Keys and values of one layer, each rank's rows in a tensor of their own: they arrive where they stay.
+
+    Belongs to one layer, one guidance branch and one request.
+
+    Args:
+        exchange: Among the ranks of the parts.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._parts: list[Tensor | Receive | None] = [None] * exchange.size
+        self._sizes = [0] * exchange.size
+
+    def put(self, part: int, rows: Tensor | Receive, size: int) -> None:
+        """Takes a part's rows in place of older ones.
+
+        Args:
+            part: Which part.
+            rows: ``[key and value, batch, heads, rows, channels]``, or the promise of it.
+            size: Their bytes.
+        """
+        self._parts[part], self._sizes[part] = rows, size
+
+    def existing(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every row some step has computed; waits for those under way.
+
+        They come part by part, each with its own text rows: attention does not depend on the order of keys.
+        """
+        for index, rows in enumerate(self._parts):
+            if isinstance(rows, Receive):
+                self._parts[index] = self._exchange.take(rows)
+        key, value = torch.cat([rows for rows in self._parts if isinstance(rows, Tensor)], dim=ROWS).unbind(0)
+        return key, value
+
+    @property
+    def bytes(self) -> int:
+        """Memory the store holds, with the room for rows under way."""
+        return sum(self._sizes)
+
+
+class Displaced:
+    """Attention of one call's part of the latent.
+
+    Args:
+        exchange: Sends to and receives from the ranks of the other parts.
+        pieces: Each rank's rows.
+        layers: The stores of the call's guidance branch, in the order its layers run; ``None`` where nothing is
+            ever stale.
+        synchronous: Whether to wait for the others' fresh rows.
+    """
+
+    def __init__(
+        self, exchange: Exchange, pieces: tuple[Patch, ...], layers: list[PartStore] | None, synchronous: bool
+    ) -> None:
+        self.exchange, self.pieces, self.layers, self.synchronous = exchange, pieces, layers, synchronous
+        self._layer = 0  # the next one: every call runs the same layers in the same order
+
+    def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
+        """See ``Sharing``: own rows attend to own fresh rows and to what the others' last gathering brought."""
+        store, own = self._next_store(), torch.stack([key, value])
+        store.put(self.exchange.index, own, own.nbytes)
+        if self.synchronous:
+            self._gather(store, own, layer.text_rows)
+            return attend(query, *store.existing())
+        stale = store.existing()
+        self._gather(store, own, layer.text_rows)  # before the attention, which hides it
+        return attend(query, *stale)
+
+    def _next_store(self) -> PartStore:
+        if self.layers is None:
+            return PartStore(self.exchange)
+        if self._layer == len(self.layers):
+            self.layers.append(PartStore(self.exchange))
+        self._layer += 1
+        return self.layers[self._layer - 1]
+
+    def _gather(self, store: PartStore, own: Tensor, text_rows: int) -> None:
+        """Starts to gather all parts; returns at once."""
+        shapes = [(*own.shape[:ROWS], _length(piece, text_rows), own.shape[-1]) for piece in self.pieces]
+        for part, receive in self.exchange.spread(own, shapes).items():
+            store.put(part, receive, torch.Size(shapes[part]).numel() * own.element_size())
+
+
+def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchronous: bool) -> Displaced | None:
+    """How this group's ranks attend in one call; ``None`` unless the layout says ``distrifusion``.
+
+    Args:
+        group: The ranks.
+        cut: The cut of the call's latent.
+        layers: The stores of the call's guidance branch, if they are kept.
+        synchronous: Whether the call is part of the warm-up.
+
+    Raises:
+        ValueError: There are fewer rows than ranks, or the parts are shared once more.
+    """
+    exchange = group.lines.get("displaced")
+    if exchange is None:
+        return None
+    if group.mesh.parts != exchange.size:
+        raise ValueError(
+            f"distrifusion={exchange.size} with ulysses or ring has not been tested: use one of them, and cfg, data"
+        )
+    return Displaced(exchange, cut.split(cut.whole, exchange.size), layers, synchronous)
+
+
+def _length(piece: Patch, text_rows: int) -> int:
+    start, stop = piece.text_range(text_rows)
+    return piece.token_count + stop - start

@@ -1,0 +1,189 @@
+"""Ring: ranks share a patch by rows, and its keys and values go around (arXiv 2310.01889; hybrid: arXiv 2411.01738).
+
+Each rank keeps its queries. The fresh keys and values of the patch travel the ring in one hop less than there
+are ranks, each hop under way while the rows at hand are attended to; the parts of the result are merged by
+their log-sum-exp. Where patches stream, every rank stores all rows, so that only fresh ones ever travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.backends import cuda
+from torch.nn import functional
+
+from patchpipe.attention import Attend, Attending
+from patchpipe.patches import Patch
+from patchpipe.transport import Exchange
+from patchpipe.ulysses import Ulysses
+
+CHANNEL_ALIGNMENT = 8  # both CUDA kernels want the channels of a head to be a multiple of it
+
+
+class Ring:
+    """One patch shared by the ranks of a ring, or of a ring of Ulysses lines; rows need not divide evenly.
+
+    Args:
+        exchange: The ring.
+        patch: The patch, whole.
+        pieces: Each sharing rank's own rows of it, a Ulysses line's next to each other.
+        ulysses: This rank's line, if each place of the ring has several ranks.
+    """
+
+    def __init__(
+        self, exchange: Exchange, patch: Patch, pieces: tuple[Patch, ...], ulysses: Ulysses | None = None
+    ) -> None:
+        width = len(pieces) // exchange.size
+        self.exchange, self.patch, self.ulysses = exchange, patch, ulysses
+        self.slices = tuple(pieces[start : start + width] for start in range(0, len(pieces), width))
+
+    def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
+        """See ``Sharing``: keys and values of own heads go around, inside Ulysses' exchange of heads for rows.
+
+        Raises:
+            NotImplementedError: A mask, dropout, causal or grouped attention, or no kernel for these tensors.
+        """
+        _check(attend)
+        if self.ulysses is None:
+            return self._attend(query, key, value, attend.scale, layer)
+        text = (layer.text_rows, layer.text_first)
+        query, key, value = self.ulysses.gather([query, key, value], *text)
+        return self.ulysses.scatter(self._attend(query, key, value, attend.scale, layer), *text)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, layer: Attending) -> Tensor:
+        """Own rows over all rows there are, ``[batch, own heads, own rows, channels]`` all three."""
+        merged = Merged(query, scale)
+        fresh: dict[int, Tensor] = {}
+        stale = layer.store.others(self.patch) if layer.store is not None and not self.patch.whole else []
+        for source, chunk in self._around(torch.stack([key, value]), layer.text_rows):
+            for keys, values in (*stale, chunk.unbind(0)):
+                merged.add(keys, values)
+            stale = []  # the first hop alone is hidden behind them
+            if layer.store is not None:
+                fresh[source] = chunk
+        if layer.store is not None:
+            layer.remember(self.patch, *self._in_order(fresh, layer.text_rows, layer.text_first).unbind(0))
+        return merged.result
+
+    def _around(self, own: Tensor, text_rows: int) -> Iterator[tuple[int, Tensor]]:
+        """The place and the ``[keys and values, batch, heads, rows, channels]`` of every slice, this rank's first.
+
+        While the caller uses one, the next is on its way.
+        """
+        index, size = self.exchange.index, self.exchange.size
+        chunk = own
+        for place in ((index - hop) % size for hop in range(size - 1)):
+            shape = list(own.shape)
+            shape[3] = sum(_lengths(self.slices[place - 1], text_rows))
+            coming = self.exchange.pass_on(chunk, torch.Size(shape))
+            yield place, chunk
+            chunk = coming.take()
+        yield (index + 1) % size, chunk
+
+    def _in_order(self, chunks: dict[int, Tensor], text_rows: int, text_first: bool) -> Tensor:
+        """The rows of all slices as one sequence, its text in one piece."""
+        texts, images = [], []
+        for place, slice_ in enumerate(self.slices):
+            text, image = _lengths(slice_, text_rows)
+            parts = chunks[place].split([text, image] if text_first else [image, text], dim=3)
+            texts.append(parts[0 if text_first else 1])
+            images.append(parts[1 if text_first else 0])
+        return torch.cat([*texts, *images] if text_first else [*images, *texts], dim=3)
+
+
+def _lengths(pieces: tuple[Patch, ...], text_rows: int) -> tuple[int, int]:
+    """Text rows and image rows of a slice of the ring."""
+    texts = [piece.text_range(text_rows) for piece in pieces]
+    return sum(stop - start for start, stop in texts), sum(piece.token_count for piece in pieces)
+
+
+class Merged:
+    """Attention of one query over keys and values that come in parts (arXiv 2310.01889, section 3).
+
+    Args:
+        query: ``[batch, heads, rows, channels]``.
+        scale: Of its products with keys; ``None`` is one over the root of the channels.
+    """
+
+    def __init__(self, query: Tensor, scale: float | None = None) -> None:
+        self._query, self._scale = query, scale
+        self._sum: Tensor | None = None
+        self._lse: Tensor | None = None
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        """Takes in further keys and values, ``[batch, heads, any rows, channels]``."""
+        if not (self._query.numel() and key.numel()):  # a line may have more ranks than heads
+            return
+        part, lse = attend_with_lse(self._query, key, value, self._scale)
+        part = part.to(lse.dtype)  # summed at least in float32
+        if self._sum is None or self._lse is None:
+            self._sum, self._lse = part, lse
+            return
+        self._sum.lerp_(part, torch.sigmoid(lse - self._lse).unsqueeze(-1))
+        self._lse = torch.logaddexp(self._lse, lse)
+
+    @property
+    def result(self) -> Tensor:
+        """Attention over all of them, in the query's shape and dtype."""
+        return torch.zeros_like(self._query) if self._sum is None else self._sum.to(self._query.dtype)
+
+
+def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention and the log of the sum it was divided by, by a fused kernel.
+
+    Args:
+        query: ``[batch, heads, rows, channels]``, none of them 0.
+        key: The same, with rows of its own.
+        value: Like ``key``.
+        scale: Of the products; ``None`` is one over the root of the channels.
+
+    Returns:
+        The result, in the query's shape and dtype, and the natural log-sum-exp ``[batch, heads, rows]`` in
+        float32, or in float64 for float64.
+
+    Raises:
+        NotImplementedError: No fused kernel of this device takes these tensors.
+    """
+    # The kernels read rows as unbroken memory and do not check that they are.
+    query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+    if query.device.type == "cuda":
+        return _attend_on_cuda(query, key, value, scale)
+    raise NotImplementedError(f"ring has no attention kernel for {query.device.type}: use ulysses instead")
+
+
+def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    rows, channels = query.shape[-2:]
+    scale = channels**-0.5 if scale is None else scale
+    padding = -channels % CHANNEL_ALIGNMENT  # zeros change neither products nor sums
+    if padding:
+        query, key, value = (functional.pad(rows_of, (0, padding)) for rows_of in (query, key, value))
+    asked = cuda.SDPAParams(query, key, value, None, 0.0, False, False)
+    if cuda.can_use_flash_attention(asked):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        result, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
+    elif cuda.can_use_efficient_attention(asked):
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        result, lse = efficient(query, key, value, None, True, 0.0, False, scale=scale)[:2]
+    else:
+        raise NotImplementedError(
+            f"ring needs CUDA's flash or memory-efficient attention, and neither takes {query.dtype} with {channels} "
+            f"channels a head on {query.device}: use float16, bfloat16 or float32, or ulysses instead of ring"
+        )
+    return result[..., :channels], lse[..., :rows]  # the efficient kernel pads its sums to a multiple of 32
+
+
+def _check(attend: Attend) -> None:
+    """Raises for what the merged kernels would not honour."""
+    asked = {
+        "a mask": attend.mask is not None,
+        "dropout": attend.dropout != 0.0,
+        "causal attention": attend.causal,
+        "grouped heads": attend.grouped,
+    }
+    found = [name for name, given in asked.items() if given]
+    if found:
+        raise NotImplementedError(f"ring does not support {' or '.join(found)} in self-attention: use ulysses instead")

@@ -1,0 +1,36 @@
+"""Products of methods: what is refused, and that whatever is allowed paints what one process paints."""
+
+from __future__ import annotations
+
+import pytest
+
+from patchpipe import ParallelConfig
+from patchpipe.combinations import TESTED, check_combination
+from tests import parity
+from tests.tiny import MODELS
+
+EXACT = [{"warmup": "all"}]
+STREAMING = [{"warmup": "all"}, {"patches": 2, "warmup": 1}]
+
+
+@pytest.mark.parametrize("methods", TESTED, ids=lambda methods: "-".join(sorted(methods)))
+@pytest.mark.parametrize("name", MODELS)
+def test_law_6_whatever_is_allowed_is_tested(name, methods):
+    layout = dict.fromkeys(sorted(methods), 2)
+    call = {"height": 128, "num_images_per_prompt": 2}
+    schedules = EXACT if "distrifusion" in methods else STREAMING
+    errors = parity.differences(name, [layout], schedules, heads=4, **call)
+    assert max(errors.values()) <= parity.TOLERANCE, errors
+
+
+def test_untested_products_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"ring × tensor is not tested .* nearest that is tested is .*; leave out"):
+        ParallelConfig(ring=2, tensor=2)
+    with pytest.raises(ValueError, match="leave out"):
+        check_combination(frozenset({"distrifusion", "ulysses"}))
+
+
+def test_single_methods_are_allowed():
+    for methods in TESTED:
+        for method in methods:
+            assert ParallelConfig(**{method: 2}).world_size == 2

@@ -1,0 +1,321 @@
+"""DistriFusion on real processes, against a naive one-process telling of it that shares no code with patchpipe."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+import patchpipe
+from patchpipe import ParallelConfig, PatchpipeError
+from patchpipe.attention import Attending
+from patchpipe.displaced import Displaced, PartStore, displaced_for
+from patchpipe.models.plan import Rows
+from patchpipe.patches import Cut
+from tests import tiny
+from tests.ranks import Place, quieten, run_ranks
+
+MODELS = ("flux", "sd35", "pixart")
+WARMUPS: dict[int, tuple[Any, ...]] = {2: (0, 1, 2, "all"), 3: (0, 1, 2, "all"), 4: (1, "all")}
+SIZES = ((112, 48), (80, 64))  # 7 rows of 3 tokens, then 5 rows of 4: neither divides by 2 or 3
+IMAGES, STEPS, LAYERS, ITEM = 2, 3, 4, 8
+ENTRIES = 2 * IMAGES  # of the batch in one step, both branches of guidance counted
+WIDTH = {"flux": 32, "sd35": 32, "pixart": 48}
+ANSWER = {"flux": 16, "sd35": 16, "pixart": 32}  # numbers of the prediction for one token
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [{"distrifusion": 2}],
+    3: [{"distrifusion": 3}],
+    4: [{"cfg": 2, "distrifusion": 2}, {"data": 2, "distrifusion": 2}],
+}
+
+Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
+
+
+def setup_module() -> None:
+    quieten()
+
+
+# -- the oracle: for every part the whole transformer runs on the whole latent, and its rows are kept ---------------
+
+
+class _Pass(TorchFunctionMode):
+    """The self-attention of one pass: keys and values of all rows but the part's own are those of the step before.
+
+    Args:
+        before: What the step before computed; empty if there was none.
+        after: Where this pass leaves its own rows for the next step.
+        part: Which part of how many.
+        image: Which image tokens are its own.
+        tokens: Image tokens of the latent.
+        text_first: Whether text rows come before the image's.
+    """
+
+    def __init__(
+        self, before: Table, after: Table, part: tuple[int, int], image: Tensor, tokens: int, text_first: bool
+    ) -> None:
+        super().__init__()
+        self.before, self.after, self.part, self.image = before, after, part, image
+        self.tokens, self.text_first = tokens, text_first
+        self.layer = -1
+        self.text_rows = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
+        query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
+        if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
+            return func(*args, **(kwargs or {}))
+        self.layer += 1
+        return func(query, *self._mixed(key, value), **named)
+
+    def _mixed(self, *computed: Tensor) -> list[Tensor]:
+        text_count = computed[0].shape[2] - self.tokens
+        self.text_rows = max(self.text_rows, text_count)
+        image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
+        index, count = self.part
+        own = torch.cat([image_at + self.image, text_at + torch.arange(text_count).tensor_split(count)[index]])
+        kept = self.after.setdefault(self.layer, [torch.full_like(rows, torch.nan) for rows in computed])
+        for rows, fresh in zip(kept, computed, strict=True):
+            rows[:, :, own] = fresh[:, :, own]
+        if not self.before:
+            return [fresh[:, :, own] for fresh in computed]
+        mixed = [rows.clone() for rows in self.before[self.layer]]
+        for rows, fresh in zip(mixed, computed, strict=True):
+            rows[:, :, own] = fresh[:, :, own]
+        return mixed
+
+
+@contextmanager
+def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: int) -> Iterator[dict[str, int]]:
+    """While it lasts, a request of a plain diffusers pipeline runs as DistriFusion would.
+
+    Args:
+        pipe: The pipeline.
+        parts: Ranks there would be.
+        warmup: Calls per guidance branch in which everything is fresh.
+        rows: Rows of tokens of the picture.
+        branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
+
+    Yields:
+        What the requests saw: their text rows in joint attention.
+    """
+    model = pipe.transformer
+    packed = type(model).__name__ == "FluxTransformer2DModel"
+    whole_forward = model.forward
+    tables: list[Table] = [{} for _ in range(branches)]
+    calls, seen = 0, {"text": 0}
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        nonlocal calls
+        dim = 1 if packed else 2
+        units = torch.arange(hidden_states.shape[dim]).reshape(rows, -1)  # of the latent, by row of tokens
+        tokens = torch.arange(rows * (units.shape[1] if packed else hidden_states.shape[3] // 2)).reshape(rows, -1)
+        step, branch = divmod(calls, branches)
+        calls += 1
+        before, after, results = tables[branch], {}, []
+        count = parts if step >= warmup else 1  # where all is fresh, one part is as good as several
+        for index, own in enumerate(torch.arange(rows).tensor_split(count)):
+            attention = _Pass(before, after, (index, count), tokens[own].flatten(), tokens.numel(), packed)
+            with attention:
+                result = whole_forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
+            results.append(result.index_select(dim, units[own].flatten()))
+            seen["text"] = max(seen["text"], attention.text_rows)
+        tables[branch] = after
+        return (torch.cat(results, dim=dim),)
+
+    model.forward = forward
+    try:
+        yield seen
+    finally:
+        del model.forward
+
+
+# -- what the ranks do --------------------------------------------------------------------------------------------
+
+
+def paint(pipe: Any, name: str, size: tuple[int, int]) -> np.ndarray | None:
+    arguments = tiny.call_arguments(name, height=size[0], width=size[1], steps=STEPS)
+    generator = torch.Generator().manual_seed(5)
+    output = pipe(**arguments, num_images_per_prompt=IMAGES, generator=generator, output_type="latent")
+    return None if output is None else output.images.numpy()
+
+
+def paint_all(place: Place) -> dict[tuple[Any, ...], Any]:
+    """Two requests in a row of every model, layout and warm-up."""
+    results = {}
+    for name in MODELS:
+        pipe = tiny.pipeline(name, dtype=torch.float64)
+        for number, layout in enumerate(LAYOUTS[place.world_size]):
+            for warmup in WARMUPS[place.world_size]:
+                config = ParallelConfig(**layout, warmup=warmup, timeout=60)
+                patchpipe.parallelize(pipe, config, group=place.join(config))
+                for size in SIZES:
+                    results[name, number, warmup, size] = (paint(pipe, name, size), pipe.patchpipe.last.as_dict())
+                patchpipe.restore(pipe)
+    return results
+
+
+@pytest.fixture(scope="module", params=sorted(LAYOUTS))
+def painted(request: pytest.FixtureRequest) -> tuple[int, list[dict[tuple[Any, ...], Any]]]:
+    return request.param, run_ranks(request.param, paint_all)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Callable[..., tuple[np.ndarray, int]]:
+    """What the oracle paints and the text rows it saw, computed once each; ``"all"`` is plain diffusers."""
+    known: dict[tuple[Any, ...], tuple[np.ndarray, int]] = {}
+    pipes = {name: tiny.pipeline(name, dtype=torch.float64) for name in MODELS}
+
+    def find(name: str, parts: int, warmup: Any, size: tuple[int, int]) -> tuple[np.ndarray, int]:
+        key = (name, 1 if warmup == "all" else parts, warmup, size)
+        if key not in known:
+            pipe = pipes[name]
+            if warmup == "all":
+                known[key] = (paint(pipe, name, size), 0)
+            else:
+                with naive_distrifusion(pipe, parts, warmup, size[0] // 16, 2 if name == "flux" else 1) as seen:
+                    known[key] = (paint(pipe, name, size), seen["text"])
+        return known[key]
+
+    return find
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+# -- what must hold -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_compute_what_distrifusion_means(painted: Any, expected: Any) -> None:
+    world_size, results = painted
+    for (name, number, warmup, size), (image, _) in results[0].items():
+        parts = LAYOUTS[world_size][number]["distrifusion"]
+        reference, _ = expected(name, parts, warmup, size)
+        assert distance(image, reference) <= 1e-10, (name, LAYOUTS[world_size][number], warmup, size)
+        if warmup != "all":
+            stale = distance(reference, expected(name, parts, "all", size)[0])
+            assert stale > 1e-4, f"staleness moves the result by {stale} only: nothing was tested"
+
+
+def test_each_rank_sends_its_rows_and_its_answer_to_the_others(painted: Any, expected: Any) -> None:
+    world_size, results = painted
+    if world_size == 4:
+        pytest.skip("counted without other axes")
+    for rank, result in enumerate(results):
+        for (name, _, warmup, size), (_, stats) in result.items():
+            text = expected(name, world_size, 1, size)[1]
+            image_own = len(np.array_split(np.arange(size[0] // 16), world_size)[rank]) * size[1] // 16
+            text_own = len(np.array_split(np.arange(text), world_size)[rank])
+            numbers = kv_numbers(name, image_own, text_own) + image_own * ANSWER[name]
+            assert stats["sent_bytes"] == numbers * ITEM * ENTRIES * STEPS * (world_size - 1), (name, warmup)
+
+
+def test_each_rank_keeps_the_keys_and_values_of_the_whole_latent(painted: Any, expected: Any) -> None:
+    world_size, results = painted
+    for result in results:
+        for (name, number, warmup, size), (_, stats) in result.items():
+            layout = LAYOUTS[world_size][number]
+            text = expected(name, layout["distrifusion"], 1, size)[1]
+            whole = kv_numbers(name, size[0] * size[1] // 256, text) * ITEM * ENTRIES
+            share = layout.get("cfg", 1) * layout.get("data", 1)
+            assert stats["store_bytes"] == (0 if warmup == "all" else whole // share), (name, layout, warmup)
+
+
+def kv_numbers(name: str, image: int, text: int) -> int:
+    """Numbers in the keys and values of all layers; half of SD 3.5's blocks have a second, image-only attention."""
+    rows = (image + text) * LAYERS + (image * LAYERS // 2 if name == "sd35" else 0)
+    return 2 * rows * WIDTH[name]
+
+
+def test_only_the_warm_up_counts_as_synchronous(painted: Any) -> None:
+    for (name, _, warmup, _), (_, stats) in painted[1][0].items():
+        calls = 2 if name == "flux" else 1  # of one step
+        fresh = STEPS if warmup == "all" else warmup
+        assert (stats["steps_synchronous"], stats["steps_patched"]) == (fresh * calls, (STEPS - fresh) * calls)
+        assert stats["materialisations"] == 1
+
+
+# -- time and failure ---------------------------------------------------------------------------------------------
+
+
+def attend_three_times(place: Place) -> list[float]:
+    """Seconds of each call of a layer, while the other rank comes a second late to the second call."""
+    config = ParallelConfig(distrifusion=2, timeout=30)
+    group, layers, seconds = place.join(config), list[PartStore](), []
+    cut = Cut.of(Rows(4, 1, 1), config)
+    rows = torch.full((1, 1, 2, 8), float(place.rank))
+    layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, 0, True)
+    for call in range(3):
+        if call == 1 and place.rank == 1:
+            time.sleep(1.5)
+        sharing = displaced_for(group, cut, layers, synchronous=call == 0)
+        assert isinstance(sharing, Displaced)
+        started = time.perf_counter()
+        sharing.attend(scaled_dot_product_attention, rows, rows, rows, layer)  # type: ignore[arg-type]
+        seconds.append(time.perf_counter() - started)
+    group.lines["displaced"].wire.drain()
+    group.lines["displaced"].wire.drain()  # nothing is left to wait for
+    return seconds
+
+
+def test_a_step_does_not_wait_for_the_rows_of_the_same_step() -> None:
+    _, second, third = run_ranks(2, attend_three_times)[0]
+    assert second < 0.7 < third, "the second call needs the others' first, the third their late second"
+
+
+def lose_a_rank(place: Place) -> tuple[str, float]:
+    """What rank 0 hears, and how soon, when rank 1 dies in its third step."""
+    pipe = tiny.pipeline("pixart", dtype=torch.float64)
+    config = ParallelConfig(distrifusion=2, timeout=60)
+    patchpipe.parallelize(pipe, config, group=place.join(config))
+    if place.rank == 1:
+        forward, calls = pipe.transformer.forward, []
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                os._exit(1)
+            return forward(*args, **kwargs)
+
+        pipe.transformer.forward = dying
+    started = time.monotonic()
+    with pytest.raises(PatchpipeError) as caught:
+        paint(pipe, "pixart", SIZES[0])
+    return str(caught.value), time.monotonic() - started
+
+
+def test_a_lost_rank_ends_the_request_within_seconds() -> None:
+    text, seconds = run_ranks(2, lose_a_rank, mortal={1})[0]
+    assert "rank 1" in text
+    assert seconds < 20
+
+
+def ask_too_much(place: Place) -> list[str]:
+    texts = []
+    for layout, size in (({"distrifusion": 4}, (48, 48)), ({"distrifusion": 2, "ulysses": 2}, SIZES[0])):
+        pipe = tiny.pipeline("pixart")
+        try:
+            config = ParallelConfig(**layout)
+            patchpipe.parallelize(pipe, config, group=place.join(config))
+            paint(pipe, "pixart", size)
+        except ValueError as error:
+            texts.append(str(error))
+    return texts
+
+
+def test_what_cannot_be_is_refused_alike_on_every_rank() -> None:
+    answers = run_ranks(4, ask_too_much)
+    assert all(answer == answers[0] and len(answer) == 2 for answer in answers)
+    assert "3 token rows cannot be shared by 4 ranks" in answers[0][0]
+    assert "distrifusion" in answers[0][1]
