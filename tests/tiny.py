@@ -107,9 +107,7 @@ def _clip(kind: type = CLIPTextModel) -> Any:
 
 
 def _t5() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
+    config = T5Config(vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     return T5EncoderModel(config).eval()
 
 
