@@ -21,7 +21,6 @@ from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
 from patchpipe.transport import Channel, Wire
 
-
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 

@@ -477,7 +477,7 @@ def test_law_6_ranks_that_were_started_differently_all_say_so(folder: Callable[[
 
 # ------------------------------------------------------------------------------------------------ law 7
 
-DEADLINE = 2.0
+DEADLINE = 5
 
 
 def afflicted(place: Place, folder: Path, name: str, affliction: str) -> tuple[str, str, float]:
@@ -507,7 +507,7 @@ def _afflict(runner: Any, affliction: str) -> None:
                 os._exit(3)
             if affliction == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(DEADLINE + 3)
+            time.sleep(DEADLINE + 4)
         return run(*args)
 
     runner.stage.run = ill
@@ -521,7 +521,7 @@ def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Pa
     for rank in (0, 2):
         kind, text, seconds = ranks[rank]
         assert issubclass(getattr(patchpipe, kind, Exception), PatchpipeError), f"rank {rank}: {kind}: {text}"
-        assert seconds < 10, f"rank {rank} needed {seconds:.1f} s"
+        assert seconds < 15, f"rank {rank} needed {seconds:.1f} s"
         if affliction != "sleep":
             assert "rank 1" in text, f"rank {rank}: {text}"
         if affliction == "raise":
@@ -532,4 +532,4 @@ def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Pa
         assert ranks[1][:2] == ("ArithmeticError", "the block is on fire")
     if affliction == "sleep":
         texts = [text for _, text, _ in ranks[::2]]
-        assert all("rank 1 did not answer within 2 s" in text for text in texts), texts
+        assert all(f"rank 1 did not answer within {DEADLINE} s" in text for text in texts), texts
