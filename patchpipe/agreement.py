@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from patchpipe.errors import RankLost
 
 
-def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[str, Any]) -> None:
+def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[str, Any], timeout: float) -> None:
     """Checks that every rank was started with the same ``what``.
 
     Args:
@@ -19,13 +20,14 @@ def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[
         rank: This rank.
         world_size: Number of ranks.
         what: Plain data, possibly nested.
+        timeout: Seconds to wait for each rank.
 
     Raises:
         ValueError: Two ranks differ; every rank raises the same text.
-        RankLost: A rank did not show up before the store's deadline.
+        RankLost: A rank did not show up in time.
     """
     store.set(f"{topic}/{rank}", json.dumps(what, sort_keys=True, default=str))
-    told = [_told(store, f"{topic}/{other}", other) for other in range(world_size)]
+    told = [_told(store, f"{topic}/{other}", other, timeout) for other in range(world_size)]
     for other, theirs in enumerate(told):
         difference = first_difference(told[0], theirs)
         if difference:
@@ -47,10 +49,11 @@ def first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, 
     return None if ours == theirs else (name, ours, theirs)
 
 
-def _told(store: dist.Store, key: str, rank: int) -> Any:
+def _told(store: dist.Store, key: str, rank: int, timeout: float) -> Any:
     try:
+        store.wait([key], timedelta(seconds=timeout))
         return json.loads(store.get(key))
     except RuntimeError as error:
         raise RankLost(
-            f"rank {rank} did not join before the deadline: was it started, and with the same layout?"
+            f"rank {rank} did not join within {timeout:g} s: was it started, and with the same layout?"
         ) from error

@@ -97,7 +97,7 @@ class Attachment:
         """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
         self._warn_if_synchronous(kwargs)
         try:
-            self._draw_alike(kwargs.get("generator"))
+            self._align(kwargs.get("generator"))
             with self.runner.serving():
                 try:
                     output = materialise_tree(original(self._pipe, *args, **kwargs), "the pipeline's output")
@@ -112,7 +112,7 @@ class Attachment:
 
     def _warn_if_synchronous(self, kwargs: dict[str, Any]) -> None:
         steps, warmup = kwargs.get("num_inference_steps"), self.config.warmup
-        several = self.config.patches not in (None, 1) or self.config.pipefusion > 1
+        several = self.config.patches not in (None, 1) or max(self.config.pipefusion, self.config.distrifusion) > 1
         if isinstance(steps, int) and isinstance(warmup, int) and steps <= warmup and several and self.group.output:
             logger.warning(
                 "num_inference_steps=%d is not more than warmup=%d: every step runs synchronously, no patch streams",
@@ -120,14 +120,13 @@ class Attachment:
                 warmup,
             )
 
-    def _draw_alike(self, generator: Any) -> None:
-        """Every rank goes on from rank 0's random state: several of them may do the scheduler's arithmetic."""
-        if self.group.world_size == 1:
-            return
+    def _align(self, generator: Any) -> None:
+        """Generators go on from rank 0's state: several ranks may do the scheduler's arithmetic."""
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [])
-        states = self.group.share(0, lambda: [torch.get_rng_state(), *(each.get_state() for each in generators)])
-        torch.set_rng_state(states[0].cpu())
-        for each, state in zip(generators, states[1:], strict=True):
+        if self.group.world_size == 1 or not generators:
+            return
+        states = self.group.share(0, lambda: [each.get_state() for each in generators])
+        for each, state in zip(generators, states, strict=True):
             each.set_state(state.cpu())
 
     def _on_owner(self, compute: Callable[..., Any], owner: int) -> Callable[..., Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+from patchpipe.combinations import check_combination
+
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 DEGREES = ("pipefusion", "data", "cfg", "ulysses", "ring", "tensor", "distrifusion")
@@ -66,6 +68,7 @@ class ParallelConfig:
             _at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
             raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
+        check_combination(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.distrifusion > 1 and (self.pipefusion > 1 or self.patches not in (None, 1) or self.patch_rows):
             raise ValueError(
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "

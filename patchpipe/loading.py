@@ -88,7 +88,7 @@ def from_pretrained(
     part = tensor_part(transformer, plan, owned, group.mesh.at("tensor"), config.tensor)
     slices = part.slices if part is not None else {}
     checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
-    _finish(transformer, wanted, group.device)
+    _finish(transformer, group.device)
     parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
@@ -215,13 +215,12 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}") from None
 
 
-def _finish(transformer: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """What diffusers does after loading: buffers follow the dtype, and the model is for inference."""
+def _finish(transformer: Any, device: torch.device) -> None:
+    """What diffusers does after loading; computed buffers keep the dtype they were made with."""
     for module in transformer.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
-                keep = not buffer.is_floating_point() or getattr(transformer, "_keep_in_fp32_modules", None)
-                module._buffers[name] = buffer.to(device=device, dtype=buffer.dtype if keep else dtype)
+                module._buffers[name] = buffer.to(device)
     transformer.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ import re
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from time import sleep
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
 from patchpipe.transport import Channel, Exchange, Wire
+
+GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 
 class Group:
@@ -168,7 +171,7 @@ class Group:
         """
         if self._store is not None:
             self._agreements += 1
-            agree(self._store, f"agree/{self._agreements}", self.rank, self.world_size, what)
+            agree(self._store, f"agree/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
 
     # -- failure ---------------------------------------------------------------------------------
 
@@ -196,8 +199,25 @@ class Group:
         if first is not None and first["rank"] != self.rank:
             return RankFailed(f"rank {first['rank']} failed first: {first['text']}")
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            return RankLost(f"{peer} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
+            late = self._silent_rank(peer)
+            return RankLost(f"{late} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
         return RankLost(f"{peer} closed its connection: its process has died or was killed ({_gist(error)})")
+
+    def _silent_rank(self, peer: str) -> str:
+        """The rank everybody waits for in the end: one that does not wait itself."""
+        if self._store is None:
+            return peer
+        key = f"waits/{self._requests}/rank "
+        try:
+            self._store.set(f"{key}{self.rank}", peer)
+            sleep(min(GRACE_SECONDS, self.config.timeout / 2))  # the others' deadlines pass at about the same time
+            seen = {f"rank {self.rank}"}
+            while peer not in seen and self._store.check([f"{key}{peer.removeprefix('rank ')}"]):
+                seen.add(peer)
+                peer = self._store.get(f"{key}{peer.removeprefix('rank ')}").decode()
+        except RuntimeError:  # the store's own process is gone
+            pass
+        return peer
 
     def explaining(self, peer: str) -> _Explained:
         """A context that turns a failed wait into ``explain``'s error."""
@@ -257,7 +277,7 @@ def join(
     place, scoped = _device_for(device), None
     if world_size > 1:
         scoped = _meeting_point(store, rank, config.timeout)
-        agree(scoped, "layout", rank, world_size, {"config": config.as_dict()})
+        agree(scoped, "layout", rank, world_size, {"config": config.as_dict()}, config.timeout)
     if world_size != config.world_size:
         raise ValueError(
             f"the layout needs {config.world_size} ranks ({config.describe()}) but {world_size} "
@@ -269,12 +289,9 @@ def join(
 
 
 def _meeting_point(store: dist.Store | None, rank: int, timeout: float) -> dist.Store:
-    deadline = timedelta(seconds=timeout)
-    store = store or _store_from_environment(deadline)
+    store = store or _store_from_environment(timedelta(seconds=timeout))
     number = store.add(f"patchpipe/groups/{rank}", 1)  # ranks make their groups in the same order
-    scoped = dist.PrefixStore(f"patchpipe/{number}", store)
-    scoped.set_timeout(deadline)
-    return scoped
+    return dist.PrefixStore(f"patchpipe/{number}", store)
 
 
 def _place_from_environment() -> tuple[int, int]:

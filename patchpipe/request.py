@@ -118,7 +118,7 @@ class Request:
         states = self.group.share(
             0, lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(cuda) if cuda is not None else None)
         )
-        if not self.group.first:
+        if self.group.rank != 0:
             torch.set_rng_state(states[0].cpu())
             if cuda is not None:
                 torch.cuda.set_rng_state(states[1].cpu(), cuda)

@@ -25,9 +25,7 @@ Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: ke
 class _Pass(TorchFunctionMode):
     """The self-attention of one pass over one patch."""
 
-    def __init__(
-        self, table: Table, tokens: int, fresh: range, exist: int, with_text: bool, text_first: bool
-    ) -> None:
+    def __init__(self, table: Table, tokens: int, fresh: range, exist: int, with_text: bool, text_first: bool) -> None:
         super().__init__()
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.with_text, self.text_first = with_text, text_first
@@ -56,9 +54,7 @@ class _Pass(TorchFunctionMode):
 
 
 @contextmanager
-def naive_pipefusion(
-    pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1
-) -> Iterator[None]:
+def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
     Args:

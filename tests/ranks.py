@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -19,6 +20,7 @@ import diffusers
 import torch
 import torch.distributed as dist
 import transformers
+from tqdm import tqdm
 
 from patchpipe import ParallelConfig
 from patchpipe.mesh import Group, join
@@ -89,6 +91,7 @@ def quieten() -> None:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own lock is a named semaphore, which a killed rank would leave behind
 
 
 def _collect(pipes: list[Connection], deadline: float, mortal: Collection[int]) -> list[Any]:

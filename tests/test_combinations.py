@@ -16,10 +16,12 @@ STREAMING = [{"warmup": "all"}, {"patches": 2, "warmup": 1}]
 @pytest.mark.parametrize("methods", TESTED, ids=lambda methods: "-".join(sorted(methods)))
 @pytest.mark.parametrize("name", MODELS)
 def test_law_6_whatever_is_allowed_is_tested(name, methods):
+    if name == "pixart" and "tensor" in methods:
+        name = "pixart-4"  # whose heads two ranks can share
     layout = dict.fromkeys(sorted(methods), 2)
     call = {"height": 128, "num_images_per_prompt": 2}
     schedules = EXACT if "distrifusion" in methods else STREAMING
-    errors = parity.differences(name, [layout], schedules, heads=4, **call)
+    errors = parity.differences(name, [layout], schedules, **call)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 

@@ -23,8 +23,8 @@ from patchpipe.engine.failures import CAUSE, CONSEQUENCE, Failure
 from patchpipe.engine.messages import Call, Channel, Done, Failed
 from patchpipe.engine.oom import out_of_memory
 from patchpipe.engine.processes import Worker
-from patchpipe.source import resolve_source
 from patchpipe.engine.watch import Outcome, Watch
+from patchpipe.source import resolve_source
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)

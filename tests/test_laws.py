@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError, UnsupportedModel
@@ -27,7 +27,7 @@ from tests.ranks import Place, quieten, run_ranks
 
 MODELS = tiny.MODELS
 RELATIVES = ("flux-guided", "sd35", "pixart-sigma")
-SINGLE = {"text_rank": None, "output_rank": 0, "stage_blocks": None}  # what one process has no choice of
+PLACES = ("text_rank", "output_rank", "stage_blocks")  # one process has no choice of these
 BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
 Layout = dict[str, Any]
@@ -75,13 +75,19 @@ def paint(pipe: Any, name: str, call: Call, seed: int = 3) -> np.ndarray | None:
     return images.float().numpy() if isinstance(images, Tensor) else images
 
 
+def calls_for(layout: Layout, calls: Mapping[str, Call]) -> list[str]:
+    """Every second call, turn and turn about over the layouts: the cross product would take too long."""
+    if "patches" not in layout:
+        return list(calls)
+    turn = layout["patches"] // 2 + (0 if layout["warmup"] == "all" else layout["warmup"])
+    return list(calls)[turn % 2 :: 2]
+
+
 def label(layout: Layout, call: str) -> str:
     return ", ".join([f"{key}={value}" for key, value in layout.items()] + [call])
 
 
-def serve(
-    place: Place, folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]
-) -> Results:
+def serve(place: Place, folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Call]) -> Results:
     """Every call under every layout; nothing on the ranks that do not put out."""
     results: Results = {}
     for layout in layouts:
@@ -89,36 +95,36 @@ def serve(
         dtype = options.pop("dtype", None)
         config = ParallelConfig(**options)
         pipe = patchpipe.from_pretrained(folder, config, dtype=dtype, group=place.join(config))
-        for title, call in calls.items():
-            made = paint(pipe, name, call)
+        for title in calls_for(layout, calls):
+            made = paint(pipe, name, calls[title])
             assert (made is None) == (place.rank != config.output_rank), label(layout, title)
             if made is not None:
                 results[label(layout, title)] = made
     return results
 
 
-def alone(folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]) -> Results:
+def alone(folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Call]) -> Results:
     """The same in this process, one patch after the other."""
-    results: Results = {}
-    for layout in layouts:
-        single = {key: value for key, value in layout.items() if key not in SINGLE}
-        for title, made in serve(Place(0, 1, None), folder, name, [single], calls).items():
-            results[title.replace(label(single, ""), label(layout, ""))] = made
-    return results
+    single = [{key: value for key, value in layout.items() if key not in PLACES} for layout in layouts]
+    results = serve(Place(0, 1, None), folder, name, single, calls)
+    return dict(zip(labels(layouts, calls), results.values(), strict=True))
 
 
-def plain(folder: Path, name: str, layouts: Iterable[Layout], calls: Mapping[str, Call]) -> Results:
+def plain(folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Call]) -> Results:
     """The same by plain diffusers, which knows no layouts."""
-    results: Results = {}
+    made: dict[tuple[str, str], np.ndarray | None] = {}
     for dtype in sorted({layout.get("dtype", "float32") for layout in layouts}):
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-        for title, call in calls.items():
-            made = paint(pipe, name, call)
-            assert made is not None
-            for layout in layouts:
-                if layout.get("dtype", "float32") == dtype:
-                    results[label(layout, title)] = made
-    return results
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        made |= {(dtype, title): paint(pipe, name, call) for title, call in calls.items()}
+    return {
+        label(layout, title): made[layout.get("dtype", "float32"), title]
+        for layout in layouts
+        for title in calls_for(layout, calls)
+    }
+
+
+def labels(layouts: list[Layout], calls: Mapping[str, Call]) -> list[str]:
+    return [label(layout, title) for layout in layouts for title in calls_for(layout, calls)]
 
 
 def must_equal(ranks: list[Results], expected: Results, number: str) -> None:
@@ -139,13 +145,8 @@ def must_equal(ranks: list[Results], expected: Results, number: str) -> None:
 
 SYNCHRONOUS: list[Layout] = [
     {"patches": 1, "warmup": 0},
-    {"patches": 1, "warmup": "all"},
-    {"patches": 2, "warmup": "all"},
-    {"patches": 3, "warmup": "all"},
-    {"patches": 4, "warmup": "all"},
-    {"patches": 8, "warmup": "all"},
-]
-HALF: list[Layout] = [
+    *({"patches": patches, "warmup": "all"} for patches in (2, 3, 4, 8)),
+    {"patches": 1, "warmup": "all", "dtype": "bfloat16"},
     {"patches": 3, "warmup": "all", "dtype": "bfloat16"},
     {"patches": 3, "warmup": "all", "dtype": "float16"},
 ]
@@ -153,11 +154,10 @@ HALF: list[Layout] = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) -> None:
-    layouts = SYNCHRONOUS + HALF
-    expected = plain(folder(name), name, layouts, CALLS)
-    must_equal([alone(folder(name), name, layouts, CALLS)], expected, "N=1")
+    expected = plain(folder(name), name, SYNCHRONOUS, CALLS)
+    must_equal([alone(folder(name), name, SYNCHRONOUS, CALLS)], expected, "N=1")
     for stages in (2, 3, 4):
-        ranks = run_ranks(stages, serve, folder(name), name, layouts, CALLS)
+        ranks = run_ranks(stages, serve, folder(name), name, SYNCHRONOUS, CALLS)
         must_equal(ranks, expected, f"N={stages}")
 
 
@@ -170,13 +170,21 @@ def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[s
 
 # ------------------------------------------------------------------------------------------------ law 2
 
-PATCHED: list[Layout] = [
-    *({"patches": patches, "warmup": warmup} for patches in (2, 3, 4, 8) for warmup in (0, 1, 2)),
+# Of 4 × 3 pairs of patches and warm-up each number of stages takes another 8, the oracle all of them; every pair
+# of stages and patches and every pair of stages and warm-up is among them.
+PAIRS = [(patches, warmup) for patches in (2, 3, 4, 8) for warmup in (0, 1, 2)]
+COMMON: list[Layout] = [
     {"patches": 1, "warmup": 1},
-    {"patches": 1, "warmup": 2},
     {"patches": 3, "warmup": 1, "dtype": "bfloat16"},
     {"patches": 3, "warmup": 1, "dtype": "float16"},
 ]
+
+
+def patched(stages: int) -> list[Layout]:
+    taken = [pair for index, pair in enumerate(PAIRS) if stages == 1 or (index // 3 + pair[1] + stages) % 3]
+    return [{"patches": patches, "warmup": warmup} for patches, warmup in taken] + COMMON
+
+
 UNEVEN: Mapping[str, Call] = {"11 rows": {"guided": True, "height": 176, "prompt": BATCH}}
 PLACED: dict[int, list[Layout]] = {
     2: [{"patch_rows": (1, 2, 5, 3), "warmup": 1, "stage_blocks": (3, 1), "output_rank": 1, "text_rank": 0}],
@@ -187,18 +195,18 @@ PLACED: dict[int, list[Layout]] = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]) -> None:
-    expected = alone(folder(name), name, PATCHED, CALLS)
+    oracle = alone(folder(name), name, patched(1), CALLS)
     for stages in (2, 3, 4):
-        ranks = run_ranks(stages, serve, folder(name), name, PATCHED, CALLS)
-        must_equal(ranks, expected, f"N={stages}")
-    stale, fresh = (expected[label({"patches": 3, "warmup": w}, "guided")] for w in (0, 2))
+        layouts = patched(stages)
+        ranks = run_ranks(stages, serve, folder(name), name, layouts, CALLS)
+        must_equal(ranks, {title: oracle[title] for title in labels(layouts, CALLS)}, f"N={stages}")
+    layouts = [{"patch_rows": (3, 4, 4), "warmup": warmup} for warmup in (1, "all")]
+    stale, fresh = alone(folder(name), name, layouts, UNEVEN).values()
     assert not np.allclose(stale, fresh, rtol=1e-3), "staleness changes nothing here: nothing was tested"
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(
-    name: str, folder: Callable[[str], Path]
-) -> None:
+def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(name: str, folder: Callable[[str], Path]) -> None:
     for stages, layouts in PLACED.items():
         expected = alone(folder(name), name, layouts, UNEVEN)
         must_equal(run_ranks(stages, serve, folder(name), name, layouts, UNEVEN), expected, f"N={stages}")
@@ -214,50 +222,59 @@ def test_law_2_the_schedule_never_shows_for_relatives(name: str, folder: Callabl
 # ------------------------------------------------------------------------------------------------ law 3
 
 
+class RowCounter(TorchFunctionMode):
+    """Counts the rows that really go through each linear layer of the blocks."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.title_of = {
+            id(module.weight): title
+            for title, module in model.named_modules()
+            if isinstance(module, nn.Linear) and "blocks." in title
+        }
+        self.rows = dict.fromkeys(self.title_of.values(), 0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        title = self.title_of.get(id(args[1])) if func is nn.functional.linear else None
+        if title:  # a matrix has one row per token, a vector is one row
+            self.rows[title] += args[0].shape[1] if args[0].ndim == 3 else 1
+        return func(*args, **(kwargs or {}))
+
+
 def rows_by_layer(place: Place, folder: Path, name: str, steps: int) -> dict[str, int]:
-    """Rows of tokens that each linear layer of this rank's blocks saw in one request."""
+    """Rows that each linear layer of this rank's blocks computed in one request."""
     config = ParallelConfig(pipefusion=place.world_size, patches=4, warmup=0, timeout=60.0)
     pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
-    rows: dict[str, int] = {}
-
-    def watch(title: str) -> Callable[..., None]:
-        def count(_module: nn.Module, args: tuple[Tensor, ...], _output: Any) -> None:
-            if args[0].ndim == 3:  # vectors of one row per picture modulate, they are no tokens
-                rows[title] = rows.get(title, 0) + args[0].shape[1]
-
-        return count
-
-    for title, module in pipe.transformer.named_modules():
-        if isinstance(module, nn.Linear) and "blocks." in title:
-            module.register_forward_hook(watch(title))
-    paint(pipe, name, {"guided": False, "height": 176, "steps": steps})
-    return rows
+    with RowCounter(pipe.transformer) as counter:
+        paint(pipe, name, {"guided": False, "height": 176, "steps": steps})
+    return counter.rows
 
 
-def expected_rows(title: str, image: int, text: int) -> int:
+def expected_rows(title: str, steps: int, image: int, text: int) -> int:
+    if ".norm" in title:  # modulation: the same vector for every token
+        return steps
+    if ".attn2.to_k" in title or ".attn2.to_v" in title:
+        return text  # of the prompt, which no step changes
     if title.startswith("single_transformer_blocks"):
-        return image + text
-    serves_text = any(part in title for part in ("context", "add_", "_add_", "attn2.to_k", "attn2.to_v"))
-    return text if serves_text else image
+        return steps * (image + text)
+    return steps * (text if any(part in title for part in ("context", ".add_", "_add_")) else image)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])
-def test_law_3_text_once_per_step(name: str, folder: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_law_3_text_once_per_step(name: str, stages: int, folder: Callable[[str], Path]) -> None:
     steps, image = 3, 11 * 3
     text = {"flux": 8, "sd3": 8 + 32, "pixart": 8}[name]  # SD3 also takes the 32 tokens of its CLIP encoders
-    seen: dict[str, int] = {}
-    for rank in run_ranks(2, rows_by_layer, folder(name), name, steps):
-        assert rank
-        assert not seen.keys() & rank.keys()
-        seen |= rank
+    ranks = run_ranks(stages, rows_by_layer, folder(name), name, steps)
+    seen = {title: count for rank in ranks for title, count in rank.items()}
+    assert sum(map(len, ranks)) == len(seen), "a block ran on two ranks"
+    assert len({title.rsplit("blocks.")[1].split(".")[0] for title in seen}) == (2 if name == "flux" else 4)
     wrong = {
-        title: f"{count} rows instead of {steps * expected_rows(title, image, text)}"
+        title: f"{count} rows instead of {expected_rows(title, steps, image, text)}"
         for title, count in seen.items()
-        if count != steps * expected_rows(title, image, text)
+        if count != expected_rows(title, steps, image, text)
     }
     assert not wrong
-    in_blocks = {title.split(".")[1] for title in seen if title.startswith("transformer_blocks")}
-    assert len(in_blocks) == (2 if name == "flux" else 4)
 
 
 # ------------------------------------------------------------------------------------------------ law 4
@@ -274,7 +291,7 @@ def real_parts(place: Place, folder: Path, name: str, layout: Layout) -> dict[st
     }
 
 
-HEADS = {"flux": ("norm_out.", "proj_out."), "sd3": ("norm_out.", "proj_out."), "pixart": ("proj_out.", "scale_shift_table")}
+HEADS = {"flux": ("norm_out.", "proj_out."), "sd3": ("norm_out.", "proj_out."), "pixart": ("proj_out.",)}
 
 
 @pytest.mark.parametrize("layout", [{}, {"text_rank": 1, "output_rank": 2}], ids=["default", "placed"])
@@ -288,13 +305,9 @@ def test_law_4_a_rank_holds_what_it_owns(name: str, layout: Layout, folder: Call
     assert [len({title.split(".")[0] + title.split(".")[1] for title in held}) for held in blocks] == [1, 2, 1]
     for rank, held in enumerate(blocks):
         others = set(ranks[rank]["transformer"]) - held
-        head = {title for title in others if title.startswith(HEADS[name])}
-        assert bool(head) == (rank == 2), "the head belongs to the last stage"
-        embedders = {title for title in whole if "blocks." not in title and not title.startswith(HEADS[name])}
-        assert others - head <= embedders
-        # what every rank needs to know of the step and the prompt; the embedding of the latent is the first's own
-        shared = sum(whole[title] for title in others - head)
-        assert shared <= sum(whole[title] for title in embedders)
+        head = {title for title in whole if title.startswith(HEADS[name])}
+        embedders = {title for title in whole if "blocks." not in title} - head
+        assert others == (embedders | head if rank == 2 else embedders)
         for part, parameters in ranks[rank].items():
             if part.startswith("text_encoder"):
                 assert bool(parameters) == (rank == layout.get("text_rank", 2)), part
@@ -308,17 +321,16 @@ SMALL: Call = {"guided": True, "height": 176, "prompt": tiny.OTHER_PROMPT, "max_
 LARGE: Call = {"guided": True, "height": 128, "width": 80, "prompt": BATCH, "steps": 3}
 
 
-def in_a_row(place: Place, folder: Path, name: str, calls: list[Call]) -> Results:
-    layout = {"patches": 3, "warmup": 1}
-    numbered = {str(index): call for index, call in enumerate(calls)}
-    return serve(place, folder, name, [layout], numbered)
+def in_a_row(place: Place, folder: Path, name: str, calls: list[Call]) -> list[np.ndarray | None]:
+    config = ParallelConfig(pipefusion=place.world_size, patches=3, warmup=1, timeout=60.0)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    return [paint(pipe, name, call) for call in calls]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_law_5_a_request_leaves_nothing_behind(name: str, folder: Callable[[str], Path]) -> None:
-    together = [*run_ranks(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0].values()]
-    small = [*run_ranks(2, in_a_row, folder(name), name, [SMALL])[0].values()][0]
-    large = [*run_ranks(2, in_a_row, folder(name), name, [LARGE])[0].values()][0]
+    together = run_ranks(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0]
+    small, large = (run_ranks(2, in_a_row, folder(name), name, [call])[0][0] for call in (SMALL, LARGE))
     for index, (made, fresh) in enumerate(zip(together, (small, large, small), strict=True)):
         assert np.array_equal(made, fresh), f"request {index} is off by {np.abs(made - fresh).max()}"
 
@@ -374,8 +386,6 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ law 6
-
-
 
 
 @pytest.mark.parametrize(
@@ -467,14 +477,12 @@ def test_law_6_ranks_that_were_started_differently_all_say_so(folder: Callable[[
 
 # ------------------------------------------------------------------------------------------------ law 7
 
-DEADLINE = 2.0
+DEADLINE = 5
 
 
 def afflicted(place: Place, folder: Path, name: str, affliction: str) -> tuple[str, str, float]:
     """Kind, text and seconds of the error on this rank when rank 1 falls ill in the third step."""
-    config = ParallelConfig(
-        pipefusion=place.world_size, patches=3, timeout=DEADLINE if affliction == "sleep" else 60.0
-    )
+    config = ParallelConfig(pipefusion=place.world_size, patches=3, timeout=DEADLINE if affliction == "sleep" else 60.0)
     pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
     if place.rank == 1:
         _afflict(pipe.patchpipe.runner, affliction)
@@ -499,7 +507,7 @@ def _afflict(runner: Any, affliction: str) -> None:
                 os._exit(3)
             if affliction == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(DEADLINE + 3)
+            time.sleep(DEADLINE + 4)
         return run(*args)
 
     runner.stage.run = ill
@@ -513,8 +521,9 @@ def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Pa
     for rank in (0, 2):
         kind, text, seconds = ranks[rank]
         assert issubclass(getattr(patchpipe, kind, Exception), PatchpipeError), f"rank {rank}: {kind}: {text}"
-        assert seconds < 10, f"rank {rank} needed {seconds:.1f} s"
-        assert "rank 1" in text, f"rank {rank}: {text}"
+        assert seconds < 15, f"rank {rank} needed {seconds:.1f} s"
+        if affliction != "sleep":
+            assert "rank 1" in text, f"rank {rank}: {text}"
         if affliction == "raise":
             assert (kind, text) == ("RankFailed", "rank 1 failed first: ArithmeticError: the block is on fire")
     if dies:
@@ -522,4 +531,5 @@ def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Pa
     elif affliction == "raise":
         assert ranks[1][:2] == ("ArithmeticError", "the block is on fire")
     if affliction == "sleep":
-        assert any(kind == "RankLost" and "did not answer within 2 s" in text for kind, text, _ in ranks[::2])
+        texts = [text for _, text, _ in ranks[::2]]
+        assert all(f"rank 1 did not answer within {DEADLINE} s" in text for text in texts), texts

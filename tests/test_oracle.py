@@ -32,7 +32,9 @@ def paint(pipe: Any, name: str, **options: Any) -> Tensor:
     return pipe(**arguments, generator=generator, output_type="latent").images
 
 
-def compare(name: str, config: ParallelConfig, rows: tuple[int, ...], change: Callable | None = None, **options: Any) -> None:
+def compare(
+    name: str, config: ParallelConfig, rows: tuple[int, ...], change: Callable | None = None, **options: Any
+) -> None:
     pipe = tiny.pipeline(name)
     if change is not None:
         change(pipe)

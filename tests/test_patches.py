@@ -49,7 +49,11 @@ def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str
         Cut.of(Rows(count=6, tokens=1, units=1), ParallelConfig(**options))
 
 
-def test_the_number_of_patches_chosen_for_the_user_fits_small_pictures() -> None:
-    config = ParallelConfig(pipefusion=4)
-    assert [len(Cut.of(Rows(rows, 1, 1), config).patches) for rows in (3, 8, 64)] == [3, 8, 8]
-    assert len(Cut.of(Rows(64, 1, 1), ParallelConfig()).patches) == 1
+@pytest.mark.parametrize(
+    ("rows", "tokens_per_row", "patches"),
+    [(64, 64, 8), (24, 64, 6), (16, 16, 4), (8, 8, 4), (3, 8, 3)],
+)
+def test_the_number_chosen_for_the_user_keeps_patches_large(rows: int, tokens_per_row: int, patches: int) -> None:
+    cut = Cut.of(Rows(rows, tokens_per_row, 1), ParallelConfig(pipefusion=4))
+    assert len(cut.patches) == patches
+    assert len(Cut.of(Rows(rows, tokens_per_row, 1), ParallelConfig()).patches) == 1

@@ -75,7 +75,7 @@ def test_the_store_writes_into_no_tensor_of_others() -> None:
 
 def test_a_wrong_number_of_rows_is_noticed() -> None:
     store = LayerStore(TEXT, text_first=True)
-    with pytest.raises(RuntimeError, match="patch 0 brought 1 rows .* expects 3: the model's plan does not fit"):
+    with pytest.raises(RuntimeError, match=r"patch 0 brought 1 rows .* expects 3: the model's plan does not fit"):
         store.write(FIRST, rows(1), rows(1))
 
 

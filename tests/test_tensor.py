@@ -30,15 +30,8 @@ def setup_module() -> None:
 
 
 def build(name: str) -> Any:
-    """A tiny pipeline; ``pixart-4`` has four heads where ``pixart`` has three."""
-    pipe = tiny.pipeline("pixart" if name == "pixart-4" else name, dtype=torch.float64)
-    if name == "pixart-4":
-        settings = {**pipe.transformer.config, "num_attention_heads": 4, "attention_head_dim": 12}
-        torch.manual_seed(1)
-        pipe.transformer = type(pipe.transformer).from_config(settings)
-        tiny._stir(pipe.transformer)
-        pipe.transformer.to(torch.float64).requires_grad_(False)
-    return pipe
+    """A tiny pipeline in float64; ``pixart-4`` has four heads where ``pixart`` has three."""
+    return tiny.pipeline(name, dtype=torch.float64)
 
 
 def call(pipe: Any, name: str, guided: bool = True) -> Any:

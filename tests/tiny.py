@@ -39,7 +39,7 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
     torch.manual_seed(seed)
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35,
-        "pixart": _pixart, "pixart-sigma": _pixart_sigma,
+        "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
     }[name]  # fmt: skip
     pipe = build(blocks)
     for part in pipe.components.values():
@@ -107,9 +107,7 @@ def _clip(kind: type = CLIPTextModel) -> Any:
 
 
 def _t5() -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
-    )
+    config = T5Config(vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
     return T5EncoderModel(config).eval()
 
 
@@ -159,18 +157,21 @@ def _sd35(blocks: int) -> StableDiffusion3Pipeline:
     return _sd3(blocks, dual=tuple(range(max(1, blocks // 2))), qk_norm="rms_norm")
 
 
-def _pixart_transformer(blocks: int, sample_size: int) -> PixArtTransformer2DModel:
+def _pixart_transformer(blocks: int, sample_size: int, heads: int = 3) -> PixArtTransformer2DModel:
     return PixArtTransformer2DModel(
-        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=blocks,
+        num_attention_heads=heads, attention_head_dim=48 // heads, in_channels=4, out_channels=8, num_layers=blocks,
         cross_attention_dim=48, sample_size=sample_size, patch_size=2, caption_channels=WIDTH,
         use_additional_conditions=sample_size == 128,
     )  # fmt: skip
 
 
-def _pixart(blocks: int) -> PixArtAlphaPipeline:
-    return PixArtAlphaPipeline(
-        _t5_tokenizer(), _t5(), _vae(4), _pixart_transformer(blocks, 128), DPMSolverMultistepScheduler()
-    )
+def _pixart(blocks: int, heads: int = 3) -> PixArtAlphaPipeline:
+    transformer = _pixart_transformer(blocks, 128, heads)
+    return PixArtAlphaPipeline(_t5_tokenizer(), _t5(), _vae(4), transformer, DPMSolverMultistepScheduler())
+
+
+def _pixart_4(blocks: int) -> PixArtAlphaPipeline:
+    return _pixart(blocks, heads=4)
 
 
 def _pixart_sigma(blocks: int) -> PixArtSigmaPipeline:

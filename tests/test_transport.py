@@ -1,0 +1,93 @@
+"""Tensors between ranks: in order, counted, and waited for once."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from patchpipe import ParallelConfig, RankLost
+from patchpipe.transport import SENDS_IN_FLIGHT
+from tests.ranks import Place, run_ranks
+
+SHAPE = (3, 5)
+MANY = SENDS_IN_FLIGHT + 40
+
+
+def tensor(index: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.full(SHAPE, float(index), dtype=dtype)
+
+
+def exchange(place: Place) -> tuple[list[float], int, float, int]:
+    group = place.join(ParallelConfig(pipefusion=2, timeout=20.0))
+    if place.rank == 0:
+        channel = group.channel_to_next()
+        for index in range(MANY):
+            sent = tensor(index)
+            channel.send(sent)
+        channel.send(torch.arange(15.0).reshape(5, 3).T)  # what is not contiguous arrives as it looks
+        channel.send(tensor(7, torch.bfloat16))
+        pending = len(channel._sends)
+        channel.drain()
+        return [], channel.sent_bytes, channel.waited_seconds, pending
+    channel = group.channel_from_previous()
+    receives = [channel.expect(SHAPE, torch.float32) for _ in range(MANY)]
+    turned, half = channel.expect((3, 5), torch.float32), channel.expect(SHAPE, torch.bfloat16)
+    values = [receive.take().unique().item() for receive in receives]
+    assert torch.equal(turned.take(), torch.arange(15.0).reshape(5, 3).T)
+    assert torch.equal(half.take(), tensor(7, torch.bfloat16))
+    assert receives[0].done
+    with pytest.raises(RuntimeError, match="taken twice"):
+        receives[0].take()
+    receives[0].wait()  # a second wait returns at once
+    channel.drain()
+    return values, channel.sent_bytes, channel.waited_seconds, len(channel._receives)
+
+
+def test_tensors_arrive_in_order_and_bytes_are_counted() -> None:
+    (_, sent, _, pending), (values, sent_back, waited, left) = run_ranks(2, exchange, timeout=60)
+    assert values == list(range(MANY))
+    assert sent == (MANY + 1) * 15 * 4 + 15 * 2
+    assert sent_back == 0
+    assert waited > 0
+    assert pending <= SENDS_IN_FLIGHT
+    assert left == 0
+
+
+def untaken(place: Place) -> list[float]:
+    """A request that leaves a receive behind must not shift those of the next one."""
+    group = place.join(ParallelConfig(pipefusion=2, timeout=20.0))
+    if place.rank == 0:
+        channel = group.channel_to_next()
+        for index in range(3):
+            channel.send(tensor(index))
+        channel.drain()
+        channel.send(tensor(9))
+        channel.drain()
+        return []
+    channel = group.channel_from_previous()
+    receives = [channel.expect(SHAPE, torch.float32) for _ in range(3)]
+    taken = [receives[0].take()[0, 0].item()]
+    channel.drain()
+    return [*taken, channel.expect(SHAPE, torch.float32).take()[0, 0].item()]
+
+
+def test_draining_leaves_a_clean_channel() -> None:
+    assert run_ranks(2, untaken, timeout=60)[1] == [0, 9]
+
+
+def silence(place: Place) -> Any:
+    group = place.join(ParallelConfig(pipefusion=2, timeout=1.0))
+    if place.rank == 0:
+        place.store.wait(["patience is over"], timedelta(seconds=30))
+        return None
+    with pytest.raises(RankLost) as caught:
+        group.channel_from_previous().expect(SHAPE, torch.float32).take()
+    place.store.set("patience is over", "yes")
+    return str(caught.value)
+
+
+def test_a_wait_ends_at_its_deadline() -> None:
+    assert "rank 0 did not answer within 1 s" in run_ranks(2, silence, timeout=60)[1]
