@@ -1,6 +1,6 @@
 """A script of one's own under torchrun.
 
-    torchrun --nproc-per-node 2 examples/script.py
+torchrun --nproc-per-node 2 examples/script.py
 """
 
 from __future__ import annotations

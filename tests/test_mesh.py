@@ -35,7 +35,8 @@ def too_many(place: Place) -> str:
 
 def test_a_wrong_number_of_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for text in run_ranks(3, too_many):
-        assert "needs 2 ranks (pipefusion=2) but 3 were started: use `torchrun --nproc-per-node 2`" in text
+        assert "needs 2 ranks (pipefusion 2" in text
+        assert "but 3 were started: use `torchrun --nproc-per-node 2`" in text
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match=r"needs 4 ranks .* but 1 were started"):
         join(ParallelConfig(pipefusion=4))

@@ -61,6 +61,7 @@ def generate(
     variant: options.Variant = None,
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
+    data: options.Data = 1,
     ulysses: options.Ulysses = 1,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
@@ -81,6 +82,7 @@ def generate(
     config = options.read_config(
         pipefusion=pipefusion,
         cfg=cfg,
+        data=data,
         ulysses=ulysses,
         ring=ring,
         tensor=tensor,

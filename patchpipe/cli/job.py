@@ -46,6 +46,14 @@ class Job:
         for name in ("images", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 1 or more")
+        if self.config.data > 1 and self.compare:
+            raise ValueError("--compare paints picture by picture, --data several at once: leave one of them out")
+        pictures_asked = len(self.prompts) * self.images
+        if self.config.data > pictures_asked:
+            raise ValueError(
+                f"--data {self.config.data} splits the pictures of a request, but {pictures_asked} would be painted: "
+                f"give more prompts, or --images {self.config.data}"
+            )
 
     def requests(self) -> Iterator[tuple[str, int]]:
         """Prompt and seed of every picture, in order."""
@@ -102,7 +110,7 @@ def run(job: Job) -> None:
             view.comparison(comparison)
             requests = comparison.as_list()
         else:
-            painted = [_paint(engine, view, job, prompt, seed) for prompt, seed in job.requests()]
+            painted = _paint_all(engine, view, job)
             files = _write(job, painted)
             requests = [_describe(one) for one in painted]
         view.written(files)
@@ -129,6 +137,21 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
 
     with view.waiting("starting plain diffusers on one device"):
         return Engine(job.model, None, engine.devices[0], job.dtype, job.variant, engine.threads)
+
+
+def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
+    asked = list(job.requests())
+    if job.config.data == 1:
+        return [_paint(engine, view, job, prompt, seed) for prompt, seed in asked]
+    prompts, seeds = [prompt for prompt, _ in asked], [seed for _, seed in asked]
+    arguments = dict(job.arguments)
+    if isinstance(arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(asked)
+    with view.painting(f"{len(asked)} pictures") as on_progress:
+        result = engine.generate(prompt=prompts, seed=seeds, on_progress=on_progress, **arguments)
+    found = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)
+    view.painted(f"{len(asked)} pictures", job.seed, result)
+    return [Painted(prompt, seed, picture, result) for (prompt, seed), picture in zip(asked, found, strict=True)]
 
 
 def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int) -> Painted:

@@ -31,6 +31,7 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
 
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
 Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
+Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
 Ulysses = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
 Ring = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]
 Tensor = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by slices of its matrices.", default=True)]

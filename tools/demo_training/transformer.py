@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 
 from .captions import Caption, CaptionMix
@@ -95,7 +96,8 @@ class Trainer:
         self.spent = 0.0  # seconds of the schedule, over all restarts
         self.step = self.stage_step = self.stage_index = self.pictures = 0
         if settings.device.type == "cpu":  # the fused kernel's backward is slow at so few tokens
-            self.painter.transformer.set_attention_backend("_native_math")
+            with attention_backend("_native"):  # what follows also sets the process's default: give that back
+                self.painter.transformer.set_attention_backend("_native_math")
         if settings.compile:
             self.painter.transformer.compile_repeated_blocks()
 
