@@ -96,7 +96,7 @@ class Trainer:
         self.spent = 0.0  # seconds of the schedule, over all restarts
         self.step = self.stage_step = self.stage_index = self.pictures = 0
         if settings.device.type == "cpu":  # the fused kernel's backward is slow at so few tokens
-            with attention_backend("_native"):  # what follows also sets the process's default: give that back
+            with attention_backend("native"):  # what follows also sets the process's default: give that back
                 self.painter.transformer.set_attention_backend("_native_math")
         if settings.compile:
             self.painter.transformer.compile_repeated_blocks()
