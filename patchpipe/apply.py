@@ -19,6 +19,7 @@ from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
 from patchpipe.tensor import TensorPart, check_tensor, tensor_part
+from patchpipe.vae import spread_vae
 
 logger = logging.getLogger("patchpipe")
 
@@ -78,14 +79,21 @@ class Attachment:
         if hasattr(pipe, "encode_prompt"):
             self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, self.config.encoder_rank))
         if getattr(pipe, "vae", None) is not None:
-            self._set(pipe.vae, "encode", self._on_owner(pipe.vae.encode, self.config.output_rank))
-            self._set(pipe.vae, "decode", self._decode(pipe.vae.decode))
+            self._hook_vae(pipe.vae)
         if not self.group.output:
             self._quieten()
         kind = type(pipe)
         pipe.__class__ = _served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
+
+    def _hook_vae(self, vae: nn.Module) -> None:
+        """Decoding on the output rank alone, or on all ranks in strips of rows."""
+        if self.config.parallel_vae and self.group.world_size > 1:
+            self._undo.append(spread_vae(vae, self.group.rows(), gather_to=self.config.output_rank))
+        else:
+            self._set(vae, "encode", self._on_owner(vae.encode, self.config.output_rank))
+        self._set(vae, "decode", self._decode(vae.decode))
 
     def detach(self) -> None:
         """Leaves the pipeline as it was found."""
@@ -143,9 +151,12 @@ class Attachment:
 
         def here(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = materialise_tree((args, kwargs), "vae.decode")
+            if not self.group.output and not self.config.parallel_vae:
+                raise _OutputElsewhere
+            picture = decode(*args, **kwargs)
             if not self.group.output:
                 raise _OutputElsewhere
-            return decode(*args, **kwargs)
+            return picture
 
         return here
 

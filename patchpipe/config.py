@@ -39,6 +39,8 @@ class ParallelConfig:
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
         distrifusion: Ranks that hold the whole model and a part of the latent each, and see the others' keys
             and values one step late (DistriFusion, arXiv 2402.19481); instead of ``pipefusion``.
+        parallel_vae: Decode and encode pictures in strips of rows, one per rank, each of which then holds the
+            VAE: about 1/N of the memory, the same picture up to float tolerance.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -60,6 +62,7 @@ class ParallelConfig:
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
+    parallel_vae: bool = False
     backend: Backend = "auto"
     timeout: float = 300.0
 

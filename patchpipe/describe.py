@@ -101,7 +101,7 @@ def _stages(
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
         names = owned_names(transformer, plan, owned, last=stage == config.pipefusion - 1)
-        held = [part for part in components if rank == _home(part, config)]
+        held = [part for part in components if rank == _home(part, config) or (part == "vae" and config.parallel_vae)]
         parameters = sum(sizes[name] for name in names) + sum(components[part] for part in held)
         blocks = _ranges([places[index] for index in owned])
         stages.append(StageInfo(rank, blocks, parameters, parameters * itemsize, held))

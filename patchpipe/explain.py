@@ -80,5 +80,8 @@ def _holdings(config: ParallelConfig, mesh: Mesh) -> str:
     if config.data > 1:
         held.append(f"pictures {mesh.at('data') + 1}/{config.data}")
     held += ["text encoders"] if mesh.rank == config.encoder_rank else []
-    held += ["VAE, gets the images"] if mesh.rank == config.output_rank else []
+    if config.parallel_vae:
+        held.append(f"VAE for strip {mesh.rank + 1}/{config.world_size} of the picture")
+    if mesh.rank == config.output_rank:
+        held.append("gets the images" if config.parallel_vae else "VAE, gets the images")
     return ", ".join(held)

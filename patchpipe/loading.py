@@ -169,8 +169,8 @@ class PipelineFolder:
             if not isinstance(entry, list) or not entry[1]:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
-            elsewhere = (encodes and group.rank != config.encoder_rank) or (part == "vae" and not group.output)
-            if elsewhere:
+            decodes_elsewhere = part == "vae" and not (group.output or config.parallel_vae)
+            if (encodes and group.rank != config.encoder_rank) or decodes_elsewhere:
                 parts[part] = self.build(part, dtype).to("meta", dtype)
         if self.variant and len(parts) < self._weighted():
             parts["variant"] = self.variant

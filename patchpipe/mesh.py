@@ -21,6 +21,7 @@ from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
 from patchpipe.transport import Channel, Exchange, Wire
+from patchpipe.vae.rows import WireRows, join_rows
 
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
@@ -112,6 +113,12 @@ class Group:
         ends: list[Channel | Exchange] = [channel for wire in self._wires.values() for channel in wire.channels]
         ends += self.lines.values()
         return sum(end.sent_bytes for end in ends), sum(end.waited_seconds for end in ends)
+
+    def rows(self) -> WireRows:
+        """All ranks as strips of a picture, for the VAE."""
+        assert self._store is not None
+        options: dict[str, Any] = {"device": self.device, "timeout": self.config.timeout, "explain": self.explain}
+        return join_rows(self._store, self.rank, self.world_size, **options)
 
     # -- what all ranks share --------------------------------------------------------------------
 

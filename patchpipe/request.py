@@ -142,6 +142,9 @@ class Request:
 
         Calls are told apart by the name the pipeline gives them (``cache_context``), by the prompt they
         are conditioned on, and, where both agree, by their order among the calls on one latent.
+
+        Raises:
+            ValueError: Ranks are set aside for a second branch, but the pipeline makes no such call.
         """
         latent = inputs[self.plan.latent]
         key: BranchKey = (context, self._text_index(inputs.get(self.plan.text)), 0)
@@ -150,6 +153,11 @@ class Request:
             if last_latent is latent and last_key[:2] == key[:2]:
                 key = (*key[:2], last_key[2] + 1)
         self._last = (latent, key)
+        if self.config.cfg > 1 and self.plan.guidance == "calls" and list(self._branches) == [key]:
+            raise ValueError(
+                "cfg=2 sets ranks aside for the second branch of guidance, but the pipeline runs only one: turn "
+                "guidance on (true_cfg_scale above 1 and a negative_prompt), or set cfg=1"
+            )
         return self._branches.setdefault(key, Branch(index=len(self._branches)))
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:

@@ -58,3 +58,24 @@ def test_pipefusion_sends_what_its_formula_says():
     key = str(({"pipefusion": 2}, schedule))
     assert first[key]["sent_bytes"] == (image + text) * width * size * steps
     assert last[key]["sent_bytes"] == image * 16 * size * steps
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipefusion": 2}, {"pipefusion": 2, "ulysses": 2}], ids=str)
+def test_keys_and_values_take_what_their_formula_says(layout):
+    """2·p·h·L/N elements for the batch, over the heads' ranks (arXiv 2405.14430, table 1)."""
+    schedule = {"patches": 2, "warmup": 1}
+    call = {"height": 128, "width": 64, "num_inference_steps": 2, "max_sequence_length": 8, "num_images_per_prompt": 2}
+    call |= {"negative_prompt": None, "true_cfg_scale": 1.0}
+    stages, heads = layout.get("pipefusion", 1), layout.get("ulysses", 1)
+    tokens, width, blocks, size, batch = 8 * 4 + 8, 32, 4, 8, 2
+    for rank in run_ranks(stages * heads, parity.paint, "flux", [layout], [schedule], call):
+        kept = rank[str((layout, schedule))]["store_bytes"]
+        assert kept == 2 * tokens * width * blocks // stages // heads * size * batch
+
+
+def test_ranks_for_a_second_branch_need_one():
+    call = {"negative_prompt": None, "true_cfg_scale": 1.0}
+    with pytest.raises(AssertionError, match=r"(?s)rank 0.*cfg=2 sets ranks aside.*rank 1.*cfg=2 sets ranks aside"):
+        run_ranks(2, parity.paint, "flux", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], call)
+    with pytest.raises(AssertionError, match="cfg=2 splits the two branches of guidance, but this call has none"):
+        run_ranks(2, parity.paint, "sd3", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], {"guidance_scale": 1.0})

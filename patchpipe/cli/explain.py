@@ -33,6 +33,7 @@ def explain(
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,
+    parallel_vae: options.ParallelVae = False,
     patches: options.Patches = None,
     warmup: options.Warmup = "1",
     height: options.Height = 1024,
@@ -55,6 +56,7 @@ def explain(
         ring=ring,
         tensor=tensor,
         distrifusion=distrifusion,
+        parallel_vae=parallel_vae,
         patches=patches,
     )
     source = resolve_source(model or MODEL_DIR)

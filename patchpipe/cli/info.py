@@ -34,6 +34,7 @@ def info(
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,
+    parallel_vae: options.ParallelVae = False,
     stage_blocks: options.StageBlocks = None,
     output_rank: options.OutputRank = 0,
     text_rank: options.TextRank = None,
@@ -54,6 +55,7 @@ def info(
         ring=ring,
         tensor=tensor,
         distrifusion=distrifusion,
+        parallel_vae=parallel_vae,
         output_rank=output_rank,
         text_rank=text_rank,
     )

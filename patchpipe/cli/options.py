@@ -38,6 +38,7 @@ Tensor = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by slices of 
 Distrifusion = Annotated[
     int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
 ]
+ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
 Patches = Annotated[
     int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: up to twice the stages.[/]")
 ]

@@ -46,7 +46,9 @@ class View:
     def painting(self, prompt: str) -> Iterator[Callable[[Progress], None]]:
         """A progress bar while the block runs; gives what to call after each step."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with ProgressDisplay(*columns, console=self.console, transient=True) as display:
+        with ProgressDisplay(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as display:
             task = display.add_task(escape(_shorten(prompt)), total=None)
 
             def on_progress(progress: Progress) -> None:

@@ -219,10 +219,6 @@ class ModelPlan:
             return 0
         return inputs[self.text].shape[self.text_inputs[self.text]]
 
-    def owned_elsewhere(self, *, first: bool, last: bool) -> tuple[str, ...]:
-        """Modules and parameters outside the blocks that this stage does not need."""
-        return (() if first else (self.embed,)) + (() if last else self.head)
-
     def blocks_of(self, model: nn.Module) -> list[BlockPlace]:
         """Every block of the model in running order."""
         return [
