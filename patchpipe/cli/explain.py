@@ -42,23 +42,11 @@ def explain(
     _debug: options.Debug = False,
 ) -> None:
     """Show the mesh of a layout: who is where, who holds what, and what travels in a step."""
+    given = locals()
     from patchpipe.demo import MODEL_DIR
     from patchpipe.source import resolve_source
 
-    config = options.read_config(
-        warmup=warmup,
-        patch_rows=None,
-        stage_blocks=None,
-        pipefusion=pipefusion,
-        cfg=cfg,
-        data=data,
-        ulysses=ulysses,
-        ring=ring,
-        tensor=tensor,
-        distrifusion=distrifusion,
-        parallel_vae=parallel_vae,
-        patches=patches,
-    )
+    config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR)
     from patchpipe.describe import volume_of  # heavy, and not needed to refuse bad input
     from patchpipe.explain import ranks_table, traffic

@@ -78,26 +78,10 @@ def generate(
     debug: options.Debug = False,
 ) -> None:
     """Paint pictures from prompts on one or several devices."""
+    given = locals()
     from patchpipe.demo import MODEL_DIR
 
-    config = options.read_config(
-        pipefusion=pipefusion,
-        cfg=cfg,
-        data=data,
-        ulysses=ulysses,
-        ring=ring,
-        tensor=tensor,
-        distrifusion=distrifusion,
-        parallel_vae=parallel_vae,
-        patches=patches,
-        warmup=warmup,
-        patch_rows=patch_rows,
-        stage_blocks=stage_blocks,
-        output_rank=output_rank,
-        text_rank=text_rank,
-        backend=backend,
-        timeout=timeout,
-    )
+    config = options.read_config(given)
     source = model or str(MODEL_DIR)
     arguments = call_arguments(
         source,

@@ -41,24 +41,11 @@ def info(
     _debug: options.Debug = False,
 ) -> None:
     """Show a model's blocks, parameters and plan, and what each rank would hold."""
+    given = locals()
     from patchpipe.demo import MODEL_DIR
     from patchpipe.source import resolve_source
 
-    config = options.read_config(
-        warmup="1",
-        patch_rows=None,
-        stage_blocks=stage_blocks,
-        pipefusion=pipefusion,
-        cfg=cfg,
-        data=data,
-        ulysses=ulysses,
-        ring=ring,
-        tensor=tensor,
-        distrifusion=distrifusion,
-        parallel_vae=parallel_vae,
-        output_rank=output_rank,
-        text_rank=text_rank,
-    )
+    config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR)
     _show(source.path, _describe(source.path, config))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -152,15 +154,22 @@ def read_settings(texts: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-def read_config(*, warmup: str, patch_rows: str | None, stage_blocks: str | None, **fields: Any) -> ParallelConfig:
-    """The layout that the options describe.
+def read_config(given: dict[str, Any]) -> ParallelConfig:
+    """The layout that a command's options describe.
+
+    Args:
+        given: The command's arguments by name; those that are no field of the layout are passed over.
 
     Raises:
         ValueError: They do not describe one.
     """
+    names = {field.name for field in dataclasses.fields(ParallelConfig)}
+    fields = {name: value for name, value in given.items() if name in names}
+    readers: dict[str, Callable[[str], Any]] = {
+        "warmup": read_warmup,
+        "patch_rows": lambda text: read_numbers("--patch-rows", text),
+        "stage_blocks": lambda text: read_numbers("--stage-blocks", text),
+    }
     return ParallelConfig(
-        warmup=read_warmup(warmup),
-        patch_rows=read_numbers("--patch-rows", patch_rows),
-        stage_blocks=read_numbers("--stage-blocks", stage_blocks),
-        **fields,
+        **{name: readers[name](value) if name in readers else value for name, value in fields.items()}
     )
