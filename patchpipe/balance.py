@@ -21,16 +21,26 @@ def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> l
         ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
     """
     places = plan.blocks_of(model)
-    if config.pipefusion > len(places):
-        raise ValueError(
-            f"pipefusion={config.pipefusion} is more stages than the {len(places)} blocks of {plan.model}: "
-            f"use pipefusion={len(places)} or fewer"
-        )
+    check_stages(config, len(places), plan)
     sizes = config.stage_blocks or balanced([block_cost(place) for place in places], config.pipefusion)
-    if sum(sizes) != len(places):
-        raise ValueError(f"stage_blocks={sizes} adds up to {sum(sizes)} but {plan.model} has {len(places)} blocks")
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def check_stages(config: ParallelConfig, blocks: int, plan: ModelPlan) -> None:
+    """Refuses stages that a model of so many blocks cannot fill.
+
+    Raises:
+        ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
+    """
+    if config.pipefusion > blocks:
+        raise ValueError(
+            f"pipefusion={config.pipefusion} is more stages than the {blocks} blocks of {plan.model}: "
+            f"use pipefusion={blocks} or fewer"
+        )
+    if config.stage_blocks is not None and sum(config.stage_blocks) != blocks:
+        total = sum(config.stage_blocks)
+        raise ValueError(f"stage_blocks={config.stage_blocks} adds up to {total} but {plan.model} has {blocks} blocks")
 
 
 def block_cost(place: BlockPlace) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.balance import balanced, block_cost, split_blocks
 from patchpipe.models import plan_for
+from patchpipe.precheck import check_folder
 from tests import tiny
 
 
@@ -62,3 +64,15 @@ def test_layouts_that_do_not_fit_the_model_are_refused() -> None:
         split_blocks(model, plan, ParallelConfig(pipefusion=5))
     with pytest.raises(ValueError, match=r"stage_blocks=\(2, 3\) adds up to 5 but .* has 4 blocks"):
         split_blocks(model, plan, ParallelConfig(pipefusion=2, stage_blocks=(2, 3)))
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])
+def test_configuration_files_alone_refuse_a_layout_that_cannot_fit(name: str, tmp_path: Path) -> None:
+    folder = tiny.save(name, tmp_path)
+    check_folder(folder, ParallelConfig(pipefusion=4))
+    with pytest.raises(ValueError, match=r"pipefusion=5 is more stages than the 4 blocks .* use pipefusion=4 or fewer"):
+        check_folder(folder, ParallelConfig(pipefusion=5))
+    with pytest.raises(ValueError, match="adds up to 5"):
+        check_folder(folder, ParallelConfig(pipefusion=2, stage_blocks=(2, 3)))
+    with pytest.raises(ValueError, match="tensor=5 does not divide"):
+        check_folder(folder, ParallelConfig(tensor=5))

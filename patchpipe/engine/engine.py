@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import Seed
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
+from patchpipe.precheck import check_folder
 from patchpipe.source import resolve_source
 
 if TYPE_CHECKING:
@@ -116,6 +118,8 @@ class Engine:
         self._output_rank = layout.output_rank
         source = resolve_source(path, **load_options)
         self.path = source.path
+        if config is not None and Path(source.path).is_dir():
+            check_folder(Path(source.path), config)
         self.devices = tuple(choose_devices(devices, layout.world_size, layout.backend if config else "auto"))
         self.threads = threads_per_rank(threads, layout.world_size)
         self._lock = threading.Lock()

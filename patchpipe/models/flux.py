@@ -10,6 +10,7 @@ FLUX = ModelPlan(
     blocks=(
         BlockList(
             path="transformer_blocks",
+            count="num_layers",
             streams=STREAMS,
             attention={"attn": "joint"},
             text_parameters=("context", "add_", "_added_"),
@@ -17,6 +18,7 @@ FLUX = ModelPlan(
         ),
         BlockList(
             path="single_transformer_blocks",
+            count="num_single_layers",
             streams=STREAMS,
             attention={"attn": "joint"},
             conditioning=("norm.linear",),

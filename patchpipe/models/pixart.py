@@ -8,6 +8,7 @@ PIXART = ModelPlan(
     blocks=(
         BlockList(
             path="transformer_blocks",
+            count="num_layers",
             streams=("hidden_states",),
             attention={"attn1": "image", "attn2": "cross"},
             constant={"attn2.to_k": ("encoder_hidden_states",), "attn2.to_v": ("encoder_hidden_states",)},

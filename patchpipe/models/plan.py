@@ -117,6 +117,7 @@ class BlockList:
 
     Args:
         path: Name of the list in the model.
+        count: Field of the model's configuration that tells how many blocks it has.
         streams: Arguments a block takes *and* returns, in the order it returns them. A block that
             returns a lone tensor has one stream.
         attention: Kind of each attention module in a block: ``"joint"`` holds text and image rows,
@@ -128,6 +129,7 @@ class BlockList:
     """
 
     path: str
+    count: str
     streams: tuple[str, ...]
     attention: Mapping[str, AttentionKind]
     text_first: bool = True

@@ -8,6 +8,7 @@ SD3 = ModelPlan(
     blocks=(
         BlockList(
             path="transformer_blocks",
+            count="num_layers",
             streams=("encoder_hidden_states", "hidden_states"),
             attention={"attn": "joint", "attn2": "image"},
             text_first=False,
