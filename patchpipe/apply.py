@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -238,7 +239,7 @@ def _served_class(kind: type) -> type:
         )
 
     device = property(lambda self: self.patchpipe.group.device)
-    call.__signature__ = __import__("inspect").signature(kind.__call__)  # type: ignore[attr-defined]
+    call.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined]
     call.__doc__ = kind.__call__.__doc__
     members = {
         "__call__": call,
