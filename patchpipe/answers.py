@@ -83,6 +83,9 @@ class Answers:
         """A patch of the prediction; waits for it."""
         if not self.call.patches[0].whole:
             return self._together(self.call.patches[index])
+        if self.group.mesh.size("displaced") > 1:
+            makers = self._makers[index :: self.group.mesh.parts]
+            return _joined([self._take(self.call.patches[0], rank) for rank in makers], 0)
         if self._whole is None:
             self._whole = self._together(self.call.patches[0])
         start, stop = self.call.cut.bounds[index : index + 2]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from patchpipe.balance import split_blocks
-from patchpipe.config import ParallelConfig
+from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group, join
 from patchpipe.models import plan_for
@@ -77,8 +77,7 @@ class Attachment:
         if hasattr(model, "cache_context"):
             original = model.cache_context
             self._set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
-        if hasattr(pipe, "encode_prompt"):
-            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, self.config.encoder_rank))
+        self._hook_text()
         if getattr(pipe, "vae", None) is not None:
             self._hook_vae(pipe.vae)
         if not self.group.output:
@@ -87,6 +86,18 @@ class Attachment:
         pipe.__class__ = _served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
+
+    def _hook_text(self) -> None:
+        """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""
+        pipe, config = self._pipe, self.config
+        if not hasattr(pipe, "encode_prompt"):
+            return
+        if config.text_rank != SPREAD:
+            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, config.encoder_rank()))
+            return
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                self._set(part, "forward", self._on_owner(part.forward, config.encoder_rank(name)))
 
     def _hook_vae(self, vae: nn.Module) -> None:
         """Decoding on the output rank alone, or on all ranks in strips of rows."""

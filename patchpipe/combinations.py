@@ -10,6 +10,7 @@ TESTED: tuple[Methods, ...] = (
     frozenset({"pipefusion", "cfg", "ring"}),
     frozenset({"pipefusion", "cfg", "tensor"}),
     frozenset({"pipefusion", "tensor", "ulysses"}),
+    frozenset({"pipefusion", "ring", "tensor"}),
     frozenset({"pipefusion", "cfg", "data"}),
     frozenset({"pipefusion", "data", "ulysses"}),
     frozenset({"cfg", "distrifusion"}),

@@ -11,7 +11,8 @@ from patchpipe.combinations import check_combination
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
-DEGREES = ("pipefusion", "data", "cfg", "ulysses", "ring", "tensor", "distrifusion")
+SPREAD: Literal["spread"] = "spread"
+DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 FEWEST_TOKENS = 256  # in a patch, before the default number of patches is lowered towards the stages
 
 
@@ -29,7 +30,8 @@ class ParallelConfig:
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts evenly.
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
         output_rank: The rank that holds the VAE and gets the images.
-        text_rank: The rank that holds the text encoders. ``None`` takes the last rank.
+        text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
+            ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.
         data: Parts the batch is split into, each run by ranks of its own.
         cfg: Guidance branches that run side by side: 2 gives the two branches ranks of their own.
         ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
@@ -55,7 +57,7 @@ class ParallelConfig:
     patch_rows: tuple[int, ...] | None = None
     stage_blocks: tuple[int, ...] | None = None
     output_rank: int = 0
-    text_rank: int | None = None
+    text_rank: int | Literal["spread"] | None = None
     data: int = 1
     cfg: int = 1
     ulysses: int = 1
@@ -87,8 +89,9 @@ class ParallelConfig:
             self._check_patch_rows(self.patch_rows)
         if self.stage_blocks is not None:
             self._check_stage_blocks(self.stage_blocks)
-        for name in ("output_rank", "text_rank"):
-            self._check_rank(name, getattr(self, name))
+        self._check_rank("output_rank", self.output_rank)
+        if self.text_rank not in (None, SPREAD):
+            self._check_rank("text_rank", self.text_rank, f'; or say "{SPREAD}"')
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
@@ -104,10 +107,18 @@ class ParallelConfig:
         """Sizes of the axes ``data × cfg × pipe × displaced × ring × ulysses × tensor``."""
         return (self.data, self.cfg, self.pipefusion, self.distrifusion, self.ring, self.ulysses, self.tensor)
 
-    @property
-    def encoder_rank(self) -> int:
-        """The rank that encodes prompts."""
-        return self.world_size - 1 if self.text_rank is None else self.text_rank
+    def encoder_rank(self, encoder: str = "text_encoder") -> int:
+        """The rank that holds a text encoder, ``"text_encoder"``, ``"text_encoder_2"`` and so on.
+
+        Spread encoders go from the last rank downwards, and to the output rank, which has the VAE, last of all.
+        """
+        if isinstance(self.text_rank, int):
+            return self.text_rank
+        if self.text_rank is None:
+            return self.world_size - 1
+        ranks = [rank for rank in reversed(range(self.world_size)) if rank != self.output_rank] + [self.output_rank]
+        number = encoder.rpartition("_")[2]
+        return ranks[(int(number) - 1 if number.isdigit() else 0) % len(ranks)]
 
     @property
     def synchronous(self) -> bool:
@@ -138,10 +149,10 @@ class ParallelConfig:
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
         steps = "every step synchronous" if self.synchronous else f"warm-up {self.warmup}"
-        others = "".join(
-            f"{name} {size} · " for name in ("data", "cfg", "ulysses") if (size := getattr(self, name)) > 1
-        )
-        return f"{others}pipefusion {self.pipefusion} · patches {patches} · {steps}"
+        degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
+        if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
+            degrees.append(f"patches {patches}")
+        return " · ".join([*(degrees or ["one device"]), steps])
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
@@ -173,9 +184,9 @@ class ParallelConfig:
                 f"{self.pipefusion} stages (pipefusion={self.pipefusion})"
             )
 
-    def _check_rank(self, name: str, rank: int | None) -> None:
-        if rank is not None and not 0 <= rank < self.world_size:
-            raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}")
+    def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
+            raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}{hint}")
 
 
 def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:

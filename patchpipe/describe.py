@@ -118,7 +118,7 @@ def _ranges(places: list[BlockPlace]) -> str:
 
 
 def _home(part: str, config: ParallelConfig) -> int:
-    return config.encoder_rank if part.startswith("text_encoder") else config.output_rank
+    return config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
 
 
 def _component_parameters(source: PipelineFolder) -> dict[str, int]:

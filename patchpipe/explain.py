@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from patchpipe.axes import AXES, Mesh
-from patchpipe.config import ParallelConfig
+from patchpipe.config import SPREAD, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Volume:
     width: int
     blocks: int
     itemsize: int
+
+
+FLUX_AT_1024 = Volume(tokens=4096 + 512, width=3072, blocks=57, itemsize=2)
 
 
 def traffic(config: ParallelConfig, volume: Volume) -> dict[str, float]:
@@ -66,7 +69,18 @@ def describe_ranks(config: ParallelConfig) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     mesh = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, config.mesh_shape, strict=True) if size > 1)
-    return "\n".join([config.describe(), f"{config.world_size} ranks: {mesh or 'one device'}", *lines])
+    return "\n".join(
+        [config.describe(), f"{config.world_size} ranks: {mesh or 'one device'}", *lines, *_expected(config)]
+    )
+
+
+def _expected(config: ParallelConfig) -> list[str]:
+    """What a rank sends in a step, for a model everybody knows the size of."""
+    sent = [f"{method} {size / 1e6:,.0f} MB" for method, size in traffic(config, FLUX_AT_1024).items()]
+    told = f"sends per step for FLUX.1 at 1024×1024 in bf16: {', '.join(sent)}"
+    if sent:
+        return [told + "; for other models `patchpipe explain MODEL`"]
+    return ["sends per step: its noise predictions alone"] if config.world_size > 1 else []
 
 
 def _holdings(config: ParallelConfig, mesh: Mesh) -> str:
@@ -79,7 +93,10 @@ def _holdings(config: ParallelConfig, mesh: Mesh) -> str:
         held.append(f"guidance branch {mesh.at('cfg') + 1}")
     if config.data > 1:
         held.append(f"pictures {mesh.at('data') + 1}/{config.data}")
-    held += ["text encoders"] if mesh.rank == config.encoder_rank else []
+    if config.text_rank == SPREAD:
+        held += ["a text encoder, if there are as many"] if mesh.rank != config.output_rank else []
+    elif mesh.rank == config.encoder_rank():
+        held.append("text encoders")
     if config.parallel_vae:
         held.append(f"VAE for strip {mesh.rank + 1}/{config.world_size} of the picture")
     if mesh.rank == config.output_rank:

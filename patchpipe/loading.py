@@ -45,7 +45,7 @@ def from_pretrained(
     """Loads a diffusers pipeline spread over the ranks of this process's group.
 
     Every rank calls it alike, for example in a script under ``torchrun``. A rank reads its own blocks and the
-    shared embedders, and of split matrices its own slice alone; the text encoders live on ``config.encoder_rank``,
+    shared embedders, and of split matrices its own slice alone; text encoders live where ``config.text_rank`` says,
     the VAE on ``config.output_rank``.
 
     Args:
@@ -170,7 +170,7 @@ class PipelineFolder:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             decodes_elsewhere = part == "vae" and not (group.output or config.parallel_vae)
-            if (encodes and group.rank != config.encoder_rank) or decodes_elsewhere:
+            if (encodes and group.rank != config.encoder_rank(part)) or decodes_elsewhere:
                 parts[part] = self.build(part, dtype).to("meta", dtype)
         if self.variant and len(parts) < self._weighted():
             parts["variant"] = self.variant

@@ -60,13 +60,21 @@ class Cut:
     row_bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Rows, config: ParallelConfig) -> Cut:
+    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
+
+        Args:
+            rows: Token rows of the picture.
+            config: The layout.
+            text: Text tokens that ride with the first patch.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
-        sizes = config.patch_rows or even_rows(rows.count, config.patches_for(rows.count, rows.count * rows.tokens))
+        if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
+            return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
+        count = config.patches_for(rows.count, rows.count * rows.tokens)
+        sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
         if sum(sizes) != rows.count:
             raise ValueError(
                 f"patch_rows={sizes} adds up to {sum(sizes)} token rows but this picture has {rows.count}: "
@@ -127,10 +135,34 @@ class Cut:
         )
 
 
-def even_rows(rows: int, patches: int) -> tuple[int, ...]:
-    """Sizes of ``patches`` patches of ``rows`` rows that differ by one at most, the larger ones last.
+def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:
+    """Sizes, in rows, of patches that cost about the same.
 
-    The first patch also carries the text, so it is never the larger one.
+    A text token costs what an image token does, so the first patch, which carries the text, has fewer rows: else
+    every stage waits for it once a step where there are as many patches as stages.
+
+    Args:
+        rows: Token rows of the picture.
+        patches: Number of patches, at most one a row.
+        text: Text tokens that ride with the first patch.
+        fewest: Rows every patch should have, if there are as many.
+
+    Returns:
+        The first patch's rows, then the others', which differ by one at most, the larger ones last.
     """
+    if patches == 1:
+        return (rows.count,)
+    others = patches - 1
+
+    def unevenness(first: int) -> tuple[float, float]:
+        costs = [first * rows.tokens + text, *(size * rows.tokens for size in _even(rows.count - first, others))]
+        return max(costs), sum(cost * cost for cost in costs)
+
+    low = max(1, min(fewest, rows.count // patches))
+    first = min(range(low, max(low, rows.count // patches) + 1), key=unevenness)
+    return first, *_even(rows.count - first, others)
+
+
+def _even(rows: int, patches: int) -> tuple[int, ...]:
     size, extra = divmod(rows, patches)
     return tuple(size + (index >= patches - extra) for index in range(patches))

@@ -50,6 +50,7 @@ class RequestStats:
         materialisations: How often the lazy latent had to be gathered in full.
         reasons: The operations that asked for it.
         patches: Patches of the latent.
+        patch_rows: Token rows of each.
         stages: Pipeline stages.
         steps_synchronous: Calls of the transformer that saw fresh keys and values only.
         steps_patched: Calls that ran the latent patch by patch, or part by part, beside stale ones.
@@ -62,6 +63,7 @@ class RequestStats:
     materialisations: int = 0
     reasons: list[str] = field(default_factory=list)
     patches: int = 1
+    patch_rows: tuple[int, ...] = ()
     stages: int = 1
     steps_synchronous: int = 0
     steps_patched: int = 0
@@ -131,10 +133,11 @@ class Request:
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
             rows = self.plan.grid.rows(self.model, shape, inputs)
-            self._cut, self._latent_shape = Cut.of(rows, self.config), spatial
+            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs)), spatial
             self._branches.clear()
             self.memo.clear()
             self.stats.patches = len(self._cut.patches)
+            self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
         return self._cut
 
     def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:

@@ -119,7 +119,7 @@ class Runner:
         call = Call(
             inputs=inputs,
             cut=cut,
-            patches=(cut.whole,) if synchronous or len(cut.patches) == 1 else cut.patches,
+            patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
@@ -162,20 +162,26 @@ class Runner:
                 answers.give(result, patch)
             else:
                 self._pass_on(result, piece, call.text_rows)
+        self._catch_up(call.inputs[self.plan.latent])
 
     def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
         """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""
         latent, dim = call.inputs[self.plan.latent], self.plan.grid.dim
-        if not isinstance(latent, PatchTensor):
-            whole = latent if patch.whole else patch_of(latent, dim, *patch.units, patch.index)
-        elif not patch.whole:
-            whole = latent.patch(patch.index)
+        if piece.uncut and not isinstance(latent, PatchTensor):
+            rows = latent
         else:
-            whole = torch.cat([latent.patch(index) for index in range(len(call.cut.patches))], dim=dim)
-        if share.size == latent.shape[0] and piece.part[1] == 1:
-            return whole
-        rows = whole.narrow(dim, piece.units[0] - patch.units[0], piece.units[1] - piece.units[0])
-        return rows[share.range[0] : share.range[1]].contiguous()
+            rows = patch_of(latent, dim, *piece.units, piece.part[0] if self._displaced else patch.index)
+        return rows if share.size == latent.shape[0] else rows[share.range[0] : share.range[1]].contiguous()
+
+    @property
+    def _displaced(self) -> bool:
+        return self.config.distrifusion > 1
+
+    def _catch_up(self, latent: Tensor) -> None:
+        """Does the arithmetic of the other ranks' parts one step late, when their predictions have long come."""
+        if self._displaced and isinstance(latent, PatchTensor) and not latent.materialised:
+            for index in range(self.config.distrifusion):
+                latent.patch(index)
 
     # -- hops ------------------------------------------------------------------------------------
 

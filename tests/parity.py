@@ -48,13 +48,26 @@ def paint(
     found = {}
     for layout in layouts:
         for schedule in schedules:
-            config = ParallelConfig(**layout, **schedule)
+            config = ParallelConfig(**layout, **pinned(schedule, arguments["height"]))
             patchpipe.parallelize(pipe, config, group=place.join(config))
             output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
             latents = None if output is None else output.images.numpy()
             found[str((layout, schedule))] = {"latents": latents, **pipe.patchpipe.last.as_dict()}
             patchpipe.restore(pipe)
     return found
+
+
+def pinned(schedule: dict[str, Any], height: int) -> dict[str, Any]:
+    """The schedule with its patches cut evenly in so many words.
+
+    A cut of the program's own choice has a row of the first patch for every rank that shares it, so that it may
+    differ between layouts where pictures are tiny and the text is long.
+    """
+    rows, patches = height // 16, schedule.get("patches")
+    if patches is None:
+        return schedule
+    sizes = tuple((index + 1) * rows // patches - index * rows // patches for index in range(patches))
+    return {**{key: value for key, value in schedule.items() if key != "patches"}, "patch_rows": sizes}
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:

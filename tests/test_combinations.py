@@ -26,8 +26,8 @@ def test_law_6_whatever_is_allowed_is_tested(name, methods):
 
 
 def test_untested_products_are_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"ring × tensor is not tested .* nearest that is tested is .*; leave out"):
-        ParallelConfig(ring=2, tensor=2)
+    with pytest.raises(ValueError, match=r"data × tensor is not tested .* nearest that is tested is .*; leave out"):
+        ParallelConfig(data=2, tensor=2)
     with pytest.raises(ValueError, match="leave out"):
         check_combination(frozenset({"distrifusion", "ulysses"}))
 

@@ -27,6 +27,7 @@ from patchpipe import ParallelConfig
         ({"stage_blocks": (4, 0), "pipefusion": 2}, "must list at least one block for each of the 2 stages"),
         ({"output_rank": 1}, "output_rank=1 is not one of the 1 ranks"),
         ({"pipefusion": 2, "text_rank": -1}, "text_rank=-1 is not one of the 2 ranks"),
+        ({"pipefusion": 2, "text_rank": "all"}, 'text_rank=all is not one of the 2 ranks 0…1; or say "spread"'),
         ({"backend": "mpi"}, "backend='mpi' is unknown: use 'auto', 'nccl' or 'gloo'"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"timeout": float("nan")}, "timeout=nan must be a positive number of seconds"),
@@ -47,12 +48,22 @@ def test_it_survives_json_and_cannot_be_changed() -> None:
 
 
 def test_parts_are_placed_on_different_ranks_unless_told() -> None:
-    assert (ParallelConfig(pipefusion=3).encoder_rank, ParallelConfig(pipefusion=3).output_rank) == (2, 0)
-    assert ParallelConfig(pipefusion=3, text_rank=0).encoder_rank == 0
+    assert (ParallelConfig(pipefusion=3).encoder_rank(), ParallelConfig(pipefusion=3).output_rank) == (2, 0)
+    assert ParallelConfig(pipefusion=3, text_rank=0).encoder_rank() == 0
     assert ParallelConfig(pipefusion=3).world_size == 3
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    for world_size, homes in ((1, [0, 0, 0]), (2, [1, 0, 1]), (3, [2, 1, 0]), (4, [3, 2, 1])):
+        config = ParallelConfig(pipefusion=world_size, text_rank="spread")
+        assert [config.encoder_rank(encoder) for encoder in encoders] == homes
 
 
 def test_it_describes_itself() -> None:
     assert ParallelConfig(pipefusion=2, patches=4).describe() == "pipefusion 2 · patches 4 · warm-up 1"
     text = ParallelConfig(patch_rows=(1, 2), warmup="all").describe()
-    assert text == "pipefusion 1 · patches 2 (1, 2) · every step synchronous"
+    assert text == "patches 2 (1, 2) · every step synchronous"
+    assert ParallelConfig(cfg=2, ring=2).describe() == "cfg 2 · ring 2 · warm-up 1"
+    assert ParallelConfig().describe() == "one device · warm-up 1"
+    text = str(ParallelConfig(cfg=2, pipefusion=2, text_rank="spread"))
+    assert "3     1    1     stage 2/2, guidance branch 2, a text encoder, if there are as many" in text
+    assert "sends per step for FLUX.1 at 1024×1024 in bf16: pipefusion 28 MB" in text
+    assert "its noise predictions alone" in str(ParallelConfig(data=2))

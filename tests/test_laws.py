@@ -187,9 +187,9 @@ def patched(stages: int) -> list[Layout]:
 
 UNEVEN: Mapping[str, Call] = {"11 rows": {"guided": True, "height": 176, "prompt": BATCH}}
 PLACED: dict[int, list[Layout]] = {
-    2: [{"patch_rows": (1, 2, 5, 3), "warmup": 1, "stage_blocks": (3, 1), "output_rank": 1, "text_rank": 0}],
+    2: [{"patch_rows": (1, 2, 5, 3), "warmup": 1, "stage_blocks": (3, 1), "output_rank": 1, "text_rank": "spread"}],
     3: [{"patch_rows": (6, 5), "warmup": 0, "stage_blocks": (1, 2, 1), "output_rank": 1, "text_rank": 1}],
-    4: [{"patch_rows": (5, 1, 1, 4), "warmup": 2, "output_rank": 3, "text_rank": 0}],
+    4: [{"patch_rows": (5, 1, 1, 4), "warmup": 2, "output_rank": 3, "text_rank": "spread"}],
 }
 
 
@@ -294,7 +294,12 @@ def real_parts(place: Place, folder: Path, name: str, layout: Layout) -> dict[st
 HEADS = {"flux": ("norm_out.", "proj_out."), "sd3": ("norm_out.", "proj_out."), "pixart": ("proj_out.",)}
 
 
-@pytest.mark.parametrize("layout", [{}, {"text_rank": 1, "output_rank": 2}], ids=["default", "placed"])
+SPREAD_OUT = {"text_encoder": 2, "text_encoder_2": 1, "text_encoder_3": 0}  # rank 0 has the VAE
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"text_rank": 1, "output_rank": 2}, {"text_rank": "spread"}], ids=["default", "placed", "spread"]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_law_4_a_rank_holds_what_it_owns(name: str, layout: Layout, folder: Callable[[str], Path]) -> None:
     whole = {title: p.numel() for title, p in tiny.pipeline(name).transformer.named_parameters()}
@@ -310,7 +315,8 @@ def test_law_4_a_rank_holds_what_it_owns(name: str, layout: Layout, folder: Call
         assert others == (embedders | head if rank == 2 else embedders)
         for part, parameters in ranks[rank].items():
             if part.startswith("text_encoder"):
-                assert bool(parameters) == (rank == layout.get("text_rank", 2)), part
+                home = layout.get("text_rank", 2)
+                assert bool(parameters) == (rank == (SPREAD_OUT[part] if home == "spread" else home)), part
             if part == "vae":
                 assert bool(parameters) == (rank == layout.get("output_rank", 0))
 

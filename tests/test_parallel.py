@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests import parity
+import patchpipe
+from patchpipe import ParallelConfig
+from patchpipe.models import plan_for
+from tests import parity, tiny
 from tests.ranks import run_ranks
 from tests.tiny import MODELS
 
@@ -60,15 +63,59 @@ def test_pipefusion_sends_what_its_formula_says():
     assert last[key]["sent_bytes"] == image * 16 * size * steps
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipefusion": 2}, {"pipefusion": 2, "ulysses": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"cfg": 2}, {"data": 2}], ids=str)
+@pytest.mark.parametrize("name", ["flux", "sd3"])  # two calls a step, and one call of both branches
+def test_ranks_of_branches_and_pictures_send_their_predictions_alone(name, layout):
+    """A rank gives the predictions it made, as wide as the latent's channels, to the other one."""
+    schedule, steps, images = {"warmup": "all"}, 2, 2
+    call = {"height": 128, "width": 64, "num_inference_steps": steps, "num_images_per_prompt": images}
+    entries = 2 * images  # of the batch in a step, both branches of guidance counted
+    for rank in run_ranks(2, parity.paint, name, [layout], [schedule], call):
+        assert rank[str((layout, schedule))]["sent_bytes"] == entries // 2 * (8 * 4 * 16) * 8 * steps
+
+
+@pytest.mark.parametrize("layout", [{"pipefusion": 2}, {"pipefusion": 4}, {"cfg": 2}, {"ulysses": 2}], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_take_what_their_formula_says(name, layout, tmp_path):
+    """Blocks over stages, embedders everywhere, the head at the end; cfg, data, ulysses and ring split nothing."""
+    stages, ranks = layout.get("pipefusion", 1), ParallelConfig(**layout).world_size
+    held = run_ranks(ranks, parameter_bytes, tiny.save(name, tmp_path / name), layout)
+    whole = by_place(tiny.pipeline(name).transformer)
+    assert sum(own["blocks"] for own in held) == whole["blocks"] * ranks // stages
+    if name == "pixart":  # whose blocks are all alike
+        assert {own["blocks"] for own in held} == {whole["blocks"] // stages}
+    assert {own["embedders"] for own in held} == {whole["embedders"]}
+    last = [stages == 1 or rank == ranks - 1 for rank in range(ranks)]
+    assert [own["head"] for own in held] == [whole["head"] * holds for holds in last]
+
+
+def parameter_bytes(place, folder, layout):
+    config = ParallelConfig(**layout)
+    return by_place(patchpipe.from_pretrained(folder, config, group=place.join(config)).transformer)
+
+
+def by_place(model):
+    """Bytes of the parameters that are really there."""
+    found = {"blocks": 0, "embedders": 0, "head": 0}
+    for title, parameter in model.named_parameters():
+        place = "head" if title.startswith(plan_for(model).head) else "embedders"
+        found["blocks" if "blocks." in title else place] += 0 if parameter.is_meta else parameter.nbytes
+    return found
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"pipefusion": 2}, {"pipefusion": 2, "ulysses": 2}, {"ring": 2}, {"pipefusion": 2, "ring": 2}],
+    ids=str,
+)
 def test_keys_and_values_take_what_their_formula_says(layout):
-    """2·p·h·L/N elements for the batch, over the heads' ranks (arXiv 2405.14430, table 1)."""
+    """2·p·h·L/N elements for the batch, over the heads' ranks; a ring's ranks keep all (arXiv 2405.14430, table 1)."""
     schedule = {"patches": 2, "warmup": 1}
     call = {"height": 128, "width": 64, "num_inference_steps": 2, "max_sequence_length": 8, "num_images_per_prompt": 2}
     call |= {"negative_prompt": None, "true_cfg_scale": 1.0}
     stages, heads = layout.get("pipefusion", 1), layout.get("ulysses", 1)
     tokens, width, blocks, size, batch = 8 * 4 + 8, 32, 4, 8, 2
-    for rank in run_ranks(stages * heads, parity.paint, "flux", [layout], [schedule], call):
+    for rank in run_ranks(stages * heads * layout.get("ring", 1), parity.paint, "flux", [layout], [schedule], call):
         kept = rank[str((layout, schedule))]["store_bytes"]
         assert kept == 2 * tokens * width * blocks // stages // heads * size * batch
 

@@ -6,17 +6,36 @@ import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, even_rows
+from patchpipe.patches import Cut, balanced_rows
 
 
 @pytest.mark.parametrize("rows", range(1, 20))
 def test_even_patches_differ_by_one_row_and_the_first_is_never_larger(rows: int) -> None:
     for patches in range(1, rows + 1):
-        sizes = even_rows(rows, patches)
+        sizes = balanced_rows(Rows(rows, 4, 1), patches)
         assert len(sizes) == patches
         assert sum(sizes) == rows
         assert max(sizes) - min(sizes) <= 1
         assert list(sizes) == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    ("count", "tokens", "patches", "text", "sizes"),
+    [
+        (32, 32, 2, 64, (15, 17)),  # 544 tokens each
+        (64, 64, 4, 512, (10, 18, 18, 18)),  # 1,152 each
+        (64, 64, 8, 512, (1, 9, 9, 9, 9, 9, 9, 9)),
+        (8, 8, 4, 512, (1, 2, 2, 3)),
+        (3, 1, 3, 9, (1, 1, 1)),
+    ],
+)
+def test_the_patch_that_carries_the_text_is_smaller(count, tokens, patches, text, sizes) -> None:
+    assert balanced_rows(Rows(count, tokens, 1), patches, text) == sizes
+
+
+def test_a_patch_that_ranks_share_has_a_row_for_each() -> None:
+    assert balanced_rows(Rows(12, 1, 1), 3, text=100, fewest=2) == (2, 5, 5)
+    assert balanced_rows(Rows(3, 1, 1), 3, text=100, fewest=2) == (1, 1, 1)
 
 
 def test_a_cut_speaks_of_rows_tokens_and_units_of_the_latent() -> None:

@@ -20,7 +20,7 @@ from patchpipe.models.plan import Rows
 from patchpipe.patches import Cut
 from patchpipe.ring import Merged, Ring, attend_with_lse
 from patchpipe.store import LayerStore
-from tests import tiny
+from tests import parity, tiny
 from tests.ranks import Place, run_ranks
 
 TOLERANCE = 1e-10  # relative, in float64: sums are reordered
@@ -49,7 +49,7 @@ def paint(place: Place, cases: list[Case]) -> list[Painted]:
     painted: list[Painted] = []
     pipes = {name: tiny.pipeline(name, dtype=torch.float64) for name in {case[0] for case in cases}}
     for name, degrees, schedule, arguments in cases:
-        pipe, config = pipes[name], ParallelConfig(**degrees, **schedule)
+        pipe, config = pipes[name], ParallelConfig(**degrees, **parity.pinned(schedule, arguments["height"]))
         patchpipe.parallelize(pipe, config, group=place.join(config))
         output = call(pipe, name, arguments)
         sent = pipe.patchpipe.group.lines["ring"].sent_bytes
@@ -63,7 +63,7 @@ def expected(name: str, schedule: tuple[tuple[str, Any], ...], arguments: tuple[
     """Plain diffusers where every step is synchronous, else one process that streams the same patches."""
     pipe = tiny.pipeline(name, dtype=torch.float64)
     if dict(schedule) != SYNCHRONOUS:
-        patchpipe.parallelize(pipe, ParallelConfig(**dict(schedule)))
+        patchpipe.parallelize(pipe, ParallelConfig(**parity.pinned(dict(schedule), dict(arguments)["height"])))
     return call(pipe, name, dict(arguments)).images.numpy()
 
 

@@ -97,8 +97,8 @@ def hooks(module: nn.Module) -> int:
 @pytest.mark.parametrize("name", ["sd3", "pixart", "pixart-sigma"])
 @torch.no_grad()
 def test_a_patch_has_the_positions_it_has_in_the_whole(name: str, latent: tuple[int, int]) -> None:
-    embed: Any = tiny.pipeline(name).transformer.pos_embed
-    picture = torch.randn(1, 4, *latent, generator=torch.Generator().manual_seed(0))
+    embed: Any = tiny.pipeline(name, dtype=torch.float64).transformer.pos_embed
+    picture = torch.randn(1, 4, *latent, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows, columns = latent[0] // 2, latent[1] // 2
     whole = embed(picture).unflatten(1, (rows, columns))
     table = PositionTable(embed)
@@ -106,7 +106,8 @@ def test_a_patch_has_the_positions_it_has_in_the_whole(name: str, latent: tuple[
     for start, stop in ((0, 1), (1, 3), (0, rows)):
         with table.showing(picture.shape, (start, stop)):
             part = embed(picture[:, :, 2 * start : 2 * stop])
-        assert torch.equal(part.unflatten(1, (stop - start, columns)), whole[:, start:stop])
+        # A convolution may sum in another order for another height.
+        torch.testing.assert_close(part.unflatten(1, (stop - start, columns)), whole[:, start:stop])
     assert {k: id(v) for k, v in {**vars(embed), **embed._buffers, **embed._modules}.items()} == kept
     assert torch.equal(embed(picture).unflatten(1, (rows, columns)), whole)
 

@@ -20,7 +20,7 @@ from tests.parity import TOLERANCE, relative
 from tests.ranks import Place, quieten, run_ranks
 
 Layout = dict[str, Any]
-SYNCHRONOUS, STREAMING = {"warmup": "all"}, {"patches": 3, "warmup": 1}
+SYNCHRONOUS, STREAMING = {"warmup": "all"}, {"patch_rows": (2, 2, 3), "warmup": 1}
 SIZE = 8  # bytes of a float64
 ROWS, COLUMNS, STEPS = 7, 3, 3  # of tokens, which divide by nothing, and of denoising
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.config import ALL_STEPS, SPREAD, ParallelConfig
 
 _LAYOUT = "Layout"
 _MODEL = "Model and devices"
@@ -54,7 +54,10 @@ StageBlocks = Annotated[
     _option(_LAYOUT, "Blocks of each stage. [dim]Default: balanced by cost.[/]", metavar="1,2,…"),
 ]
 OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
-TextRank = Annotated[int | None, _option(_LAYOUT, "Rank with the text encoders. [dim]Default: the last.[/]")]
+TextRank = Annotated[
+    str | None,
+    _option(_LAYOUT, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
+]
 BackendChoice = Annotated[Backend, _option(_LAYOUT, "How ranks talk; with gloo they can share a GPU.", default=True)]
 Timeout = Annotated[float, _option(_LAYOUT, "Seconds any wait for a rank may last.", default=True)]
 
@@ -113,6 +116,20 @@ def read_warmup(text: str) -> int | Literal["all"]:
         raise ValueError(f'--warmup {text} must be a whole number of 0 or more, or "all"') from None
 
 
+def read_text_rank(text: str | None) -> int | Literal["spread"] | None:
+    """Reads a rank or ``spread``.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if text is None or text.strip().lower() == SPREAD:
+        return None if text is None else SPREAD
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f'--text-rank {text} must be a rank, or "{SPREAD}"') from None
+
+
 def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     """Reads ``1,2,3``.
 
@@ -167,6 +184,7 @@ def read_config(given: dict[str, Any]) -> ParallelConfig:
     fields = {name: value for name, value in given.items() if name in names}
     readers: dict[str, Callable[[str], Any]] = {
         "warmup": read_warmup,
+        "text_rank": read_text_rank,
         "patch_rows": lambda text: read_numbers("--patch-rows", text),
         "stage_blocks": lambda text: read_numbers("--stage-blocks", text),
     }
