@@ -33,6 +33,7 @@ class Call:
         shares: Who runs which part of its batch.
         stores: The branch's keys and values on this rank; ``None`` where nothing is ever stale.
         text_rows: Text rows in joint attention.
+        branch: Which guidance branch it is, where branches are calls.
     """
 
     inputs: Mapping[str, Any]
@@ -41,6 +42,7 @@ class Call:
     shares: tuple[BatchShare, ...]
     stores: dict[str, LayerStore] | None
     text_rows: int
+    branch: int = 0
 
     def share_of(self, mesh: Mesh) -> BatchShare | None:
         """The part of the batch a rank runs, if any."""

@@ -15,14 +15,14 @@ from patchpipe.answers import Answers, Call
 from patchpipe.batches import BatchShare, share_batch, slice_inputs
 from patchpipe.config import ParallelConfig
 from patchpipe.displaced import Displaced, displaced_for
+from patchpipe.hops import Hops
 from patchpipe.lazy import PatchTensor, patch_of
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
 from patchpipe.sharing import sharing_for
-from patchpipe.stage import CallContext, Stage, Streams
-from patchpipe.transport import Receive
+from patchpipe.stage import CallContext, Stage
 
 
 class Runner:
@@ -46,7 +46,7 @@ class Runner:
         self.last = RequestStats()
         self._branch_name: str | None = None
         self._dtype = _matrix_dtype(model)
-        self._width = plan.width(model)
+        self._hops = self._new_hops()
         self._signature = inspect.signature(type(model).forward)
 
     # -- requests --------------------------------------------------------------------------------
@@ -59,9 +59,11 @@ class Runner:
         self.group.begin_request()
         self.request = Request(self.config, self.plan, self.model, self.group)
         self.last = self.request.stats
+        self._hops = self._new_hops()
         sent, waited = self.group.traffic()
         try:
             yield self.request
+            self._hops.end()
             self.group.drain()
             for line in self.group.lines.values():
                 line.wire.drain()  # rows sent for a step that never comes
@@ -69,6 +71,9 @@ class Runner:
             now_sent, now_waited = self.group.traffic()
             self.last = self.request.finish(now_sent - sent, now_waited - waited)
             self.request = None
+
+    def _new_hops(self) -> Hops:
+        return Hops(self.group, self.plan.text, self.plan.width(self.model), self._dtype)
 
     @contextmanager
     def branch(self, name: str, original: AbstractContextManager[Any] | None = None) -> Iterator[None]:
@@ -123,6 +128,7 @@ class Runner:
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
+            branch=branch.index,
         )
         self._count(synchronous)
         branch.calls += 1
@@ -150,7 +156,7 @@ class Runner:
         inputs = slice_inputs(call.inputs, self.plan, batch, share, self.request.memo)
         pieces = [call.pieces(patch, self.group.mesh.parts) for patch in call.patches]
         mine = [piece[self.group.mesh.part] for piece in pieces]
-        expected = [self._expect_streams(share, piece, call.text_rows) for piece in mine]
+        expected = self._hops.begin(call.branch, share.size, mine, call.text_rows)
         memo: dict[str, Any] = {}
         for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
             context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
@@ -161,7 +167,7 @@ class Runner:
             if isinstance(result, Tensor):
                 answers.give(result, patch)
             else:
-                self._pass_on(result, piece, call.text_rows)
+                self._hops.pass_on(result, piece, call.text_rows)
         self._catch_up(call.inputs[self.plan.latent])
 
     def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
@@ -182,32 +188,6 @@ class Runner:
         if self._displaced and isinstance(latent, PatchTensor) and not latent.materialised:
             for index in range(self.config.distrifusion):
                 latent.patch(index)
-
-    # -- hops ------------------------------------------------------------------------------------
-
-    def _stream_shapes(self, batch: int, piece: Patch, text_rows: int) -> dict[str, torch.Size]:
-        """Shapes of what goes from stage to stage, the same worked out on both sides."""
-        shapes = {"hidden_states": torch.Size((batch, piece.token_count, self._width))}
-        start, stop = piece.text_range(text_rows)
-        if stop > start:
-            shapes[self.plan.text] = torch.Size((batch, stop - start, self._width))
-        return shapes
-
-    def _expect_streams(self, share: BatchShare, piece: Patch, text_rows: int) -> dict[str, Receive]:
-        if self.group.first:
-            return {}
-        channel = self.group.channel_from_previous()
-        shapes = self._stream_shapes(share.size, piece, text_rows)
-        return {name: channel.expect(shape, self._dtype) for name, shape in shapes.items()}
-
-    def _pass_on(self, streams: Streams, piece: Patch, text_rows: int) -> None:
-        channel = self.group.channel_to_next()
-        for name in self._stream_shapes(0, piece, text_rows):
-            if streams[name].dtype != self._dtype:
-                raise RuntimeError(
-                    f"{name} left the stage as {streams[name].dtype}, the next one expects {self._dtype}"
-                )
-            channel.send(streams[name])
 
 
 def _matrix_dtype(model: nn.Module) -> torch.dtype:

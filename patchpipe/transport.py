@@ -31,7 +31,7 @@ class Wire:
     """
 
     def __init__(self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain) -> None:
-        self.group, self.device = group, device
+        self.group, self.device, self.backend = group, device, backend
         self.staged = backend == "gloo" and device.type != "cpu"
         self.timeout = timedelta(seconds=timeout)
         self.explain = explain
@@ -207,6 +207,13 @@ class Channel:
         self._sends.append((work, staged))
         while len(self._sends) > SENDS_IN_FLIGHT:
             self._finish_send()
+
+    def send_nothing(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        """Answers a receive of this shape with nothing of use: as little as the transport allows, and not counted."""
+        size = torch.Size((1,)) if self.wire.backend == "gloo" else shape  # gloo takes less than was asked for
+        sent = self.sent_bytes
+        self.send(torch.zeros(size, dtype=dtype, device=self.wire.device))
+        self.sent_bytes = sent
 
     def expect(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Receive:
         """Posts the receive of the next tensor."""
