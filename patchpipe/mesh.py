@@ -103,9 +103,19 @@ class Group:
         """Noise predictions between a rank of the last stage and one of the first."""
         return self._wires["return"].channel(rank)
 
+    @property
+    def _all_wires(self) -> list[Wire]:
+        return [*self._wires.values(), *(line.wire for line in self.lines.values())]
+
+    def next_call(self) -> None:
+        """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
+        for wire in self._all_wires:
+            for channel in wire.channels:
+                channel.next_call()
+
     def drain(self) -> None:
-        """Waits until no hop is under way."""
-        for wire in self._wires.values():
+        """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
+        for wire in self._all_wires:
             wire.drain()
 
     def traffic(self) -> tuple[int, float]:

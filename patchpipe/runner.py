@@ -65,8 +65,6 @@ class Runner:
             yield self.request
             self._hops.end()
             self.group.drain()
-            for line in self.group.lines.values():
-                line.wire.drain()  # rows sent for a step that never comes
         finally:
             now_sent, now_waited = self.group.traffic()
             self.last = self.request.finish(now_sent - sent, now_waited - waited)
@@ -131,6 +129,7 @@ class Runner:
             branch=branch.index,
         )
         self._count(synchronous)
+        self.group.next_call()
         branch.calls += 1
         answers = Answers(call, self.plan, self.model, self.group, self._dtype)
         self._stream(call, answers, displaced_for(self.group, cut, branch.parts if keeps else None, synchronous))

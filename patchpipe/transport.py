@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Explain = Callable[[Exception, str], Exception]
-SENDS_IN_FLIGHT = 64  # older ones have long arrived: each step waits for the answer to the step before
+CALLS_IN_FLIGHT = 3  # of the transformer: each waits for the answers of the last step, two calls at most
 
 
 class Wire:
@@ -194,6 +194,7 @@ class Channel:
         self.waited_seconds = 0.0
         self._sends: deque[tuple[Any, Tensor]] = deque()
         self._receives: deque[Receive] = deque()
+        self._calls: deque[int] = deque()  # sends of each call, oldest first
 
     def send(self, tensor: Tensor) -> None:
         """Starts sending; returns at once."""
@@ -205,8 +206,13 @@ class Channel:
             raise self.wire.explain(error, self.wire.name(self.peer)) from error
         self.sent_bytes += staged.numel() * staged.element_size()
         self._sends.append((work, staged))
-        while len(self._sends) > SENDS_IN_FLIGHT:
-            self._finish_send()
+
+    def next_call(self) -> None:
+        """Lets go of what was sent some calls ago, which has long arrived: memory must not grow with the steps."""
+        self._calls.append(len(self._sends) - sum(self._calls))
+        while len(self._calls) > CALLS_IN_FLIGHT:
+            for _ in range(self._calls.popleft()):
+                self._finish_send()
 
     def send_nothing(self, shape: torch.Size, dtype: torch.dtype) -> None:
         """Answers a receive of this shape with nothing of use: as little as the transport allows, and not counted."""
@@ -235,6 +241,7 @@ class Channel:
             self._receives.popleft().wait()
         while self._sends:
             self._finish_send()
+        self._calls.clear()
 
     def _finish_send(self) -> None:
         work, _alive = self._sends.popleft()
