@@ -22,12 +22,13 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes ``2 * pipefusion`` (1 on one
-            device), or fewer where patches would be too small to keep a device busy.
+        patches: Number of patches M the latent is cut into. ``None`` takes one more than there are stages: with as
+            many as stages each would wait for every hop (1 on one device, and no more than there are stages where
+            patches would be too small to keep a device busy).
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
-        patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts evenly.
+        patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts them to cost the same.
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
@@ -135,7 +136,7 @@ class ParallelConfig:
             return len(self.patch_rows)
         if self.patches is None:
             stages = self.pipefusion
-            return min(rows, max(stages, min(2 * stages, tokens // FEWEST_TOKENS))) if stages > 1 else 1
+            return min(rows, max(stages, min(stages + 1, tokens // FEWEST_TOKENS))) if stages > 1 else 1
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "

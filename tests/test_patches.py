@@ -70,7 +70,7 @@ def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str
 
 @pytest.mark.parametrize(
     ("rows", "tokens_per_row", "patches"),
-    [(64, 64, 8), (24, 64, 6), (16, 16, 4), (8, 8, 4), (3, 8, 3)],
+    [(64, 64, 5), (24, 64, 5), (16, 16, 4), (8, 8, 4), (3, 8, 3)],
 )
 def test_the_number_chosen_for_the_user_keeps_patches_large(rows: int, tokens_per_row: int, patches: int) -> None:
     cut = Cut.of(Rows(rows, tokens_per_row, 1), ParallelConfig(pipefusion=4))

@@ -42,7 +42,7 @@ Distrifusion = Annotated[
 ]
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
 Patches = Annotated[
-    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: up to twice the stages.[/]")
+    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: one more than the stages.[/]")
 ]
 Warmup = Annotated[
     str,
