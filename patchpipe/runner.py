@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
 from patchpipe.sharing import sharing_for
 from patchpipe.stage import CallContext, Stage, Streams
+from patchpipe.tracing.recorder import Where, span
 from patchpipe.transport import Receive
 
 
@@ -123,6 +125,7 @@ class Runner:
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
+            where=Where(branch.calls, branch.index, synchronous),
         )
         self._count(synchronous)
         branch.calls += 1
@@ -152,12 +155,17 @@ class Runner:
         mine = [piece[self.group.mesh.part] for piece in pieces]
         expected = [self._expect_streams(share, piece, call.text_rows) for piece in mine]
         memo: dict[str, Any] = {}
+        recorder = self.group.recorder
         for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
+            if recorder is not None:
+                recorder.where = replace(call.where, patch=None if patch.whole else patch.index)
             context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
             context.sharing = displaced or sharing_for(self.group, patch, shared)
-            latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
+            with span(recorder if self.group.first else None, "latent"):
+                latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
             context.received = {name: receive.take() for name, receive in receives.items()} or None
-            result = self.stage.run(inputs, latent, context)
+            with span(recorder, "compute"):
+                result = self.stage.run(inputs, latent, context)
             if isinstance(result, Tensor):
                 answers.give(result, patch)
             else:

@@ -15,6 +15,7 @@ from patchpipe.cli.compare import Comparison, compare
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.config import ParallelConfig
+from patchpipe.files import check_writable, numbered, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -120,7 +121,7 @@ def run(job: Job) -> None:
 def _check_targets(job: Job) -> Job:
     job = dataclasses.replace(job, out=pictures.check_target(job.out))
     if job.report is not None and job.report != Path("-"):
-        pictures.check_writable(job.report)
+        check_writable(job.report)
     return job
 
 
@@ -167,7 +168,7 @@ def _write(job: Job, painted: list[Painted]) -> list[Path]:
         tiles = [Tile([one.picture], [""], one.prompt) for one in painted]
         pictures.write_picture(pictures.sheet(tiles), job.out)
         return [job.out]
-    files = pictures.numbered(job.out, len(painted))
+    files = numbered(job.out, len(painted))
     for file, one in zip(files, painted, strict=True):
         pictures.write_picture(one.picture, file)
     return files
@@ -208,4 +209,4 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
     if job.report == Path("-"):
         print(text, end="")
     else:
-        pictures.write_text(text, job.report)
+        write_text(text, job.report)
