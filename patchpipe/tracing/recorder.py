@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["request", "encode", "latent", "compute", "materialise", "decode", "wait", "send"]
 _UNTRACED: AbstractContextManager[None] = nullcontext()
@@ -96,6 +97,8 @@ class StreamClock:
 
     def now(self) -> torch.cuda.Event:
         """A mark in the stream."""
+        import torch  # heavy, and not needed to read a timeline
+
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self._device))
         return mark
