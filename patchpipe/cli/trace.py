@@ -33,7 +33,7 @@ LONGEST_WAITS = 3
 TraceFile = Annotated[Path, typer.Argument(help="What --trace wrote.", metavar="FILE")]
 Drawing = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Picture to write. [dim]Default: FILE.png[/]", show_default=False),
+    typer.Option("-o", "--output", help="Picture to write. [dim]Default: FILE-timeline.png[/]", show_default=False),
 ]
 Steps = Annotated[
     str | None,
@@ -44,7 +44,7 @@ Steps = Annotated[
 def trace(file: TraceFile, out: Drawing = None, steps: Steps = None, _debug: options.Debug = False) -> None:
     """Draw the timeline of a request, and tell how busy every rank was."""
     window = read_steps(steps)
-    target = (out or file.with_suffix(".png")).expanduser()
+    target = (out or file.with_name(f"{file.stem}-timeline.png")).expanduser()  # FILE.png may be the picture painted
     timeline = read(file)
     stretch = None if window is None else steps_stretch(timeline, *window)
     check_writable(target)
@@ -79,11 +79,11 @@ def _show(console: Console, timeline: Timeline, figures: tuple[Busy, ...], windo
 
 
 def _table(figures: tuple[Busy, ...], window: tuple[int, int] | None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    columns = ["rank", "stage", "steady state", "whole request", "worked", "sent"]
+    table = Table(title="Busy share", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    columns = ["rank", "stage", "steady", "request", "worked", "sent"]
     columns[2:2] = [] if window is None else [f"steps {window[0]}-{window[1]}"]
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("waited for", overflow="fold")
     for one in figures:
         chosen = [] if window is None else [_percent(one.chosen)]

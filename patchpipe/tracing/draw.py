@@ -59,34 +59,35 @@ def draw(timeline: Timeline, out: Path, steps: tuple[int, int] | None = None) ->
     Raises:
         ValueError: There are no such steps, matplotlib is not installed, or it knows no such format.
     """
-    figure_class = _figure_class(out)
-    window = timeline.span_ns if steps is None else steps_stretch(timeline, *steps)
-    figures = busy(timeline, None if steps is None else window)
-    figure = figure_class(figsize=(WIDTH, 1.75 + ROW * len(timeline.tracks)), dpi=DPI, layout="constrained")
-    picture = _Picture(figure.add_subplot(), timeline, window)
-    for row, (track, figure_of_rank) in enumerate(zip(timeline.tracks, figures, strict=True)):
-        _draw_rank(picture, row, track)
-        _tell_busy(picture, row, figure_of_rank)
-    _mark_steps(picture)
-    _mark_steady(picture)
-    _frame(picture)
-    _legend(figure, timeline)
+    figure = figure_of(timeline, steps)
+    known = figure.canvas.get_supported_filetypes()
+    kind = out.suffix[1:].lower()
+    if kind not in known:
+        raise ValueError(f"{out} must end in a format of pictures: .{', .'.join(sorted(known))}")
     with replacing(out) as temporary:
-        figure.savefig(temporary, format=out.suffix[1:].lower())
+        figure.savefig(temporary, format=kind)
 
 
-def _figure_class(out: Path) -> Any:
+def figure_of(timeline: Timeline, steps: tuple[int, int] | None = None) -> Any:
+    """The picture as matplotlib's ``Figure``; see ``draw``."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(
             "drawing a trace needs matplotlib: `pip install matplotlib`, or open the trace in ui.perfetto.dev"
         ) from None
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if out.suffix[1:].lower() not in known:
-        raise ValueError(f"{out} must end in a format of pictures: .{', .'.join(sorted(known))}")
-    return Figure
+    window = timeline.span_ns if steps is None else steps_stretch(timeline, *steps)
+    figures = busy(timeline, None if steps is None else window)
+    figure = Figure(figsize=(WIDTH, 1.75 + ROW * len(timeline.tracks)), dpi=DPI, layout="constrained")
+    picture = _Picture(figure.add_subplot(), timeline, window)
+    for row, (track, figures_of_rank) in enumerate(zip(timeline.tracks, figures, strict=True)):
+        _draw_rank(picture, row, track)
+        _tell_busy(picture, row, figures_of_rank)
+    _mark_steps(picture)
+    _mark_steady(picture)
+    _frame(picture)
+    _legend(figure, timeline)
+    return figure
 
 
 # -- bars ----------------------------------------------------------------------------------------
@@ -149,10 +150,11 @@ def _tell_busy(picture: _Picture, row: int, figures: Busy) -> None:
 
 
 def _mark_steps(picture: _Picture) -> None:
-    """A thin line where the first stage begins each step, the steps' numbers above."""
+    """A thin line where the first stage there is begins each step, the steps' numbers above."""
     begins: dict[int, int] = {}
+    first = min(track.stage for track in picture.timeline.tracks)
     for track, event, where in picture.timeline.computes():
-        if track.stage == 0:
+        if track.stage == first:
             begins[where.step] = min(event.start_ns, begins.get(where.step, event.start_ns))
     low, high = picture.window
     shown = sorted((start, step + 1) for step, start in begins.items() if low <= start < high)
@@ -163,7 +165,7 @@ def _mark_steps(picture: _Picture) -> None:
 
 def _number(picture: _Picture, shown: Sequence[tuple[int, int]]) -> None:
     """Steps' numbers, as many as there is room for."""
-    ends = [*(start for start, _ in shown[1:]), picture.window[1]]
+    ends = [*(start for start, _ in shown), picture.window[1]][1:]
     free = float("-inf")
     for (start, step), end in zip(shown, ends, strict=True):
         text = f"step {step}" if picture.fits(f"step {step}", start, end) else str(step)
