@@ -205,7 +205,7 @@ def test_a_picture_shows_what_the_timeline_holds(tmp_path: Path) -> None:
     draw(FILLED, tmp_path / "x.svg")
     draw(Timeline(FILLED.tracks[1:], {**FILLED.about, "error": "KeyError: 'boom'"}), tmp_path / "part.png")
     assert "<svg" in (tmp_path / "x.svg").read_text()
-    assert {"warm-up", "1", "2", "step 1", "step 2", "drain", "VAE", "100.0% busy", "50.0% busy"} <= texts(FILLED)
+    assert {"warm-up", "1", "2", "step 1", "step 2", " drain", "VAE", "100.0% busy", "50.0% busy"} <= texts(FILLED)
     shown = texts(FILLED, (2, 2))  # from 50 to 90
     assert {"step 2", "50.0% busy", "75.0% busy", "shown here\n60.0% whole request"} <= shown
     assert not {"step 1", "VAE"} & shown

@@ -14,11 +14,11 @@ from patchpipe.tracing.timeline import Timeline, Track
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#d4a617", "#9d755d")
 WARMUP, LATENT, OTHER, HATCH, LINE, INK = "#8c8c8c", "#2f2f2f", "#c9bfae", "#b8b8b8", "#d4d4d4", "#333333"
-NAMES = {"encode": "text", "materialise": "gather", "decode": "VAE"}
+NAMES = {"encode": "text", "decode": "VAE"}  # gathering is mostly waiting, and short
 LONG = 2e9  # nanoseconds from which seconds are the better unit
 WIDTH, ROW, DPI = 13.0, 0.62, 150  # inches, inches, dots per inch
 BAR, PALE = 0.8, 0.62  # height of a bar, as a share of a row; opacity of further guidance branches
-LETTER = 0.0055  # width of a letter, as a share of the time axis
+LETTER = 0.006  # width of a letter, as a share of the time axis
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def figure_of(timeline: Timeline, steps: tuple[int, int] | None = None) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError(
-            "drawing a trace needs matplotlib: `pip install matplotlib`, or open the trace in ui.perfetto.dev"
+            "drawing a trace needs matplotlib: `pip install 'patchpipe[trace]'`, or open the trace in ui.perfetto.dev"
         ) from None
     window = timeline.span_ns if steps is None else steps_stretch(timeline, *steps)
     figures = busy(timeline, None if steps is None else window)
@@ -96,7 +96,7 @@ def figure_of(timeline: Timeline, steps: tuple[int, int] | None = None) -> Any:
 def _draw_rank(picture: _Picture, row: int, track: Track) -> None:
     """Work in full height, then the waiting inside and between it laid over."""
     for event in picture.visible(track.events, "encode", "materialise", "decode"):
-        _bar(picture, row, event, OTHER, NAMES[event.kind], ink=INK)
+        _bar(picture, row, event, OTHER, NAMES.get(event.kind, ""), ink=INK)
     for event in picture.visible(track.events, "compute"):
         _bar(picture, row, event, *_look(event), pale=event.where is not None and event.where.branch > 0)
     for event in picture.visible(track.events, "latent"):
@@ -189,10 +189,12 @@ def _mark_steady(picture: _Picture) -> None:
     rows = len(picture.timeline.tracks)
     picture.axis.hlines(rows - 0.48, picture.at(low), picture.at(high), color=INK, linewidth=1.5, zorder=2)
     begin, end = picture.window
-    for name, start, stop in (("warm-up", begin, low), ("steady state", low, high), ("drain", high, end)):
+    look = {"va": "top", "fontsize": 8, "color": INK}
+    for name, start, stop in (("warm-up", begin, low), ("steady state", low, high)):
         if picture.fits(name, start, stop):
-            middle = picture.at((start + stop) / 2)
-            picture.axis.text(middle, rows - 0.42, name, ha="center", va="top", fontsize=8, color=INK)
+            picture.axis.text(picture.at((start + stop) / 2), rows - 0.42, name, ha="center", **look)
+    if high < end:  # short, but nothing stands to its right
+        picture.axis.text(picture.at(high), rows - 0.42, " drain", **look)
 
 
 def _frame(picture: _Picture) -> None:
