@@ -19,6 +19,7 @@ from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.store import LayerStore
+from patchpipe.tracing.recorder import Where
 from patchpipe.transport import Receive
 
 
@@ -33,7 +34,7 @@ class Call:
         shares: Who runs which part of its batch.
         stores: The branch's keys and values on this rank; ``None`` where nothing is ever stale.
         text_rows: Text rows in joint attention.
-        branch: Which guidance branch it is, where branches are calls.
+        where: Which call it is, for the timeline.
     """
 
     inputs: Mapping[str, Any]
@@ -42,7 +43,7 @@ class Call:
     shares: tuple[BatchShare, ...]
     stores: dict[str, LayerStore] | None
     text_rows: int
-    branch: int = 0
+    where: Where
 
     def share_of(self, mesh: Mesh) -> BatchShare | None:
         """The part of the batch a rank runs, if any."""

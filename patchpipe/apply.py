@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
 from patchpipe.tensor import TensorPart, check_tensor, tensor_part
+from patchpipe.tracing.recorder import span
+from patchpipe.tracing.session import Tracing
+from patchpipe.tracing.timeline import check_target
 from patchpipe.vae import spread_vae
 
 logger = logging.getLogger("patchpipe")
@@ -55,15 +60,51 @@ class Attachment:
         self.runner = Runner(model, plan, config, group, stage)
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
+        self._tracing: Tracing | None = None
 
     @property
     def last(self) -> RequestStats:
         """What the last request did on this rank."""
         return self.runner.last
 
-    def serving(self) -> AbstractContextManager[Request]:
+    @contextmanager
+    def serving(self) -> Iterator[Request]:
         """The extent of a request, for a denoising loop of one's own around ``pipe.transformer``."""
-        return self.runner.serving()
+        traced = nullcontext() if self._tracing is None else self._tracing.request()
+        with traced, self.runner.serving() as request:
+            yield request
+
+    @contextmanager
+    def tracing(self, path: str | Path) -> Iterator[None]:
+        """Writes the timeline of every request in the block to a file; every rank enters it alike.
+
+        The file is in Chrome's trace format, for ui.perfetto.dev, and `patchpipe trace` draws it. The output rank
+        writes it when a request has ended; a second request in the block goes to ``NAME-2.json``, and so on.
+
+        Args:
+            path: The file, ``NAME.json``.
+
+        Raises:
+            ValueError: It cannot be written to, or the pipeline is being traced already.
+        """
+        if self._tracing is not None:
+            raise ValueError("the pipeline is being traced already: end the outer `with …tracing(…)` first")
+        place = self.group.share(self.config.output_rank, lambda: str(check_target(Path(path))))
+        self._tracing = Tracing(Path(place), self.group, lambda: self.runner.last, self._about)
+        try:
+            yield
+        finally:
+            self._tracing = None
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a timeline says of this pipeline."""
+        return {
+            "pipeline": type(self._pipe).__name__,
+            "model": type(self._pipe.transformer).__name__,
+            "layout": self.config.as_dict(),
+            "layout_text": self.config.describe(),
+        }
 
     def attach(self) -> None:
         """Hooks the pipeline: its call, its transformer, its text encoding and its VAE."""
@@ -93,18 +134,18 @@ class Attachment:
         if not hasattr(pipe, "encode_prompt"):
             return
         if config.text_rank != SPREAD:
-            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, config.encoder_rank()))
+            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, config.encoder_rank(), "text"))
             return
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                self._set(part, "forward", self._on_owner(part.forward, config.encoder_rank(name)))
+                self._set(part, "forward", self._on_owner(part.forward, config.encoder_rank(name), "text"))
 
     def _hook_vae(self, vae: nn.Module) -> None:
         """Decoding on the output rank alone, or on all ranks in strips of rows."""
         if self.config.parallel_vae and self.group.world_size > 1:
             self._undo.append(spread_vae(vae, self.group.rows(), gather_to=self.config.output_rank))
         else:
-            self._set(vae, "encode", self._on_owner(vae.encode, self.config.output_rank))
+            self._set(vae, "encode", self._on_owner(vae.encode, self.config.output_rank, "vae"))
         self._set(vae, "decode", self._decode(vae.decode))
 
     def detach(self) -> None:
@@ -118,7 +159,7 @@ class Attachment:
         self._warn_if_synchronous(kwargs)
         try:
             self._align(kwargs.get("generator"))
-            with self.runner.serving():
+            with self.serving():
                 try:
                     output = materialise_tree(original(self._pipe, *args, **kwargs), "the pipeline's output")
                 except _OutputElsewhere:
@@ -149,12 +190,11 @@ class Attachment:
         for each, state in zip(generators, states, strict=True):
             each.set_state(state.cpu())
 
-    def _on_owner(self, compute: Callable[..., Any], owner: int) -> Callable[..., Any]:
-        if self.group.world_size == 1:
-            return compute
-
+    def _on_owner(self, compute: Callable[..., Any], owner: int, carries: str) -> Callable[..., Any]:
+        @wraps(compute)
         def shared(*args: Any, **kwargs: Any) -> Any:
-            return self.group.share(owner, lambda: compute(*args, **kwargs))
+            with span(self.group.recorder, "encode"):
+                return self.group.share(owner, lambda: compute(*args, **kwargs), carries)
 
         return shared
 
@@ -165,7 +205,8 @@ class Attachment:
             args, kwargs = materialise_tree((args, kwargs), "vae.decode")
             if not self.group.output and not self.config.parallel_vae:
                 raise _OutputElsewhere
-            picture = decode(*args, **kwargs)
+            with span(self.group.recorder, "decode"):
+                picture = decode(*args, **kwargs)
             if not self.group.output:
                 raise _OutputElsewhere
             return picture

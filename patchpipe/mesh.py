@@ -20,9 +20,11 @@ from patchpipe.agreement import agree
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.tracing.recorder import Recorder, span
 from patchpipe.transport import Channel, Exchange, Wire
 from patchpipe.vae.rows import WireRows, join_rows
 
+CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 
@@ -38,6 +40,9 @@ class Group:
         device: Where this rank computes.
         store: Where the ranks meet; ``None`` only for a single rank.
         backend: ``"gloo"`` or ``"nccl"``.
+
+    Attributes:
+        recorder: Of the request under way, if it is traced.
     """
 
     def __init__(
@@ -49,14 +54,16 @@ class Group:
         self._store = store
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
+        self._strips: list[WireRows] = []
+        self.recorder: Recorder | None = None
         self._requests = 0
         self._agreements = 0
         if self.world_size > 1:
             assert store is not None
             self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
-            for name in ("forward", "return"):
+            for name, carries in (("forward", "stream"), ("return", "prediction")):
                 inner = _process_group(store, name, backend, rank, self.world_size, config.timeout)
-                self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain)
+                self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
         self.lines: dict[Axis, Exchange] = {}
         for axis in (*SEQUENCE_AXES, "tensor"):
             if self.mesh.size(axis) > 1:
@@ -66,7 +73,8 @@ class Group:
     def _line(self, store: dist.Store, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
         inner = _process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
-        wire = Wire(inner, self.device, self.backend, self.config.timeout, self.explain)
+        options = (self.config.timeout, self.explain, CARRIES.get(axis, axis))
+        wire = Wire(inner, self.device, self.backend, *options)
         return Exchange(wire, index, len(ranks), ranks)
 
     # -- who is where ----------------------------------------------------------------------------
@@ -128,7 +136,20 @@ class Group:
         """All ranks as strips of a picture, for the VAE."""
         assert self._store is not None
         options: dict[str, Any] = {"device": self.device, "timeout": self.config.timeout, "explain": self.explain}
-        return join_rows(self._store, self.rank, self.world_size, **options)
+        rows = join_rows(self._store, self.rank, self.world_size, **options)
+        self._strips.append(rows)
+        return rows
+
+    def control_wire(self) -> Wire:
+        """Small tensors on the host between any two ranks, counted nowhere."""
+        return Wire(self._control, torch.device("cpu"), "gloo", self.config.timeout, self.explain, "control")
+
+    def record(self, recorder: Recorder | None) -> None:
+        """From here on, every wait and every tensor sent goes to ``recorder``; ``None`` ends that."""
+        self.recorder = recorder
+        lines, strips = self.lines.values(), self._strips
+        for wire in (*self._wires.values(), *(line.wire for line in lines), *(rows.wire for rows in strips)):
+            wire.recorder = recorder
 
     # -- what all ranks share --------------------------------------------------------------------
 
@@ -139,28 +160,35 @@ class Group:
             return tensor
         if self.rank == root:
             assert tensor is not None
-            self._broadcast_bytes(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8), root)
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            self._broadcast_bytes(data, root, "latent")
             return tensor
         staged = torch.empty(shape, dtype=dtype)
-        self._broadcast_bytes(staged.reshape(-1).view(torch.uint8), root)
+        self._broadcast_bytes(staged.reshape(-1).view(torch.uint8), root, "latent")
         return staged.to(self.device) if tensor is None else tensor
 
-    def share(self, root: int, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns on the root, on every rank; what it raises there, it raises everywhere."""
+    def share(self, root: int, compute: Callable[[], Any], carries: str = "control") -> Any:
+        """What ``compute`` returns on the root, on every rank; what it raises there, it raises everywhere.
+
+        Args:
+            root: The rank that computes.
+            compute: Called there alone.
+            carries: What kind of thing it returns, for the timeline.
+        """
         if self.world_size == 1:
             return compute()
         if self.rank == root:
-            return self._share_mine(root, compute)
+            return self._share_mine(root, compute, carries)
         size = torch.zeros(1, dtype=torch.int64)
-        self._broadcast_bytes(size.view(torch.uint8), root)
+        self._broadcast_bytes(size.view(torch.uint8), root, carries)
         message = torch.empty(int(size), dtype=torch.uint8)
-        self._broadcast_bytes(message, root)
+        self._broadcast_bytes(message, root, carries)
         failed, value = torch.load(io.BytesIO(message.numpy().tobytes()), map_location=self.device, weights_only=False)
         if failed:
             raise value
         return value
 
-    def _share_mine(self, root: int, compute: Callable[[], Any]) -> Any:
+    def _share_mine(self, root: int, compute: Callable[[], Any], carries: str) -> Any:
         error: Exception | None = None
         value: Any = None
         try:
@@ -170,14 +198,15 @@ class Group:
         buffer = io.BytesIO()
         torch.save((error is not None, _portable(error) if error else value), buffer)
         message = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-        self._broadcast_bytes(torch.tensor([message.numel()]).view(torch.uint8), root)
-        self._broadcast_bytes(message, root)
+        self._broadcast_bytes(torch.tensor([message.numel()]).view(torch.uint8), root, carries)
+        self._broadcast_bytes(message, root, carries)
         if error is not None:
             raise error
         return value
 
-    def _broadcast_bytes(self, data: Tensor, root: int) -> None:
-        with self.explaining(f"rank {root}"):
+    def _broadcast_bytes(self, data: Tensor, root: int, carries: str) -> None:
+        whom = f"rank {root}"
+        with span(self.recorder, "wait", channel=carries, peer=whom), self.explaining(whom):
             self._control.broadcast(data, root).wait(timedelta(seconds=self.config.timeout))
 
     def agree(self, what: dict[str, Any]) -> None:
@@ -255,6 +284,7 @@ class Group:
         self._control = None
         self._wires.clear()
         self.lines.clear()
+        self._strips.clear()
 
 
 class _Explained:

@@ -96,18 +96,24 @@ class Request:
         self._latent_shape: torch.Size | None = None
         self._last: tuple[Any, BranchKey] | None = None
         self._started = perf_counter()
+        self._asked: Any = None  # when the latent was last asked for in full
         self._draw_alike()
 
     # -- the lazy latent's Exchange --------------------------------------------------------------
 
     def share(self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Gives the first stage's tensor to every rank."""
-        return self.group.broadcast(full, 0, shape, dtype)
+        whole = self.group.broadcast(full, 0, shape, dtype)
+        recorder = self.group.recorder
+        if recorder is not None:
+            recorder.add("materialise", self._asked, recorder.where, reason=self.stats.reasons[-1])
+        return whole
 
     def note(self, reason: str) -> None:
         """Counts a materialisation."""
         self.stats.materialisations += 1
         self.stats.reasons.append(reason)
+        self._asked = self.group.recorder.now() if self.group.recorder is not None else None
 
     def _draw_alike(self) -> None:
         """Lets every rank draw the first one's noise, where the pipeline is given no generator.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
 from patchpipe.sharing import sharing_for
 from patchpipe.stage import CallContext, Stage
+from patchpipe.tracing.recorder import Where, span
 
 
 class Runner:
@@ -126,7 +128,7 @@ class Runner:
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
-            branch=branch.index,
+            where=Where(branch.calls, branch.index, synchronous),
         )
         self._count(synchronous)
         self.group.next_call()
@@ -155,14 +157,19 @@ class Runner:
         inputs = slice_inputs(call.inputs, self.plan, batch, share, self.request.memo)
         pieces = [call.pieces(patch, self.group.mesh.parts) for patch in call.patches]
         mine = [piece[self.group.mesh.part] for piece in pieces]
-        expected = self._hops.begin(call.branch, share.size, mine, call.text_rows)
+        expected = self._hops.begin(call.where.branch, share.size, mine, call.text_rows)
         memo: dict[str, Any] = {}
+        recorder = self.group.recorder
         for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
+            if recorder is not None:
+                recorder.where = replace(call.where, patch=None if patch.whole else patch.index)
             context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
             context.sharing = displaced or sharing_for(self.group, patch, shared)
-            latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
+            with span(recorder if self.group.first else None, "latent"):
+                latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
             context.received = {name: receive.take() for name, receive in receives.items()} or None
-            result = self.stage.run(inputs, latent, context)
+            with span(recorder, "compute"):
+                result = self.stage.run(inputs, latent, context)
             if isinstance(result, Tensor):
                 answers.give(result, patch)
             else:

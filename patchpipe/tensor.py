@@ -211,7 +211,9 @@ def all_reduce(exchange: Exchange, tensor: Tensor) -> Tensor:
         raise wire.explain(error, whom) from error
     wire.wait_for(work, whom)
     exchange.waited_seconds += perf_counter() - started
-    exchange.sent_bytes += reduced_bytes(staged.numel() * staged.element_size(), exchange.size)
+    size = reduced_bytes(staged.nbytes, exchange.size)
+    exchange.sent_bytes += size
+    wire.sent(size, f"the ranks {exchange.ranks}")
     return staged.to(wire.device)
 
 

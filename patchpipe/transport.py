@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchpipe.tracing.recorder import Recorder, span
+
 Explain = Callable[[Exception, str], Exception]
 CALLS_IN_FLIGHT = 3  # of the transformer: each waits for the answers of the last step, two calls at most
 
@@ -28,14 +30,22 @@ class Wire:
         backend: ``"gloo"`` or ``"nccl"``.
         timeout: Seconds any wait may last.
         explain: Turns a failed wait into the error to raise.
+        carries: What kind of tensors it carries, for the timeline.
+
+    Attributes:
+        recorder: Of the request under way, if it is traced.
     """
 
-    def __init__(self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain) -> None:
+    def __init__(
+        self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain, carries: str = ""
+    ) -> None:
         self.group, self.device, self.backend = group, device, backend
         self.staged = backend == "gloo" and device.type != "cpu"
         self.timeout = timedelta(seconds=timeout)
         self.explain = explain
         self.ranks: tuple[int, ...] | None = None  # of the group's members among all ranks, where they differ
+        self.carries = carries
+        self.recorder: Recorder | None = None
         self._channels: dict[int, Channel] = {}
 
     def channel(self, peer: int) -> Channel:
@@ -68,10 +78,16 @@ class Wire:
 
     def wait_for(self, work: Any, whom: str) -> None:
         """The same for ranks named in words."""
-        try:
-            work.wait(self.timeout)
-        except RuntimeError as error:
-            raise self.explain(error, whom) from error
+        with span(self.recorder, "wait", channel=self.carries, peer=whom):
+            try:
+                work.wait(self.timeout)
+            except RuntimeError as error:
+                raise self.explain(error, whom) from error
+
+    def sent(self, size: int, whom: str) -> None:
+        """Notes, for the timeline, that ``size`` bytes set out for a rank or for several."""
+        if self.recorder is not None:
+            self.recorder.sent(self.carries, size, whom)
 
 
 class Exchange:
@@ -130,7 +146,9 @@ class Exchange:
         work = self.wire.group.alltoall_base(incoming, outgoing, sizes, [piece.numel() for piece in out])
         self.wire.wait_for(work, f"one of the ranks {self.ranks}")
         self.waited_seconds += perf_counter() - started
-        self.sent_bytes += outgoing.numel() - out[self.index].numel()
+        size = outgoing.numel() - out[self.index].numel()
+        self.sent_bytes += size
+        self.wire.sent(size, f"the ranks {self.ranks}")
         pieces = incoming.to(self.wire.device).split(sizes)
         return [piece.view(sent[0].dtype).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
@@ -154,6 +172,7 @@ class Exchange:
         except RuntimeError as error:
             raise self.wire.explain(error, f"one of the ranks {self.ranks}") from error
         self.sent_bytes += outgoing.numel()
+        self.wire.sent(outgoing.numel(), self.wire.name((self.index + 1) % self.size))
         return Shift(self, work, outgoing, incoming, sent.dtype, shape)
 
 
@@ -198,14 +217,19 @@ class Channel:
 
     def send(self, tensor: Tensor) -> None:
         """Starts sending; returns at once."""
+        size = self._send(tensor)
+        self.sent_bytes += size
+        self.wire.sent(size, self.wire.name(self.peer))
+
+    def _send(self, tensor: Tensor) -> int:
         staged = tensor.detach().to("cpu") if self.wire.staged else tensor.detach()
         staged = staged.contiguous()
         try:
             work = self.wire.group.send([staged], self.peer, 0)
         except RuntimeError as error:
             raise self.wire.explain(error, self.wire.name(self.peer)) from error
-        self.sent_bytes += staged.numel() * staged.element_size()
         self._sends.append((work, staged))
+        return staged.nbytes
 
     def next_call(self) -> None:
         """Lets go of what was sent some calls ago, which has long arrived: memory must not grow with the steps."""
@@ -217,9 +241,7 @@ class Channel:
     def send_nothing(self, shape: torch.Size, dtype: torch.dtype) -> None:
         """Answers a receive of this shape with nothing of use: as little as the transport allows, and not counted."""
         size = torch.Size((1,)) if self.wire.backend == "gloo" else shape  # gloo takes less than was asked for
-        sent = self.sent_bytes
-        self.send(torch.zeros(size, dtype=dtype, device=self.wire.device))
-        self.sent_bytes = sent
+        self._send(torch.zeros(size, dtype=dtype, device=self.wire.device))
 
     def expect(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Receive:
         """Posts the receive of the next tensor."""

@@ -1,8 +1,8 @@
-"""The command line: ``patchpipe generate``, ``patchpipe info``, ``patchpipe explain``, ``patchpipe models``."""
+"""The command line: ``patchpipe generate``, ``info``, ``explain``, ``trace`` and ``models``."""
 
 from __future__ import annotations
 
-from patchpipe.cli import explain, generate, info, models
+from patchpipe.cli import explain, generate, info, models, trace
 from patchpipe.cli.app import app
 
 __all__ = ["app"]
@@ -10,4 +10,5 @@ __all__ = ["app"]
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=explain.EPILOG)(explain.explain)
+app.command(epilog=trace.EPILOG)(trace.trace)
 app.command(epilog=models.EPILOG)(models.models)

@@ -46,6 +46,7 @@ def generate(
     compare: options.Compare = False,
     rounds: options.Rounds = 1,
     json_file: options.JsonFile = None,
+    trace: options.Trace = None,
     images: options.Images = 1,
     seed: options.Seed = 0,
     height: options.Height = None,
@@ -108,5 +109,6 @@ def generate(
         compare=compare,
         rounds=rounds,
         report=json_file,
+        trace=trace,
     )
     run(job)

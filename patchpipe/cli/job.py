@@ -15,6 +15,8 @@ from patchpipe.cli.compare import Comparison, compare
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.config import ParallelConfig
+from patchpipe.files import check_writable, numbered, write_text
+from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +43,7 @@ class Job:
     compare: bool
     rounds: int
     report: Path | None
+    trace: Path | None
 
     def __post_init__(self) -> None:
         for name in ("images", "rounds"):
@@ -48,12 +51,19 @@ class Job:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 1 or more")
         if self.config.data > 1 and self.compare:
             raise ValueError("--compare paints picture by picture, --data several at once: leave one of them out")
+        if self.trace is not None and self.compare:
+            raise ValueError("--compare measures, and --trace would slow one side down: leave one of them out")
         pictures_asked = len(self.prompts) * self.images
         if self.config.data > pictures_asked:
             raise ValueError(
                 f"--data {self.config.data} splits the pictures of a request, but {pictures_asked} would be painted: "
                 f"give more prompts, or --images {self.config.data}"
             )
+
+    def traces(self) -> list[Path | None]:
+        """Where the timeline of every request goes."""
+        count = 1 if self.config.data > 1 else len(self.prompts) * self.images
+        return [None] * count if self.trace is None else list(numbered(self.trace, count))
 
     def requests(self) -> Iterator[tuple[str, int]]:
         """Prompt and seed of every picture, in order."""
@@ -111,7 +121,7 @@ def run(job: Job) -> None:
             requests = comparison.as_list()
         else:
             painted = _paint_all(engine, view, job)
-            files = _write(job, painted)
+            files = _write(job, painted) + [file for file in job.traces() if file is not None]
             requests = [_describe(one) for one in painted]
         view.written(files)
         _report(job, engine, files, requests)
@@ -120,8 +130,8 @@ def run(job: Job) -> None:
 def _check_targets(job: Job) -> Job:
     job = dataclasses.replace(job, out=pictures.check_target(job.out))
     if job.report is not None and job.report != Path("-"):
-        pictures.check_writable(job.report)
-    return job
+        check_writable(job.report)
+    return job if job.trace is None else dataclasses.replace(job, trace=check_target(job.trace))
 
 
 def _start(job: Job, view: View) -> Engine:
@@ -142,21 +152,22 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
     asked = list(job.requests())
     if job.config.data == 1:
-        return [_paint(engine, view, job, prompt, seed) for prompt, seed in asked]
+        places = zip(asked, job.traces(), strict=True)
+        return [_paint(engine, view, job, prompt, seed, trace) for (prompt, seed), trace in places]
     prompts, seeds = [prompt for prompt, _ in asked], [seed for _, seed in asked]
     arguments = dict(job.arguments)
     if isinstance(arguments.get("negative_prompt"), str):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(asked)
     with view.painting(f"{len(asked)} pictures") as on_progress:
-        result = engine.generate(prompt=prompts, seed=seeds, on_progress=on_progress, **arguments)
+        result = engine.generate(prompt=prompts, seed=seeds, on_progress=on_progress, trace=job.trace, **arguments)
     found = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)
     view.painted(f"{len(asked)} pictures", job.seed, result)
     return [Painted(prompt, seed, picture, result) for (prompt, seed), picture in zip(asked, found, strict=True)]
 
 
-def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int) -> Painted:
+def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int, trace: Path | None) -> Painted:
     with view.painting(prompt) as on_progress:
-        result = engine.generate(prompt=prompt, seed=seed, on_progress=on_progress, **job.arguments)
+        result = engine.generate(prompt=prompt, seed=seed, on_progress=on_progress, trace=trace, **job.arguments)
     picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
     view.painted(prompt, seed, result)
     return Painted(prompt, seed, picture, result)
@@ -167,7 +178,7 @@ def _write(job: Job, painted: list[Painted]) -> list[Path]:
         tiles = [Tile([one.picture], [""], one.prompt) for one in painted]
         pictures.write_picture(pictures.sheet(tiles), job.out)
         return [job.out]
-    files = pictures.numbered(job.out, len(painted))
+    files = numbered(job.out, len(painted))
     for file, one in zip(files, painted, strict=True):
         pictures.write_picture(one.picture, file)
     return files
@@ -208,4 +219,4 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
     if job.report == Path("-"):
         print(text, end="")
     else:
-        pictures.write_text(text, job.report)
+        write_text(text, job.report)

@@ -99,6 +99,10 @@ Sheet = Annotated[bool, _option(_OUTPUT, "Write several pictures as one sheet.",
 Compare = Annotated[bool, _option(_OUTPUT, "Also paint on one device with plain diffusers, side by side.", "--compare")]
 Rounds = Annotated[int, _option(_OUTPUT, "Timed runs of each side under --compare.", default=True)]
 JsonFile = Annotated[Path | None, _option(_OUTPUT, "Write a report of the run.", "--json", metavar="FILE")]
+Trace = Annotated[
+    Path | None,
+    _option(_OUTPUT, "Write a timeline of the run, for `patchpipe trace` and Perfetto.", metavar="FILE"),
+]
 Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+
+from patchpipe.files import check_writable, replacing
 
 _MARGIN = 12
 _LINE = 20
@@ -44,42 +43,13 @@ def check_target(path: Path) -> Path:
     return path
 
 
-def check_writable(path: Path) -> None:
-    """Makes sure that a file can be written to ``path``; makes its folder.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-
-
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Writes a picture so that the file is either whole or not there."""
     suffix = path.suffix.lower()
     if suffix in (".jpg", ".jpeg"):
         picture = picture.convert("RGB")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         picture.save(temporary, format=Image.registered_extensions()[suffix])
-
-
-def write_text(text: str, path: Path) -> None:
-    """Writes a text file so that it is either whole or not there."""
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def numbered(path: Path, count: int) -> list[Path]:
-    """Names for ``count`` files: ``out.png``, or ``out-1.png``, ``out-2.png``, …"""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1)]
 
 
 def as_pictures(images: Any, pipeline: str) -> list[Image.Image]:
@@ -148,23 +118,3 @@ def _write(pen: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int)
             text = text[:-1]
         text += "..."
     pen.text((left + width / 2, top + _LINE / 2), text, _INK, font, anchor="mm")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Any:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

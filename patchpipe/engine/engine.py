@@ -25,6 +25,7 @@ from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
 from patchpipe.precheck import check_folder
 from patchpipe.source import resolve_source
+from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -143,16 +144,18 @@ class Engine:
         *args: Any,
         seed: Seed = None,
         on_progress: OnProgress | None = None,
+        trace: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the pipeline and returns its pictures; see ``generate``."""
-        return self.generate(*args, seed=seed, on_progress=on_progress, **kwargs).images
+        return self.generate(*args, seed=seed, on_progress=on_progress, trace=trace, **kwargs).images
 
     def generate(
         self,
         *args: Any,
         seed: Seed = None,
         on_progress: OnProgress | None = None,
+        trace: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Result:
         """Runs the pipeline once.
@@ -161,6 +164,7 @@ class Engine:
             *args: The pipeline's first arguments by position, usually the prompt.
             seed: Seed of the noise, one for all pictures or one for each. ``None`` takes a fresh one.
             on_progress: Called after each step. If it raises, the request is given up and the engine closed.
+            trace: File (``NAME.json``) for the timeline of the request, which ``patchpipe trace`` draws.
             **kwargs: The pipeline's arguments by name.
 
         Raises:
@@ -173,12 +177,13 @@ class Engine:
             arguments = self._named(args, kwargs)
             if self.closed:
                 raise PatchpipeError("the engine is closed: make a new one")
+            place = self._trace_place(trace)
             requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
             if seed is None and arguments.get("generator") is None:
                 seed = requests.fresh_seed()
             encoded, global_seed = requests.encode(arguments, seed, self._arguments)
             began = time.monotonic()
-            done = self._run(encoded, global_seed, on_progress)
+            done = self._run(encoded, global_seed, on_progress, place)
             seconds = time.monotonic() - began
         output = done.output
         used = seed if seed is None or isinstance(seed, int) else list(seed)
@@ -249,7 +254,17 @@ class Engine:
             _send(worker, start)
         return self._settle(self._watch(Ready, "starting", timeout).run())
 
-    def _run(self, arguments: dict[str, Any], seed: int, on_progress: Callable[[Progress], None] | None) -> Done:
+    def _trace_place(self, trace: str | os.PathLike[str] | None) -> str | None:
+        """Where a timeline goes, checked before any work."""
+        if trace is None:
+            return None
+        if self.config is None:
+            raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
+        return str(check_target(Path(trace)))
+
+    def _run(
+        self, arguments: dict[str, Any], seed: int, on_progress: OnProgress | None, trace: str | None = None
+    ) -> Done:
         def on_step(rank: int, step: Step) -> None:
             if on_progress is not None and rank == self._output_rank:
                 on_progress(Progress(step.step, step.total, step.seconds))
@@ -258,7 +273,7 @@ class Engine:
             self._check_alive()
             self._request += 1
             for worker in self._workers.members:
-                _send(worker, Call(self._request, seed, arguments))
+                _send(worker, Call(self._request, seed, arguments, trace))
             outcome = self._watch(Done, "painting", self._silence, on_step).run()
         except BaseException:
             self._abandon()

@@ -71,11 +71,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class Call:
-    """Parent to worker: run the pipeline once with these (encoded) arguments."""
+    """Parent to worker: run the pipeline once with these (encoded) arguments, its timeline written to ``trace``."""
 
     request: int
     seed: int
     arguments: Mapping[str, Any]
+    trace: str | None = None
 
 
 @dataclass(frozen=True)

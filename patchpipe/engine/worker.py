@@ -126,7 +126,8 @@ class Server:
 
         self._pipe.progress_bar = bar
         torch.manual_seed(call.seed)
-        with self._warnings(call.request):
+        traced = contextlib.nullcontext() if call.trace is None else self._pipe.patchpipe.tracing(call.trace)
+        with self._warnings(call.request), traced:
             return portable(self._pipe(**decode(call.arguments)))
 
     @contextlib.contextmanager

@@ -73,7 +73,7 @@ class WireRows:
     """
 
     def __init__(self, wire: Wire, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.wire = rank, size, wire
         self._channels: dict[int, Channel] = {peer: wire.channel(peer) for peer in range(size) if peer != rank}
 
     @property
@@ -168,7 +168,7 @@ def join_rows(
     """
     deadline = timedelta(seconds=timeout)
     inner = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, deadline) if size > 1 else None
-    wire = Wire(inner, torch.device(device), "gloo", timeout, explain or _lost)
+    wire = Wire(inner, torch.device(device), "gloo", timeout, explain or _lost, "vae")
     return WireRows(wire, rank, size)
 
 

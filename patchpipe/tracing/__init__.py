@@ -1,0 +1,1 @@
+"""The timeline of a request: recorded by every rank, gathered, written for Perfetto, drawn."""
