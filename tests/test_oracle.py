@@ -18,7 +18,8 @@ from tests.ranks import quieten
 
 # Matrix products over other numbers of rows may sum in another order; a wrong row moves results by far more.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
-PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma")
+PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen", "qwen-padded")
+SEPARATE = ("flux", "qwen")  # guide by two calls a step
 ROWS = {1: (4,), 2: (2, 2), 3: (1, 1, 2), 4: (1, 1, 1, 1)}  # of the 4 rows of 64 pixels
 
 
@@ -38,7 +39,7 @@ def compare(
     pipe = tiny.pipeline(name)
     if change is not None:
         change(pipe)
-    separate = name.startswith("flux") and options.get("guided", True)
+    separate = name.startswith(SEPARATE) and options.get("guided", True)
     plain = paint(pipe, name, **options)
     with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1):
         naive = paint(pipe, name, **options)
@@ -62,7 +63,7 @@ def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> N
 def test_the_naive_one_is_plain_diffusers_when_nothing_is_stale(name: str) -> None:
     pipe = tiny.pipeline(name)
     plain = paint(pipe, name)
-    with naive_pipefusion(pipe, (4,), 0, branches=2 if name == "flux" else 1):
+    with naive_pipefusion(pipe, (4,), 0, branches=2 if name in SEPARATE else 1):
         torch.testing.assert_close(paint(pipe, name), plain, rtol=0, atol=0)
 
 
