@@ -117,7 +117,7 @@ def plain(folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Ca
     made: dict[tuple[str, str], np.ndarray | None] = {}
     for dtype in sorted({layout.get("dtype", "float32") for layout in layouts}):
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-        for parameter in pipe.transformer.parameters():  # a mapped file may lie so that the CPU's kernels round otherwise
+        for parameter in pipe.transformer.parameters():  # in a mapped file they lie where kernels may round otherwise
             parameter.data = parameter.data.clone()
         made |= {(dtype, title): paint(pipe, name, call) for title, call in calls.items()}
     return {
