@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from patchpipe.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.patches import Patch
 from patchpipe.store import LayerStore
 
@@ -20,7 +22,8 @@ class Attend:
 
     Attributes:
         compute: The function.
-        mask: Its ``attn_mask``.
+        column: What its ``attn_mask`` adds to the scores of this rank's fresh keys, ``[batch, 1 or heads, rows, 1]``;
+            ``None`` where no key of the layer is masked, on any rank.
         dropout: Its ``dropout_p``.
         causal: Its ``is_causal``.
         scale: Its ``scale``; ``None`` is one over the root of the channels.
@@ -28,16 +31,22 @@ class Attend:
     """
 
     compute: Callable[..., Tensor]
-    mask: Tensor | None = None
+    column: Tensor | None = None
     dropout: float = 0.0
     causal: bool = False
     scale: float | None = None
     grouped: bool = False
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of a query over keys and values on this rank."""
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """The column, if there is one: what is kept and sent beside keys and values."""
+        return () if self.column is None else (self.column,)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None) -> Tensor:
+        """Attention of a query over keys and values on this rank, and the column of all those keys."""
         options = {"enable_gqa": True} if self.grouped else {}
-        return self.compute(query, key, value, self.mask, self.dropout, self.causal, scale=self.scale, **options)
+        mask = None if column is None else as_mask(column)
+        return self.compute(query, key, value, mask, self.dropout, self.causal, scale=self.scale, **options)
 
 
 class Sharing(Protocol):
@@ -47,7 +56,7 @@ class Sharing(Protocol):
         """Attention of this rank's rows ``[batch, heads, own rows, channels]`` over all rows there are.
 
         Args:
-            attend: Attention of a query over keys and values on this rank.
+            attend: Attention of a query over keys and values on this rank, and the column of its own keys.
             query: Of this rank's rows.
             key: The same.
             value: The same.
@@ -69,6 +78,7 @@ class Attending:
         sharing: The ranks that share the patch, if there are several.
         text_rows: Text rows in the sequence.
         text_first: Whether they come before the image rows.
+        masked: Whether some of its keys are masked, on whatever rank.
     """
 
     patch: Patch
@@ -76,12 +86,13 @@ class Attending:
     sharing: Sharing | None
     text_rows: int
     text_first: bool
+    masked: bool = False
 
-    def remember(self, patch: Patch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a whole patch's fresh rows; returns keys and values of every row that exists."""
+    def remember(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
+        """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists."""
         if self.store is None:
-            return key, value
-        return self.store.keep(key, value) if patch.whole else self.store.write(patch, key, value)
+            return fresh
+        return self.store.keep(*fresh) if patch.whole else self.store.write(patch, *fresh)
 
 
 class _StoreMode(TorchFunctionMode):
@@ -98,6 +109,8 @@ class _StoreMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.reshape and not kwargs and args[0].numel() == 0:
+            return args[0].reshape(_empty_shape(args[0].shape, args[1:]))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self.calls += 1
@@ -116,15 +129,45 @@ class _StoreMode(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         layer = self.attending
-        if attn_mask is not None and not layer.patch.uncut:
-            raise NotImplementedError(
-                "a mask on self-attention is not supported while patches stream or are shared: use warmup='all' on "
-                "one device, or with pipefusion alone"
-            )
-        attend = Attend(func, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        column = self._column(attn_mask, query, key)
+        attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
-        return attend(query, *layer.remember(layer.patch, key, value))
+        seen = layer.remember(layer.patch, key, value, *attend.columns)
+        if layer.patch.uncut:  # every key is fresh: the call stands as the model made it
+            options = {"enable_gqa": True} if enable_gqa else {}
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+        return attend(query, *seen)
+
+    def _column(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+        """The column of the fresh keys, if they are to meet others or to be kept."""
+        layer = self.attending
+        if layer.patch.uncut and layer.store is None:
+            return None
+        if mask is not None and not layer.masked:
+            raise NotImplementedError(
+                "the model masks self-attention, which its plan does not tell (text_mask) and which is therefore not "
+                "supported while patches stream or are shared: use warmup='all' on one device, or with pipefusion alone"
+            )
+        column = key_column(mask, key, query.dtype) if layer.masked else None
+        if column is not None and layer.sharing is not None and column.shape[1] != SHARED_BY_HEADS:
+            raise NotImplementedError(
+                "a self-attention mask that differs from head to head is not supported while ranks share patches: use "
+                "pipefusion instead of ulysses, ring or distrifusion"
+            )
+        return column
+
+
+def _empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
+    """The shape meant by a reshape of no rows at all, where torch finds -1 ambiguous.
+
+    Text rows ride with the first patch alone; rotary embeddings split the channels of whatever rows there are.
+    """
+    new = list(asked[0] if len(asked) == 1 and not isinstance(asked[0], int) else asked)
+    if -1 in new and 0 in new:
+        known = prod(size for size in new if size > 0)
+        new[new.index(-1)] = prod(size for size in old if size > 0) // known
+    return new
 
 
 def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Callable[[], None]:

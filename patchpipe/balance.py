@@ -46,13 +46,13 @@ def check_stages(config: ParallelConfig, blocks: int, plan: ModelPlan) -> None:
 def block_cost(place: BlockPlace) -> float:
     """Multiply-adds of one block for a nominal picture.
 
-    Linear layers count once per token of the stream they serve, modulation (under a norm) once per image
-    and thus nothing, attention its two products over the whole sequence.
+    Linear layers count once per token of the stream they serve, modulation (the plan's ``conditioning``) once per
+    image and thus nothing, attention its two products over the whole sequence.
     """
     image, text = NOMINAL_IMAGE_TOKENS, NOMINAL_TEXT_TOKENS
     cost = 0.0
     for name, parameter in place.block.named_parameters():
-        if parameter.ndim < 2 or "norm" in name:
+        if parameter.ndim < 2 or name.startswith(place.listing.conditioning):
             continue
         serves_text = any(part in name for part in place.listing.text_parameters)
         cost += parameter.numel() * (text if serves_text else image)

@@ -23,6 +23,8 @@ ROWS = 3  # dim of the rows in a part [key and value, batch, heads, rows, channe
 class PartStore:
     """Keys and values of one layer, each rank's rows in a tensor of their own: they arrive where they stay.
 
+    What a mask adds to the scores of the keys of all layers has a store like it, with one tensor in place of two.
+
     Belongs to one layer, one guidance branch and one request.
 
     Args:
@@ -44,7 +46,7 @@ class PartStore:
         """
         self._parts[part], self._sizes[part] = rows, size
 
-    def existing(self) -> tuple[Tensor, Tensor]:
+    def existing(self) -> tuple[Tensor, ...]:
         """Keys and values of every row some step has computed; waits for those under way.
 
         They come part by part, each with its own text rows: attention does not depend on the order of keys.
@@ -52,8 +54,7 @@ class PartStore:
         for index, rows in enumerate(self._parts):
             if isinstance(rows, Receive):
                 self._parts[index] = self._exchange.take(rows)
-        key, value = torch.cat([rows for rows in self._parts if isinstance(rows, Tensor)], dim=ROWS).unbind(0)
-        return key, value
+        return torch.cat([rows for rows in self._parts if isinstance(rows, Tensor)], dim=ROWS).unbind(0)
 
     @property
     def bytes(self) -> int:
@@ -77,17 +78,25 @@ class Displaced:
     ) -> None:
         self.exchange, self.pieces, self.layers, self.synchronous = exchange, pieces, layers, synchronous
         self._layer = 0  # the next one: every call runs the same layers in the same order
+        self._columns: tuple[Tensor, ...] = ()  # the same for every layer that masks keys
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: own rows attend to own fresh rows and to what the others' last gathering brought."""
-        store, own = self._next_store(), torch.stack([key, value])
+        if attend.column is not None and not self._columns:
+            self._columns = self._seen(torch.stack(attend.columns), layer.text_rows)
+        seen = self._seen(torch.stack([key, value]), layer.text_rows)
+        return attend(query, *seen, *(self._columns if attend.columns else ()))
+
+    def _seen(self, own: Tensor, text_rows: int) -> tuple[Tensor, ...]:
+        """Own fresh rows beside the others', which are fresh or stale; the gathering that is started is not awaited."""
+        store = self._next_store()
         store.put(self.exchange.index, own, own.nbytes)
         if self.synchronous:
-            self._gather(store, own, layer.text_rows)
-            return attend(query, *store.existing())
+            self._gather(store, own, text_rows)
+            return store.existing()
         stale = store.existing()
-        self._gather(store, own, layer.text_rows)  # before the attention, which hides it
-        return attend(query, *stale)
+        self._gather(store, own, text_rows)  # before the attention, which hides it
+        return stale
 
     def _next_store(self) -> PartStore:
         if self.layers is None:

@@ -141,7 +141,9 @@ class PipelineFolder:
             )
         if self.index.get("transformer_2", [None, None])[1]:
             raise UnsupportedModel(f"{self.index['_class_name']} has two transformers, which no plan covers yet")
-        return plan_for(self.index["transformer"][1])
+        plan = plan_for(self.index["transformer"][1])
+        plan.check_settings(self.config("transformer"))
+        return plan
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of one part."""

@@ -15,7 +15,7 @@ def check_folder(folder: Path, config: ParallelConfig) -> None:
     """Checks what a pipeline's configuration tells; what it leaves open is checked when the ranks load it.
 
     Raises:
-        UnsupportedModel: The transformer's class has no plan.
+        UnsupportedModel: The transformer's class has no plan, or not as it is configured.
         ValueError: More stages than blocks, or heads that do not divide.
     """
     _, name = read_index(folder).get("transformer") or (None, None)
@@ -23,6 +23,7 @@ def check_folder(folder: Path, config: ParallelConfig) -> None:
     if name is None or not path.is_file():
         return
     plan, settings = plan_for(name), json.loads(path.read_text(encoding="utf-8"))
+    plan.check_settings(settings)
     counts = [settings.get(listing.count) for listing in plan.blocks]
     if None not in counts:
         check_stages(config, sum(counts), plan)

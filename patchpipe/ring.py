@@ -15,11 +15,13 @@ from torch.backends import cuda
 from torch.nn import functional
 
 from patchpipe.attention import Attend, Attending
+from patchpipe.masks import as_mask, gather_columns
 from patchpipe.patches import Patch
 from patchpipe.transport import Exchange
 from patchpipe.ulysses import Ulysses
 
 CHANNEL_ALIGNMENT = 8  # both CUDA kernels want the channels of a head to be a multiple of it
+BIAS_ALIGNMENT = 16  # elements between the rows of a mask, a multiple of which the efficient kernel wants
 
 
 class Ring:
@@ -38,34 +40,62 @@ class Ring:
         width = len(pieces) // exchange.size
         self.exchange, self.patch, self.ulysses = exchange, patch, ulysses
         self.slices = tuple(pieces[start : start + width] for start in range(0, len(pieces), width))
+        self._columns: list[Tensor] = []  # of every slice; the same for every layer that masks keys
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: keys and values of own heads go around, inside Ulysses' exchange of heads for rows.
 
         Raises:
-            NotImplementedError: A mask, dropout, causal or grouped attention, or no kernel for these tensors.
+            NotImplementedError: Dropout, causal or grouped attention, or no kernel for these tensors.
         """
         _check(attend)
+        columns = [self._gather_columns(column, layer) for column in attend.columns]
         if self.ulysses is None:
-            return self._attend(query, key, value, attend.scale, layer)
+            return self._attend(query, key, value, columns, attend.scale, layer)
         text = (layer.text_rows, layer.text_first)
         query, key, value = self.ulysses.gather([query, key, value], *text)
-        return self.ulysses.scatter(self._attend(query, key, value, attend.scale, layer), *text)
+        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), *text)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, layer: Attending) -> Tensor:
-        """Own rows over all rows there are, ``[batch, own heads, own rows, channels]`` all three."""
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        columns: list[list[Tensor]],
+        scale: float | None,
+        layer: Attending,
+    ) -> Tensor:
+        """Own rows over all rows there are, ``[batch, own heads, own rows, channels]`` all three.
+
+        Where keys are masked, ``columns`` has one entry: the column of every slice of the ring.
+        """
         merged = Merged(query, scale)
         fresh: dict[int, Tensor] = {}
         stale = layer.store.others(self.patch) if layer.store is not None and not self.patch.whole else []
         for source, chunk in self._around(torch.stack([key, value]), layer.text_rows):
-            for keys, values in (*stale, chunk.unbind(0)):
-                merged.add(keys, values)
+            for rows in (*stale, (*chunk.unbind(0), *(column[source] for column in columns))):
+                merged.add(*rows)
             stale = []  # the first hop alone is hidden behind them
             if layer.store is not None:
                 fresh[source] = chunk
         if layer.store is not None:
-            layer.remember(self.patch, *self._in_order(fresh, layer.text_rows, layer.text_first).unbind(0))
+            ordered = self._in_order(fresh, layer.text_rows, layer.text_first).unbind(0)
+            layer.remember(self.patch, *ordered, *(self._joined(column, layer) for column in columns))
         return merged.result
+
+    def _gather_columns(self, own: Tensor, layer: Attending) -> list[Tensor]:
+        """The column of every slice, from own rows' ``[batch, 1, rows, 1]``; exchanged for the first layer alone."""
+        if not self._columns:
+            if self.ulysses is not None:
+                own = self.ulysses.gather_column(own, layer.text_rows, layer.text_first)
+            lengths = [sum(_lengths(slice_, layer.text_rows)) for slice_ in self.slices]
+            self._columns = gather_columns(self.exchange, own, lengths)
+        return self._columns
+
+    def _joined(self, columns: list[Tensor], layer: Attending) -> Tensor:
+        """The columns of all slices as that of one sequence."""
+        chunks = {place: column.unsqueeze(0) for place, column in enumerate(columns)}
+        return self._in_order(chunks, layer.text_rows, layer.text_first).squeeze(0)
 
     def _around(self, own: Tensor, text_rows: int) -> Iterator[tuple[int, Tensor]]:
         """The place and the ``[keys and values, batch, heads, rows, channels]`` of every slice, this rank's first.
@@ -112,11 +142,21 @@ class Merged:
         self._sum: Tensor | None = None
         self._lse: Tensor | None = None
 
-    def add(self, key: Tensor, value: Tensor) -> None:
-        """Takes in further keys and values, ``[batch, heads, any rows, channels]``."""
+    def add(self, key: Tensor, value: Tensor, column: Tensor | None = None) -> None:
+        """Takes in further keys and values, ``[batch, heads, any rows, channels]``.
+
+        Keys that take no part weigh next to nothing instead: were all of these masked for an entry of the batch, its
+        result would be no number. As it is, what the others weigh lets theirs vanish.
+
+        Args:
+            key: The keys.
+            value: The values.
+            column: What a mask adds to their scores, ``[batch, 1 or heads, rows, 1]``.
+        """
         if not (self._query.numel() and key.numel()):  # a line may have more ranks than heads
             return
-        part, lse = attend_with_lse(self._query, key, value, self._scale)
+        mask = None if column is None else as_mask(column).clamp(min=torch.finfo(column.dtype).min / 4)
+        part, lse = attend_with_lse(self._query, key, value, self._scale, mask)
         part = part.to(lse.dtype)  # summed at least in float32
         if self._sum is None or self._lse is None:
             self._sum, self._lse = part, lse
@@ -130,7 +170,9 @@ class Merged:
         return torch.zeros_like(self._query) if self._sum is None else self._sum.to(self._query.dtype)
 
 
-def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attend_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and the log of the sum it was divided by, by a fused kernel.
 
     Args:
@@ -138,6 +180,7 @@ def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | No
         key: The same, with rows of its own.
         value: Like ``key``.
         scale: Of the products; ``None`` is one over the root of the channels.
+        mask: Finite numbers to add to the scores, ``[batch, 1 or heads, 1, keys]`` in the query's dtype.
 
     Returns:
         The result, in the query's shape and dtype, and the natural log-sum-exp ``[batch, heads, rows]`` in
@@ -149,25 +192,29 @@ def attend_with_lse(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     # The kernels read rows as unbroken memory and do not check that they are.
     query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, False, scale=scale)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
     if query.device.type == "cuda":
-        return _attend_on_cuda(query, key, value, scale)
+        return _attend_on_cuda(query, key, value, scale, mask)
     raise NotImplementedError(f"ring has no attention kernel for {query.device.type}: use ulysses instead")
 
 
-def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+def _attend_on_cuda(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     rows, channels = query.shape[-2:]
     scale = channels**-0.5 if scale is None else scale
     padding = -channels % CHANNEL_ALIGNMENT  # zeros change neither products nor sums
     if padding:
         query, key, value = (functional.pad(rows_of, (0, padding)) for rows_of in (query, key, value))
-    asked = cuda.SDPAParams(query, key, value, None, 0.0, False, False)
-    if cuda.can_use_flash_attention(asked):
+    bias = None if mask is None else _bias(mask, query)
+    asked = cuda.SDPAParams(query, key, value, bias, 0.0, False, False)
+    if bias is None and cuda.can_use_flash_attention(asked):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         result, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
     elif cuda.can_use_efficient_attention(asked):
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        result, lse = efficient(query, key, value, None, True, 0.0, False, scale=scale)[:2]
+        result, lse = efficient(query, key, value, bias, True, 0.0, False, scale=scale)[:2]
     else:
         raise NotImplementedError(
             f"ring needs CUDA's flash or memory-efficient attention, and neither takes {query.dtype} with {channels} "
@@ -176,10 +223,16 @@ def _attend_on_cuda(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     return result[..., :channels], lse[..., :rows]  # the efficient kernel pads its sums to a multiple of 32
 
 
+def _bias(mask: Tensor, query: Tensor) -> Tensor:
+    """A mask as the efficient kernel wants it: ``[batch, heads, queries, keys]`` over rows of aligned memory."""
+    batch, heads, rows, _ = query.shape
+    keys = mask.shape[-1]
+    return functional.pad(mask, (0, -keys % BIAS_ALIGNMENT))[..., :keys].expand(batch, heads, rows, keys)
+
+
 def _check(attend: Attend) -> None:
     """Raises for what the merged kernels would not honour."""
     asked = {
-        "a mask": attend.mask is not None,
         "dropout": attend.dropout != 0.0,
         "causal attention": attend.causal,
         "grouped heads": attend.grouped,

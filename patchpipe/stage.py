@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.attention import Attending, Sharing, attend_through
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.plan import TEXT_ROWS, BlockPlace, ModelPlan, SlicedResult
 from patchpipe.patches import Patch
 from patchpipe.positions import PositionTable
 from patchpipe.store import LayerStore
@@ -49,6 +49,18 @@ class CallContext:
     request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
+
+    def whole_argument(self, source: str) -> Any:
+        """What an argument is for the call uncut, as a ``SlicedResult`` names it."""
+        return self.text_rows if source == TEXT_ROWS else self.inputs[source]
+
+    def rows_of(self, results: tuple[Tensor, ...], sliced: SlicedResult) -> tuple[Tensor, ...]:
+        """The patch's rows of tensors that have a row for every token of the call."""
+        if self.patch.uncut:
+            return results
+        ranges = {"image": self.patch.tokens, "text": self.patch.text_range(self.text_rows)}
+        spans = zip(results, (ranges[kind] for kind in sliced.rows), strict=True)
+        return tuple(result.narrow(sliced.dim, start, stop - start) for result, (start, stop) in spans)
 
 
 class _StageDone(Exception):
@@ -115,6 +127,8 @@ class Stage:
             self._share_between_patches(path)
         for path, names in self.plan.constant.items():
             self._share_between_calls(path, names, whole=names == (self.plan.text,) and not self.plan.text_inputs)
+        for path, sliced in self.plan.sliced.items():
+            self._slice(path, sliced)
 
     def detach(self) -> None:
         """Takes every hook off again, last one first."""
@@ -157,6 +171,8 @@ class Stage:
         for name, dim in plan.text_inputs.items():
             dim = dim + (name != plan.text and cut[name].ndim == 3)
             cut[name] = cut[name].narrow(dim, start, stop - start)
+        if plan.text_mask is not None and plan.masks_text(cut):
+            cut[plan.text_mask] = cut[plan.text_mask].narrow(1, start, stop - start) if stop > start else None
         return cut
 
     def _placeholder(self, latent: Tensor) -> Tensor:
@@ -258,6 +274,23 @@ class Stage:
 
         self._override(path, shared)
 
+    def _slice(self, path: str, sliced: SlicedResult) -> None:
+        """Computes a module for the whole call and gives each patch its rows of the result."""
+        compute = self.model.get_submodule(path).forward
+        signature = inspect.signature(compute)
+
+        def rows_of_patch(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            assert self.context is not None
+            context, bound = self.context, signature.bind(*args, **kwargs)
+            given = {name: context.whole_argument(source) for name, source in sliced.arguments.items()}
+            bound.arguments.update(given)
+            key = (path, *map(_identity, given.values()))
+            if key not in context.request_memo:
+                context.request_memo[key] = (given, compute(*bound.args, **bound.kwargs))
+            return context.rows_of(context.request_memo[key][1], sliced)
+
+        self._override(path, rows_of_patch)
+
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, kind in place.listing.attention.items():
             layer = place.block.get_submodule(path) if getattr(place.block, path, None) is not None else None
@@ -278,7 +311,8 @@ class Stage:
         store = None
         if context.stores is not None:
             store = context.stores.setdefault(name, LayerStore(text_rows, text_first))
-        return Attending(context.patch, store, context.sharing, text_rows, text_first)
+        masked = joint and self.plan.masks_text(context.inputs)
+        return Attending(context.patch, store, context.sharing, text_rows, text_first, masked)
 
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")
@@ -298,8 +332,10 @@ class Stage:
         self._undo.append(undo)
 
 
-def _identity(value: Any) -> tuple[int, int]:
-    """Tells a tensor from another one, and from itself after an in-place change."""
+def _identity(value: Any) -> tuple[int, int] | int:
+    """Tells a tensor from another one, and from itself after an in-place change; a number is its own identity."""
+    if isinstance(value, int):
+        return value
     versioned = isinstance(value, Tensor) and not value.is_inference()
     return id(value), value._version if versioned else 0
 

@@ -13,6 +13,9 @@ SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
 class LayerStore:
     """Keys and values of the whole sequence, fresh rows written in place over one-step-stale ones.
 
+    Where keys are masked, what the mask adds to their scores is a third tensor, ``[batch, 1 or heads, rows, 1]``, and
+    goes wherever the keys go.
+
     Belongs to one layer, one guidance branch and one request.
 
     Args:
@@ -23,46 +26,47 @@ class LayerStore:
     def __init__(self, text_rows: int, text_first: bool) -> None:
         self.text_rows = text_rows
         self.text_first = text_first
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
+        self._kept: tuple[Tensor, ...] = ()
         self._fresh_tokens = 0  # image rows written so far, until the store is whole
         self._whole = False
 
-    def keep(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes over the keys and values ``[batch, heads, rows, channels]`` of a synchronous step."""
-        self._key, self._value = _own(key), _own(value)
+    def keep(self, *fresh: Tensor) -> tuple[Tensor, ...]:
+        """Takes over the keys and values ``[batch, heads, rows, channels]`` of a synchronous step, and their column."""
+        self._kept = tuple(_own(rows) for rows in fresh)
         self._whole = True
-        return key, value
+        return fresh
 
-    def write(self, patch: Patch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
         """Puts a patch's fresh rows in their place.
 
         Args:
             patch: The patch the rows belong to.
-            key: ``[batch, heads, rows, channels]``, with the text rows if the patch carries them.
-            value: The same shape.
+            fresh: Keys and values ``[batch, heads, rows, channels]``, with the text rows if the patch carries them,
+                and their column where keys are masked.
 
         Returns:
-            Keys and values of every row that exists: fresh for the patches done in this step, one step
+            Keys, values and column of every row that exists: fresh for the patches done in this step, one step
             stale for the others, and none for rows no step has computed yet.
+
+        Raises:
+            RuntimeError: The rows are not as many as the patch has, or only some steps mask keys.
         """
-        if self._key is None or self._value is None:
-            self._key, self._value = (self._allocate(rows, patch) for rows in (key, value))
-        self._check(patch, key)
-        self._put(self._key, key, patch)
-        self._put(self._value, value, patch)
+        self._kept = self._kept or tuple(self._allocate(rows, patch) for rows in fresh)
+        self._check(patch, fresh)
+        for kept, rows in zip(self._kept, fresh, strict=True):
+            self._put(kept, rows, patch)
         if not self._whole:
             self._fresh_tokens = patch.tokens[1]
             self._whole = self._fresh_tokens == patch.total_tokens
-        return self._existing(self._key), self._existing(self._value)
+        return tuple(self._existing(kept) for kept in self._kept)
 
-    def others(self, patch: Patch) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the rows that exist outside a patch, as unbroken views.
+    def others(self, patch: Patch) -> list[tuple[Tensor, ...]]:
+        """Keys, values and column of the rows that exist outside a patch, as unbroken views.
 
         Args:
             patch: A patch as a whole, not a rank's part of it.
         """
-        if self._key is None or self._value is None:
+        if not self._kept:
             return []
         image = self.text_rows if self.text_first else 0  # where image rows start
         stop = patch.total_tokens if self._whole else self._fresh_tokens
@@ -71,24 +75,26 @@ class LayerStore:
             text = 0 if self.text_first else patch.total_tokens
             ranges.append((text, text + self.text_rows))
         joined = _joined(sorted(span for span in ranges if span[0] < span[1]))
-        return [(self._key[:, :, low:high], self._value[:, :, low:high]) for low, high in joined]
+        return [tuple(kept[:, :, low:high] for kept in self._kept) for low, high in joined]
 
     @property
     def bytes(self) -> int:
         """Memory the store holds."""
-        return sum(kept.numel() * kept.element_size() for kept in (self._key, self._value) if kept is not None)
+        return sum(kept.numel() * kept.element_size() for kept in self._kept)
 
     def _allocate(self, rows: Tensor, patch: Patch) -> Tensor:
         batch, heads, _, channels = rows.shape
         return rows.new_empty(batch, heads, self.text_rows + patch.total_tokens, channels)
 
-    def _check(self, patch: Patch, key: Tensor) -> None:
-        expected = patch.token_count + (self.text_rows if patch.carries_text else 0)
-        if key.shape[SEQUENCE] != expected:
+    def _check(self, patch: Patch, fresh: tuple[Tensor, ...]) -> None:
+        expected, found = patch.token_count + (self.text_rows if patch.carries_text else 0), fresh[0].shape[SEQUENCE]
+        if found != expected:
             raise RuntimeError(
-                f"patch {patch.index} brought {key.shape[SEQUENCE]} rows to an attention layer whose store "
+                f"patch {patch.index} brought {found} rows to an attention layer whose store "
                 f"expects {expected}: the model's plan does not fit this layer"
             )
+        if len(fresh) != len(self._kept):
+            raise RuntimeError("some calls of a guidance branch mask text rows and some do not: give all a mask")
 
     def _put(self, kept: Tensor, rows: Tensor, patch: Patch) -> None:
         count = patch.token_count

@@ -114,7 +114,9 @@ class TensorPart:
                 self._set(split.linear, "forward", _summed(split.linear, exchange))
         for place in self._places:
             for layer in _attention_layers(place):
-                self._set(layer, "heads", layer.heads // self.degree)
+                for name in ("heads", "inner_dim"):  # processors work out a head's channels from either
+                    if hasattr(layer, name):
+                        self._set(layer, name, getattr(layer, name) // self.degree)
 
     def detach(self) -> None:
         """Puts the whole matrices back; of a model loaded in slices those are empty, so that it cannot run."""

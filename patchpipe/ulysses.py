@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchpipe.attention import Attend, Attending
 from patchpipe.axes import shares
+from patchpipe.masks import gather_columns
 from patchpipe.patches import Patch
 from patchpipe.transport import Exchange
 
@@ -29,12 +30,14 @@ class Ulysses:
     def __init__(self, exchange: Exchange, patch: Patch, pieces: tuple[Patch, ...]) -> None:
         self.exchange, self.patch, self.pieces = exchange, patch, pieces
         self._heads = 0  # of the layer at work
+        self._column: Tensor | None = None  # the same for every layer that masks keys
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: heads are exchanged for rows, attended, and exchanged back."""
         text = (layer.text_rows, layer.text_first)
         query, key, value = self.gather([query, key, value], *text)
-        return self.scatter(attend(query, *layer.remember(self.patch, key, value)), *text)
+        columns = [self.gather_column(column, *text) for column in attend.columns]
+        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), *text)
 
     def gather(self, rows: list[Tensor], text_rows: int, text_first: bool) -> list[Tensor]:
         """Own rows of all heads, ``[batch, heads, own rows, channels]``, to all rows of own heads."""
@@ -48,6 +51,14 @@ class Ulysses:
         received = self.exchange.all_to_all(sent, [(*shape[:3], length, shape[4]) for length in lengths])
         whole = self._in_order(received, text_rows, text_first)
         return list(whole.unbind(0))
+
+    def gather_column(self, own: Tensor, text_rows: int, text_first: bool) -> Tensor:
+        """Own rows' column ``[batch, 1, own rows, 1]`` to that of all rows; exchanged for the first layer alone."""
+        if self._column is None:
+            lengths = [self._length(piece, text_rows) for piece in self.pieces]
+            received = [column.unsqueeze(0) for column in gather_columns(self.exchange, own, lengths)]
+            self._column = self._in_order(received, text_rows, text_first).squeeze(0)
+        return self._column
 
     def scatter(self, rows: Tensor, text_rows: int, text_first: bool) -> Tensor:
         """All rows of own heads, ``[batch, own heads, rows, channels]``, to own rows of all heads."""

@@ -34,14 +34,17 @@ class _Pass(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        named = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **(kwargs or {})}
+        named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
         if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
-        return func(query, *self._rows(key, value), **named)
+        rows, seen = self._rows(key, value)
+        if named.get("attn_mask") is not None:  # of keys, the same in every pass
+            named["attn_mask"] = named["attn_mask"][..., seen]
+        return func(query, *rows, **named)
 
-    def _rows(self, *computed: Tensor) -> list[Tensor]:
+    def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
         table = self.table.setdefault(self.layer, [torch.full_like(rows, torch.nan) for rows in computed])
         text_count = computed[0].shape[2] - self.tokens
         image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
@@ -50,7 +53,7 @@ class _Pass(TorchFunctionMode):
         seen = sorted([image_at + row for row in range(self.exist)] + text)
         for kept, rows in zip(table, computed, strict=True):
             kept[:, :, refreshed] = rows[:, :, refreshed]
-        return [kept[:, :, seen] for kept in table]
+        return [kept[:, :, seen] for kept in table], seen
 
 
 @contextmanager
@@ -64,7 +67,7 @@ def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branc
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
     """
     model = pipe.transformer
-    packed = type(model).__name__ == "FluxTransformer2DModel"
+    packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
     text_first = packed
     whole_forward = model.forward
     tables: list[Table] = [{} for _ in range(branches)]

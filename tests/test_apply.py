@@ -47,6 +47,7 @@ def traces(pipe: Any) -> dict[str, Any]:
 
 def attached_and_restored(place: Place, name: str) -> None:
     pipe = tiny.pipeline(name)
+    paint(pipe, name, output_type="np")  # some VAEs keep attributes of their own from the first picture on
     expected, before = paint(pipe, name), traces(pipe)
     for output_rank in range(place.world_size):
         config = ParallelConfig(pipefusion=place.world_size, patches=2, warmup=1, timeout=60.0, output_rank=output_rank)
@@ -58,7 +59,7 @@ def attached_and_restored(place: Place, name: str) -> None:
         assert torch.equal(paint(pipe, name), expected)
 
 
-@pytest.mark.parametrize("name", ["flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen"])
 def test_a_restored_pipeline_is_what_it_was(name: str) -> None:
     attached_and_restored(Place(0, 1, None), name)
 

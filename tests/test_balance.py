@@ -66,7 +66,7 @@ def test_layouts_that_do_not_fit_the_model_are_refused() -> None:
         split_blocks(model, plan, ParallelConfig(pipefusion=2, stage_blocks=(2, 3)))
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "pixart"])
+@pytest.mark.parametrize("name", tiny.MODELS)
 def test_configuration_files_alone_refuse_a_layout_that_cannot_fit(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path)
     check_folder(folder, ParallelConfig(pipefusion=4))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
-from patchpipe.attention import Attending
+from patchpipe.attention import Attend, Attending
 from patchpipe.displaced import Displaced, PartStore, displaced_for
 from patchpipe.models.plan import Rows
 from patchpipe.patches import Cut
@@ -76,9 +76,12 @@ class _Pass(TorchFunctionMode):
         if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
-        return func(query, *self._mixed(key, value), **named)
+        rows, seen = self._mixed(key, value)
+        if named.get("attn_mask") is not None:  # of keys, the same in every pass
+            named["attn_mask"] = named["attn_mask"][..., seen]
+        return func(query, *rows, **named)
 
-    def _mixed(self, *computed: Tensor) -> list[Tensor]:
+    def _mixed(self, *computed: Tensor) -> tuple[list[Tensor], Tensor]:
         text_count = computed[0].shape[2] - self.tokens
         self.text_rows = max(self.text_rows, text_count)
         image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
@@ -88,11 +91,11 @@ class _Pass(TorchFunctionMode):
         for rows, fresh in zip(kept, computed, strict=True):
             rows[:, :, own] = fresh[:, :, own]
         if not self.before:
-            return [fresh[:, :, own] for fresh in computed]
+            return [fresh[:, :, own] for fresh in computed], own
         mixed = [rows.clone() for rows in self.before[self.layer]]
         for rows, fresh in zip(mixed, computed, strict=True):
             rows[:, :, own] = fresh[:, :, own]
-        return mixed
+        return mixed, torch.arange(computed[0].shape[2])
 
 
 @contextmanager
@@ -110,7 +113,7 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         What the requests saw: their text rows in joint attention.
     """
     model = pipe.transformer
-    packed = type(model).__name__ == "FluxTransformer2DModel"
+    packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
     whole_forward = model.forward
     tables: list[Table] = [{} for _ in range(branches)]
     calls, seen = 0, {"text": 0}
@@ -262,7 +265,7 @@ def attend_three_times(place: Place) -> list[float]:
         sharing = displaced_for(group, cut, layers, synchronous=call == 0)
         assert isinstance(sharing, Displaced)
         started = time.perf_counter()
-        sharing.attend(scaled_dot_product_attention, rows, rows, rows, layer)  # type: ignore[arg-type]
+        sharing.attend(Attend(scaled_dot_product_attention), rows, rows, rows, layer)
         seconds.append(time.perf_counter() - started)
     group.lines["displaced"].wire.drain()
     group.lines["displaced"].wire.drain()  # nothing is left to wait for

@@ -1,4 +1,4 @@
-"""The laws of the design, on the three models through their real pipelines, saved to disk and loaded again."""
+"""The laws of the design, on tiny models through their real pipelines, saved to disk and loaded again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     DiffusionPipeline,
     FluxImg2ImgPipeline,
+    QwenImageImg2ImgPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 
 MODELS = tiny.MODELS
-RELATIVES = ("flux-guided", "sd35", "pixart-sigma")
+THOROUGH = ("flux", "sd3", "pixart")  # of each way text enters one, through every layout; the others through some
+RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen")
 PLACES = ("text_rank", "output_rank", "stage_blocks")  # one process has no choice of these
 BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
@@ -115,6 +117,8 @@ def plain(folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Ca
     made: dict[tuple[str, str], np.ndarray | None] = {}
     for dtype in sorted({layout.get("dtype", "float32") for layout in layouts}):
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+        for parameter in pipe.transformer.parameters():  # in a mapped file they lie where kernels may round otherwise
+            parameter.data = parameter.data.clone()
         made |= {(dtype, title): paint(pipe, name, call) for title, call in calls.items()}
     return {
         label(layout, title): made[layout.get("dtype", "float32"), title]
@@ -152,7 +156,7 @@ SYNCHRONOUS: list[Layout] = [
 ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) -> None:
     expected = plain(folder(name), name, SYNCHRONOUS, CALLS)
     must_equal([alone(folder(name), name, SYNCHRONOUS, CALLS)], expected, "N=1")
@@ -193,7 +197,7 @@ PLACED: dict[int, list[Layout]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]) -> None:
     oracle = alone(folder(name), name, patched(1), CALLS)
     for stages in (2, 3, 4):
@@ -251,20 +255,21 @@ def rows_by_layer(place: Place, folder: Path, name: str, steps: int) -> dict[str
 
 
 def expected_rows(title: str, steps: int, image: int, text: int) -> int:
-    if ".norm" in title:  # modulation: the same vector for every token
+    if ".norm" in title or "_mod." in title:  # modulation: the same vector for every token
         return steps
     if ".attn2.to_k" in title or ".attn2.to_v" in title:
         return text  # of the prompt, which no step changes
     if title.startswith("single_transformer_blocks"):
         return steps * (image + text)
-    return steps * (text if any(part in title for part in ("context", ".add_", "_add_")) else image)
+    return steps * (text if any(part in title for part in ("context", ".add_", "_add_", "txt_")) else image)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_law_3_text_once_per_step(name: str, stages: int, folder: Callable[[str], Path]) -> None:
     steps, image = 3, 11 * 3
-    text = {"flux": 8, "sd3": 8 + 32, "pixart": 8}[name]  # SD3 also takes the 32 tokens of its CLIP encoders
+    # SD3 also takes the 32 tokens of its CLIP encoders; Qwen's two words are followed by five tokens of its template.
+    text = {"flux": 8, "sd3": 8 + 32, "pixart": 8, "qwen": 2 + 5}[name]
     ranks = run_ranks(stages, rows_by_layer, folder(name), name, steps)
     seen = {title: count for rank in ranks for title, count in rank.items()}
     assert sum(map(len, ranks)) == len(seen), "a block ran on two ranks"
@@ -291,7 +296,7 @@ def real_parts(place: Place, folder: Path, name: str, layout: Layout) -> dict[st
     }
 
 
-HEADS = {"flux": ("norm_out.", "proj_out."), "sd3": ("norm_out.", "proj_out."), "pixart": ("proj_out.",)}
+HEADS = {**dict.fromkeys(MODELS, ("norm_out.", "proj_out.")), "pixart": ("proj_out.",)}
 
 
 SPREAD_OUT = {"text_encoder": 2, "text_encoder_2": 1, "text_encoder_3": 0}  # rank 0 has the VAE
@@ -362,7 +367,11 @@ def test_law_5_nor_does_a_request_that_fails(name: str, folder: Callable[[str], 
     assert np.array_equal(made, expected)
 
 
-IMAGE_TO_IMAGE = {"flux": FluxImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
+IMAGE_TO_IMAGE = {
+    "flux": FluxImg2ImgPipeline,
+    "sd3": StableDiffusion3Img2ImgPipeline,
+    "qwen": QwenImageImg2ImgPipeline,
+}
 
 
 def from_an_image(place: Place, name: str, warmup: int | str) -> list[np.ndarray] | None:
@@ -403,6 +412,10 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
         ("sd3", "block_controlnet_hidden_states", [0]),
         ("sd3", "skip_layers", [1]),
         ("sd3", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
+        ("qwen", "controlnet_block_samples", [0]),
+        ("qwen", "guidance", [0]),
+        ("qwen", "additional_t_cond", [0]),
+        ("qwen", "attention_kwargs", {"scale": 0.5}),
         ("pixart", "attention_mask", [0]),
         ("pixart", "cross_attention_kwargs", {"scale": 0.5}),
     ],
@@ -520,7 +533,7 @@ def _afflict(runner: Any, affliction: str) -> None:
 
 
 @pytest.mark.parametrize("affliction", ["raise", "exit", "kill", "sleep"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", THOROUGH)
 def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Path]) -> None:
     dies = affliction in ("exit", "kill")
     ranks = run_ranks(3, afflicted, folder(name), name, affliction, timeout=60, mortal=[1] if dies else [])

@@ -18,7 +18,8 @@ from tests.ranks import quieten
 
 # In float64: matrix products over other numbers of rows may sum in another order.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma")
+PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen", "qwen-padded")
+SEPARATE = ("flux", "qwen")  # guide by two calls a step
 
 
 def setup_module() -> None:
@@ -36,7 +37,7 @@ def compare(name: str, config: ParallelConfig, change: Callable | None = None, *
     pipe = tiny.pipeline(name, dtype=torch.float64)
     if change is not None:
         change(pipe)
-    separate = name.startswith("flux") and options.get("guided", True)
+    separate = name.startswith(SEPARATE) and options.get("guided", True)
     plain = paint(pipe, name, **options)
     patchpipe.parallelize(pipe, config)
     ours, rows = paint(pipe, name, **options), pipe.patchpipe.last.patch_rows
@@ -62,7 +63,7 @@ def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> N
 def test_the_naive_one_is_plain_diffusers_when_nothing_is_stale(name: str) -> None:
     pipe = tiny.pipeline(name)
     plain = paint(pipe, name)
-    with naive_pipefusion(pipe, (4,), 0, branches=2 if name == "flux" else 1):
+    with naive_pipefusion(pipe, (4,), 0, branches=2 if name in SEPARATE else 1):
         torch.testing.assert_close(paint(pipe, name), plain, rtol=0, atol=0)
 
 

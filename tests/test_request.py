@@ -35,6 +35,10 @@ SCHEDULERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "UniPC on flow": ("UniPCMultistepScheduler", FLOW),
         "DEIS on flow": ("DEISMultistepScheduler", FLOW),
     },
+    "qwen": {
+        "flow Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+        "flow Euler, shifted by size": ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+    },
     "pixart": {
         "DPM++": ("DPMSolverMultistepScheduler", {}),
         "DPM++, third order": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
@@ -48,7 +52,8 @@ SCHEDULERS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "LCM": ("LCMScheduler", {}),
     },
 }
-ONCE = {"flux": "aten.view", "sd3": "vae.decode", "pixart": "vae.decode"}  # FLUX unpacks its tokens first
+# Some unpack their tokens first.
+ONCE = {"flux": "aten.view", "sd3": "vae.decode", "pixart": "vae.decode", "qwen": "aten.view"}
 
 
 def setup_module() -> None:
@@ -83,7 +88,7 @@ def test_every_scheduler_streams_and_equals_one_process(name: str, tmp_path: Pat
     for title, (picture, _, _, calls) in expected.items():
         assert np.array_equal(ranks[0][title][0], picture), title
         assert picture.std() > 0.01, f"{title} paints nothing to compare"
-        branches = 2 if name == "flux" else 1
+        branches = 2 if name in ("flux", "qwen") else 1
         steps = int(title.split(", ")[-1].split()[0])
         assert calls == branches * (2 * steps - 1 if "Heun" in title else steps), title
         for rank in ranks:

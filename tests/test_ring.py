@@ -225,7 +225,7 @@ def test_a_device_without_a_kernel_is_refused():
 
 @pytest.mark.parametrize(
     ("asked", "text"),
-    [({"mask": torch.ones(1)}, "a mask"), ({"causal": True}, "causal"), ({"dropout": 0.1}, "dropout")],
+    [({"causal": True}, "causal"), ({"dropout": 0.1}, "dropout"), ({"grouped": True}, "grouped heads")],
 )
 def test_what_the_kernels_would_ignore_is_refused(asked, text):
     nothing: Any = None

@@ -15,7 +15,7 @@ from patchpipe.positions import PositionTable
 from patchpipe.stage import CallContext, Stage, StandIn
 from tests import tiny
 
-PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma")
+PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen")
 
 
 def inputs_for(name: str, model: Any, rows: int = 4, columns: int = 3) -> dict[str, Any]:
@@ -37,6 +37,12 @@ def inputs_for(name: str, model: Any, rows: int = 4, columns: int = 3) -> dict[s
         if name == "flux-guided":
             inputs["guidance"] = torch.tensor([3.5])
         return inputs
+    if name == "qwen":
+        mask = torch.tensor([[1] * 5 + [0] * 3])
+        shapes = [[(1, rows, columns)]]
+        return inputs | {
+            "hidden_states": random(1, rows * columns, 16), "encoder_hidden_states_mask": mask, "img_shapes": shapes,
+        }  # fmt: skip
     inputs |= {"hidden_states": random(1, 4, 2 * rows, 2 * columns), "timestep": torch.tensor([500])}
     if name.startswith("sd3"):
         return {**inputs, "pooled_projections": random(1, 32)}

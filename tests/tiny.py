@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -15,31 +18,45 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers import Tokenizer, models, trainers
 from transformers import (
     AutoTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
 )
 
 from patchpipe.demo import MODEL_DIR
 
-MODELS = ("flux", "sd3", "pixart")
+MODELS = ("flux", "sd3", "pixart", "qwen")
 PROMPT, OTHER_PROMPT = "red apple", "a blue dog in 3d style and a cherry blossom"
 WIDTH = 32
+QWEN_TEMPLATE = """<|im_start|>system
+Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects \
+and background:<|im_end|>
+<|im_start|>user
+{}<|im_end|>
+<|im_start|>assistant
+"""
 
 
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny pipeline: ``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``pixart`` or ``pixart-sigma``."""
+    """A tiny pipeline: ``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``pixart``, ``pixart-sigma`` or ``qwen``."""
     torch.manual_seed(seed)
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
+        "qwen": _qwen, "qwen-padded": _qwen,
     }[name]  # fmt: skip
     pipe = build(blocks)
     for part in pipe.components.values():
@@ -60,7 +77,10 @@ def save(name: str, folder: Path, **options: Any) -> Path:
 def call_arguments(
     name: str, *, guided: bool = True, height: int = 64, width: int = 48, steps: int = 4
 ) -> dict[str, Any]:
-    """Call settings that suit the tiny pipelines; 16 pixels are one row of tokens."""
+    """Call settings that suit the tiny pipelines; 16 pixels are one row of tokens.
+
+    ``qwen-padded`` has two prompts of different lengths in each branch, so that attention is masked throughout.
+    """
     arguments: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -71,6 +91,12 @@ def call_arguments(
         arguments["max_sequence_length"] = 8
         if guided:
             arguments |= {"negative_prompt": OTHER_PROMPT, "true_cfg_scale": 3.0}
+    elif name.startswith("qwen"):
+        prompts = [PROMPT, OTHER_PROMPT] if name == "qwen-padded" else PROMPT
+        arguments |= {"prompt": prompts, "max_sequence_length": 16}
+        if guided:
+            negative = [OTHER_PROMPT, PROMPT] if name == "qwen-padded" else OTHER_PROMPT
+            arguments |= {"negative_prompt": negative, "true_cfg_scale": 3.0}
     elif name.startswith("sd3"):
         arguments |= {"max_sequence_length": 8, "guidance_scale": 4.0 if guided else 1.0}
     else:
@@ -178,3 +204,40 @@ def _pixart_sigma(blocks: int) -> PixArtSigmaPipeline:
     return PixArtSigmaPipeline(
         _t5_tokenizer(), _t5(), _vae(4), _pixart_transformer(blocks, 8), DPMSolverMultistepScheduler()
     )
+
+
+def _qwen(blocks: int) -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=blocks, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1, -0.1, 0.2, 0.0],
+        latents_std=[1.0, 1.5, 0.8, 1.2],
+    )  # fmt: skip
+    tokenizer = _qwen_tokenizer()
+    encoder = _qwen_encoder(len(tokenizer))
+    return QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, transformer)
+
+
+def _qwen_encoder(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    layers = {"num_hidden_layers": 1, "hidden_size": WIDTH, "intermediate_size": 32}
+    text = {
+        **layers, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": vocabulary,
+        "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": WIDTH}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Knows the pipeline's template word by word, as the real one does: the pipeline drops its first 34 tokens."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = Qwen2Tokenizer()._tokenizer.pre_tokenizer
+    texts = [*re.split(r"<\|im_\w+\|>", QWEN_TEMPLATE), PROMPT, OTHER_PROMPT]
+    learner.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return Qwen2Tokenizer(learned["vocab"], merges, additional_special_tokens=special[1:])

@@ -8,9 +8,10 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.models.flux import FLUX
 from patchpipe.models.pixart import PIXART
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.qwen import QWEN_IMAGE
 from patchpipe.models.sd3 import SD3
 
-PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART)
+PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE)
 
 
 def supported() -> list[str]:
@@ -21,12 +22,17 @@ def supported() -> list[str]:
 def plan_for(model: nn.Module | str) -> ModelPlan:
     """The plan of a transformer, by its class or a class it derives from.
 
+    Args:
+        model: The transformer, or the name of its class alone; its configuration is then left unchecked.
+
     Raises:
-        UnsupportedModel: No plan describes the class.
+        UnsupportedModel: No plan describes the class, or not as it is configured.
     """
     names = [model] if isinstance(model, str) else [cls.__name__ for cls in type(model).__mro__]
     for plan in PLANS:
         if plan.model in names:
+            if not isinstance(model, str):
+                plan.check_settings(model.config)
             return plan
     raise UnsupportedModel(
         f"{names[0]} has no plan yet; supported are {', '.join(supported())}. "

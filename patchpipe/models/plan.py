@@ -15,7 +15,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from patchpipe.errors import UnsupportedModel
+
 AttentionKind = Literal["joint", "image", "cross"]
+RowKind = Literal["text", "image"]
+TEXT_ROWS = "text rows"  # no input can be named so
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,49 @@ class PackedTokens:
 
     def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
         """``[batch, tokens, patch_size² · out_channels]``."""
-        channels = model.config.patch_size**2 * model.out_channels
-        return torch.Size((*latent_shape[:-1], channels))
+        return _packed_shape(model, latent_shape)
+
+
+@dataclass(frozen=True)
+class PackedShapes:
+    """A latent ``[batch, tokens, channels]`` in raster order, its rows told by the sizes of its pictures.
+
+    Args:
+        shapes: The input with a list of pictures for each entry of the batch, a picture being
+            ``(frames, rows, columns)`` in tokens.
+    """
+
+    shapes: str = "img_shapes"
+    dim: int = 1
+
+    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
+        """Token rows, read off the first entry's picture.
+
+        Raises:
+            ValueError: The entries differ, or are not one picture of one frame as large as the latent.
+        """
+        entries = [entry if isinstance(entry, list) else [entry] for entry in inputs[self.shapes]]
+        if any(entry != entries[0] for entry in entries) or len(entries[0]) != 1:
+            raise ValueError(
+                f"{self.shapes}={inputs[self.shapes]} does not describe pictures of one size, each alone: pictures "
+                f"joined to the latent as references or layers are not supported"
+            )
+        frames, count, width = entries[0][0]
+        if frames != 1 or count * width != latent_shape[self.dim]:
+            raise ValueError(
+                f"{self.shapes} describes {frames} × {count} × {width} tokens but the latent has "
+                f"{latent_shape[self.dim]}: pictures of one frame are supported, and nothing joined to them"
+            )
+        return Rows(count=count, tokens=width, units=width)
+
+    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
+        """``[batch, tokens, patch_size² · out_channels]``."""
+        return _packed_shape(model, latent_shape)
+
+
+def _packed_shape(model: nn.Module, latent_shape: torch.Size) -> torch.Size:
+    channels = model.config.patch_size**2 * model.out_channels
+    return torch.Size((*latent_shape[:-1], channels))
 
 
 @dataclass(frozen=True)
@@ -139,6 +184,24 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class SlicedResult:
+    """A module that works out something for every row of the call, such as rotary embeddings from sizes.
+
+    It is computed once for the whole picture and prompt, and each patch is given its rows.
+
+    Args:
+        arguments: Arguments that must be those of the whole call: the name of an input, or ``TEXT_ROWS`` for the
+            number of text rows. All others must be the same for every patch.
+        rows: Whose rows each tensor of the result has, in the order they are returned.
+        dim: Their dim.
+    """
+
+    arguments: Mapping[str, str]
+    rows: tuple[RowKind, ...]
+    dim: int = 0
+
+
+@dataclass(frozen=True)
 class ModelPlan:
     """Everything the engine knows of one transformer class.
 
@@ -149,12 +212,16 @@ class ModelPlan:
         cut_inputs: Further inputs with one row per image token, and the dim of the rows.
         text_inputs: Inputs with one row per text token, and the dim of the rows. They ride with patch 0;
             the other patches carry no text rows. Empty for models that only cross-attend to text.
+        text_mask: Input ``[batch, text rows]`` that tells which text rows to attend to, ``None`` for all; every joint
+            attention layer must mask these keys alike. Patches without text rows are given ``None``.
         shared_inputs: Inputs every patch takes whole.
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused.
         embed: Module that turns the latent into tokens: the first stage's own.
         head: Modules and parameters after the blocks: the last stage's own.
         conditioning: Modules whose result is the same for every patch of a call.
         constant: Modules whose result follows from these inputs and the patch alone: computed once a request.
+        sliced: Modules whose result covers the whole call, of which a patch takes its rows.
+        refused_settings: Fields of the configuration that must be off, since nothing tests them.
         patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
         unbatched_inputs: Inputs without a batch dim.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
@@ -171,10 +238,13 @@ class ModelPlan:
     head: tuple[str, ...]
     cut_inputs: Mapping[str, int] = field(default_factory=dict)
     text_inputs: Mapping[str, int] = field(default_factory=dict)
+    text_mask: str | None = None
     shared_inputs: tuple[str, ...] = ()
     ignored_inputs: tuple[str, ...] = ()
     conditioning: tuple[str, ...] = ()
     constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sliced: Mapping[str, SlicedResult] = field(default_factory=dict)
+    refused_settings: tuple[str, ...] = ()
     patch_embed: str | None = None
     unbatched_inputs: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
@@ -195,7 +265,7 @@ class ModelPlan:
         """
         bound = signature.bind(None, *args, **kwargs).arguments
         inputs = {name: value for name, value in bound.items() if name != "self"}
-        known = {self.latent, *self.cut_inputs, *self.text_inputs, *self.shared_inputs, "return_dict"}
+        known = {self.latent, *self.cut_inputs, *self.text_inputs, *self.shared_inputs, self.text_mask, "return_dict"}
         for name, value in inputs.items():
             if name not in known and not self._ignorable(name, value):
                 raise ValueError(
@@ -210,6 +280,26 @@ class ModelPlan:
         return (
             name in self.ignored_inputs and isinstance(value, dict) and not any(v is not None for v in value.values())
         )
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuses a model of the class that is configured in a way nothing tests.
+
+        Args:
+            settings: Its configuration.
+
+        Raises:
+            UnsupportedModel: A field is on that must be off.
+        """
+        found = [name for name in self.refused_settings if settings.get(name)]
+        if found:
+            raise UnsupportedModel(
+                f"{self.model} with {', '.join(f'{name}={settings[name]}' for name in found)} has not been tested and "
+                f"is refused rather than risk a wrong picture: run the pipeline on one device"
+            )
+
+    def masks_text(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether joint attention masks some keys in a call; the same on every rank."""
+        return self.text_mask is not None and inputs.get(self.text_mask) is not None
 
     def width(self, model: nn.Module) -> int:
         """Channels of the tokens between blocks."""
