@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from patchpipe.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.patches import Patch
-from patchpipe.store import LayerStore
+from patchpipe.store import Entries, LayerStore
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Attending:
         text_rows: Text rows in the sequence.
         text_first: Whether they come before the image rows.
         masked: Whether some of its keys are masked, on whatever rank.
+        entries: Which entries of the batch are at work; ``None`` for all.
     """
 
     patch: Patch
@@ -87,12 +88,13 @@ class Attending:
     text_rows: int
     text_first: bool
     masked: bool = False
+    entries: Entries | None = None
 
     def remember(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
         """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists."""
         if self.store is None:
             return fresh
-        return self.store.keep(*fresh) if patch.whole else self.store.write(patch, *fresh)
+        return self.store.keep(*fresh, entries=self.entries) if patch.whole else self.store.write(patch, *fresh)
 
 
 class _StoreMode(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,30 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True)
 class BatchShare:
-    """Part of a call's batch, and the coordinates of the ranks that run it."""
+    """Part of a call's batch, and the coordinates of the ranks that run it.
+
+    Attributes:
+        data: Their place along ``data``.
+        cfg: Their place along ``cfg``.
+        range: The entries of the batch.
+        within: The entries these ranks run in all, where this is but a part of them.
+    """
 
     data: int
     cfg: int
     range: Range
+    within: Range | None = None
+
+    @property
+    def entries(self) -> tuple[int, int, int]:
+        """First entry and the one past the last, counted among those the ranks run, and how many these are."""
+        start, stop = self.within or self.range
+        return self.range[0] - start, self.range[1] - start, stop - start
+
+    def one_by_one(self) -> tuple[BatchShare, ...]:
+        """A share for every single entry."""
+        start, stop = self.range
+        return tuple(replace(self, range=(at, at + 1), within=self.range) for at in range(start, stop))
 
     @property
     def size(self) -> int:

@@ -36,25 +36,24 @@ class Hops:
         self._guess: Shapes | None = None  # how the next call begins
         self._ahead: Receives = {}  # posted for it
 
-    def begin(self, branch: int, batch: int, pieces: Sequence[Patch], text_rows: int) -> list[Receives]:
+    def begin(self, branch: int, parts: Sequence[tuple[int, Patch]], text_rows: int) -> list[Receives]:
         """Posts what a call will receive, and what the next one will first.
 
         Args:
             branch: The call's guidance branch.
-            batch: Entries of this rank's share of the batch.
-            pieces: This rank's rows of each patch.
+            parts: What runs one after the other: entries of the batch, and this rank's rows of a patch.
             text_rows: Text rows in joint attention.
 
         Returns:
-            The receives of each patch by stream; empty ones on the first stage.
+            The receives of each part by stream; empty ones on the first stage.
         """
-        shapes = [self._shapes(batch, piece, text_rows) for piece in pieces]
+        shapes = [self._shapes(batch, piece, text_rows) for batch, piece in parts]
         if self._guess != shapes[0]:
             self._use_up()
         posted = [self._ahead or self._expect(shapes[0]), *map(self._expect, shapes[1:])]
         if self._branch is not None:
             # The whole latent of a synchronous step is large, and the call after a warm-up step seldom is another.
-            self._after[self._branch] = None if pieces[0].whole else shapes[0]
+            self._after[self._branch] = None if parts[0][1].whole else shapes[0]
         self._branch, self._guess = branch, self._after.get(branch)
         self._ahead = self._expect(self._guess) if self._guess else {}
         return posted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,32 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
 from patchpipe.sharing import sharing_for
-from patchpipe.stage import CallContext, Stage
+from patchpipe.stage import CallContext, Stage, Streams
 from patchpipe.tracing.recorder import Where, span
+from patchpipe.transport import Receive
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through a stage at once: some rows of a patch, for some entries of the batch.
+
+    Attributes:
+        share: The entries.
+        patch: The patch, whole.
+        pieces: Each sharing rank's rows of it.
+        piece: This rank's own.
+        inputs: The call's arguments for those entries.
+        memo: Results shared by the patches of those entries.
+        completes: Whether the patch's other entries have run before.
+    """
+
+    share: BatchShare
+    patch: Patch
+    pieces: tuple[Patch, ...]
+    piece: Patch
+    inputs: dict[str, Any]
+    memo: dict[str, Any]
+    completes: bool
 
 
 class Runner:
@@ -152,29 +176,57 @@ class Runner:
         share = call.share_of(self.group.mesh)
         if share is None:
             return
-        assert self.request is not None
-        batch = call.inputs[self.plan.latent].shape[0]
-        inputs = slice_inputs(call.inputs, self.plan, batch, share, self.request.memo)
-        pieces = [call.pieces(patch, self.group.mesh.parts) for patch in call.patches]
-        mine = [piece[self.group.mesh.part] for piece in pieces]
-        expected = self._hops.begin(call.where.branch, share.size, mine, call.text_rows)
-        memo: dict[str, Any] = {}
-        recorder = self.group.recorder
-        for patch, piece, shared, receives in zip(call.patches, mine, pieces, expected, strict=True):
-            if recorder is not None:
-                recorder.where = replace(call.where, patch=None if patch.whole else patch.index)
-            context = CallContext(piece, call.stores, call.text_rows, None, memo, self.request.memo)
-            context.sharing = displaced or sharing_for(self.group, patch, shared)
-            with span(recorder if self.group.first else None, "latent"):
-                latent = self._latent_piece(call, share, patch, piece) if self.group.first else None
-            context.received = {name: receive.take() for name, receive in receives.items()} or None
-            with span(recorder, "compute"):
-                result = self.stage.run(inputs, latent, context)
-            if isinstance(result, Tensor):
-                answers.give(result, patch)
-            else:
-                self._hops.pass_on(result, piece, call.text_rows)
+        parts = self._parts(call, share)
+        expected = self._hops.begin(
+            call.where.branch, [(part.share.size, part.piece) for part in parts], call.text_rows
+        )
+        made: list[Tensor] = []
+        for part, receives in zip(parts, expected, strict=True):
+            result = self._run(call, part, receives, displaced)
+            if not isinstance(result, Tensor):
+                self._hops.pass_on(result, part.piece, call.text_rows)
+                continue
+            made.append(result)
+            if part.completes:
+                answers.give(made[0] if len(made) == 1 else torch.cat(made), part.patch)
+                made.clear()
         self._catch_up(call.inputs[self.plan.latent])
+
+    def _parts(self, call: Call, share: BatchShare) -> list[Part]:
+        """What this rank runs one after the other: the patches, or of the whole latent each entry of the batch.
+
+        A stage so begins with the second picture, or the second branch of guidance, while the next one is still busy
+        with the first; a synchronous step of one entry passes through one stage at a time.
+        """
+        assert self.request is not None
+        streams_later = call.stores is not None and not self._displaced
+        shares = share.one_by_one() if streams_later and call.patches[0].whole else (share,)
+        batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo
+        parts = []
+        for entries in shares:
+            inputs, memo = slice_inputs(call.inputs, self.plan, batch, entries, kept), dict[str, Any]()
+            for patch in call.patches:
+                pieces = call.pieces(patch, self.group.mesh.parts)
+                parts.append(
+                    Part(entries, patch, pieces, pieces[self.group.mesh.part], inputs, memo, entries is shares[-1])
+                )
+        return parts
+
+    def _run(
+        self, call: Call, part: Part, receives: dict[str, Receive], displaced: Displaced | None
+    ) -> Streams | Tensor:
+        assert self.request is not None
+        recorder, first = self.group.recorder, self.group.first
+        if recorder is not None:
+            recorder.where = replace(call.where, patch=None if part.patch.whole else part.patch.index)
+        context = CallContext(part.piece, call.stores, call.text_rows, None, part.memo, self.request.memo)
+        context.sharing = displaced or sharing_for(self.group, part.patch, part.pieces)
+        context.entries = part.share.entries
+        with span(recorder if first else None, "latent"):
+            latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
+        context.received = {name: receive.take() for name, receive in receives.items()} or None
+        with span(recorder, "compute"):
+            return self.stage.run(part.inputs, latent, context)
 
     def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
         """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""

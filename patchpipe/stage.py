@@ -21,7 +21,7 @@ from patchpipe.attention import Attending, Sharing, attend_through
 from patchpipe.models.plan import TEXT_ROWS, BlockPlace, ModelPlan, SlicedResult
 from patchpipe.patches import Patch
 from patchpipe.positions import PositionTable
-from patchpipe.store import LayerStore
+from patchpipe.store import Entries, LayerStore
 
 Streams = dict[str, Tensor]
 
@@ -39,6 +39,7 @@ class CallContext:
         request_memo: Results shared by the calls of this request.
         inputs: The arguments of the call.
         sharing: The ranks that share the patch, if there are several.
+        entries: Which entries of the batch run; ``None`` for all.
     """
 
     patch: Patch
@@ -49,6 +50,7 @@ class CallContext:
     request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
+    entries: Entries | None = None
 
     def whole_argument(self, source: str) -> Any:
         """What an argument is for the call uncut, as a ``SlicedResult`` names it."""
@@ -312,7 +314,7 @@ class Stage:
         if context.stores is not None:
             store = context.stores.setdefault(name, LayerStore(text_rows, text_first))
         masked = joint and self.plan.masks_text(context.inputs)
-        return Attending(context.patch, store, context.sharing, text_rows, text_first, masked)
+        return Attending(context.patch, store, context.sharing, text_rows, text_first, masked, context.entries)
 
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")

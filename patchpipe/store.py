@@ -7,6 +7,7 @@ from torch import Tensor
 
 from patchpipe.patches import Patch
 
+Entries = tuple[int, int, int]  # of a batch: the first, one past the last, and how many there are
 SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
 
 
@@ -30,10 +31,22 @@ class LayerStore:
         self._fresh_tokens = 0  # image rows written so far, until the store is whole
         self._whole = False
 
-    def keep(self, *fresh: Tensor) -> tuple[Tensor, ...]:
-        """Takes over the keys and values ``[batch, heads, rows, channels]`` of a synchronous step, and their column."""
-        self._kept = tuple(_own(rows) for rows in fresh)
+    def keep(self, *fresh: Tensor, entries: Entries | None = None) -> tuple[Tensor, ...]:
+        """Takes over what a synchronous step computed.
+
+        Args:
+            fresh: Keys and values ``[batch, heads, rows, channels]``, and their column where keys are masked.
+            entries: Which entries of the batch they belong to; ``None`` for all.
+        """
         self._whole = True
+        if entries is None or entries[:2] == (0, entries[2]):
+            self._kept = tuple(_own(rows) for rows in fresh)
+            return fresh
+        start, stop, total = entries
+        if not self._kept or self._kept[0].shape[0] != total:
+            self._kept = tuple(rows.new_empty(total, *rows.shape[1:]) for rows in fresh)
+        for kept, rows in zip(self._kept, fresh, strict=True):
+            kept[start:stop].copy_(rows)
         return fresh
 
     def write(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ def send_all(place: Place, calls: list[Call]) -> tuple[list[bool], int]:
     for _ in range(2):  # requests: the channels are as good as new after the first
         hops = Hops(group, "text", 3, torch.float32)
         for number, (branch, pieces, text_rows) in enumerate(calls):
-            receives = hops.begin(branch, 1, pieces, text_rows)
+            receives = hops.begin(branch, [(1, piece) for piece in pieces], text_rows)
             for piece, posted in zip(pieces, receives, strict=True):
                 expected = stream(number, piece, text_rows)
                 if group.first:
@@ -58,7 +58,7 @@ def send_early(place: Place) -> None:
     group = place.join(ParallelConfig(pipefusion=2, timeout=20))
     hops = Hops(group, "text", 512, torch.float32)
     for call in range(4):
-        receives = hops.begin(0, 64, PATCHES, 0)
+        receives = hops.begin(0, [(64, piece) for piece in PATCHES], 0)
         for piece, posted in zip(PATCHES, receives, strict=True):
             if group.first:
                 hops.pass_on({"hidden_states": torch.full((64, piece.token_count, 512), float(call))}, piece, 0)
