@@ -2,31 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
 
 from patchpipe.demo import MODEL_DIR, call_defaults
 from tests import tiny
 
+WIDTH, HEADS, BLOCKS, STEPS = 512, 8, 10, 20
+Build = Callable[[], tuple[Any, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model for the bench.
+
+    Attributes:
+        build: Makes the pipeline, and the arguments of its call.
+        image: Image tokens.
+        text: Text tokens in joint attention.
+        width: Channels of a token.
+        blocks: Blocks, with one self-attention each.
+    """
+
+    build: Build
+    image: int
+    text: int = 0
+    width: int = WIDTH
+    blocks: int = BLOCKS
+
 
 def bundled() -> tuple[Any, dict[str, Any]]:
-    """The bundled model with its call settings: 64 image tokens."""
+    """The bundled model with its call settings."""
     pipe = DiffusionPipeline.from_pretrained(MODEL_DIR)
     return pipe, {"prompt": "red apple, 3d style", **call_defaults()}
 
 
 def flux() -> tuple[Any, dict[str, Any]]:
-    """FLUX-shaped: width 512, 3 dual and 7 single blocks, 1,024 image tokens and 64 of text, 20 steps."""
-    pipe = tiny.pipeline("flux")
+    """3 dual-stream and 7 single-stream blocks."""
+    transformer = lambda: FluxTransformer2DModel(  # noqa: E731
+        in_channels=16, num_layers=3, num_single_layers=BLOCKS - 3, attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, pooled_projection_dim=16,
+        axes_dims_rope=(16, 24, 24),
+    )  # fmt: skip
+    return _pipeline("flux", transformer), _call(max_sequence_length=64)
+
+
+def sd3() -> tuple[Any, dict[str, Any]]:
+    """Joint blocks; the text is CLIP's 32 tokens and T5's 64."""
+    transformer = lambda: SD3Transformer2DModel(  # noqa: E731
+        sample_size=64, patch_size=2, in_channels=4, num_layers=BLOCKS, attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, caption_projection_dim=WIDTH,
+        pooled_projection_dim=32, out_channels=4, pos_embed_max_size=96,
+    )  # fmt: skip
+    return _pipeline("sd3", transformer), _call(max_sequence_length=64, guidance_scale=1.0)
+
+
+def pixart() -> tuple[Any, dict[str, Any]]:
+    """Self-attention over the image, cross-attention to 64 tokens of text."""
+    transformer = lambda: PixArtTransformer2DModel(  # noqa: E731
+        num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=8,
+        num_layers=BLOCKS, cross_attention_dim=WIDTH, sample_size=64, patch_size=2, caption_channels=tiny.WIDTH,
+        use_additional_conditions=False,
+    )  # fmt: skip
+    unguided = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
+    return _pipeline("pixart", transformer), _call(max_sequence_length=64, **unguided)
+
+
+def _pipeline(name: str, transformer: Callable[[], Any]) -> Any:
+    pipe = tiny.pipeline(name)
     torch.manual_seed(0)
-    pipe.transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=3, num_single_layers=7, attention_head_dim=64, num_attention_heads=8,
-        joint_attention_dim=tiny.WIDTH, pooled_projection_dim=16, axes_dims_rope=(16, 24, 24),
-    ).eval().requires_grad_(False)  # fmt: skip
-    call = {"prompt": "red apple", "height": 512, "width": 512, "num_inference_steps": 20, "max_sequence_length": 64}
-    return pipe, call
+    pipe.transformer = transformer().eval().requires_grad_(False)
+    return pipe
 
 
-SHAPES = {"bundled": bundled, "flux": flux}
+def _call(**settings: Any) -> dict[str, Any]:
+    """512 pixels with an autoencoder of eight and patches of two: 32 rows of 32 tokens."""
+    return {"prompt": "red apple", "height": 512, "width": 512, "num_inference_steps": STEPS, **settings}
+
+
+SHAPES = {
+    "bundled": Shape(bundled, image=64, text=32, width=256, blocks=9),
+    "flux": Shape(flux, image=1024, text=64),
+    "sd3": Shape(sd3, image=1024, text=96),
+    "pixart": Shape(pixart, image=1024),
+}

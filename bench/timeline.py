@@ -38,7 +38,7 @@ def main(
 
 def trace(place: Place, shape: str, patches: int, steps: int, file: str) -> None:
     """A request to warm up, then the one that is traced."""
-    pipe, call = SHAPES[shape]()
+    pipe, call = SHAPES[shape].build()
     config = ParallelConfig(pipefusion=place.world_size, patches=patches, timeout=600)
     patchpipe.parallelize(pipe, config, group=place.join(config))
     pipe(**{**call, "num_inference_steps": 2})

@@ -1,0 +1,96 @@
+"""The ways to run one pipeline that a bench compares: same weights, same threads, same pipeline code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from diffusers import ContextParallelConfig
+
+import patchpipe
+from bench.shapes import SHAPES
+from patchpipe import ParallelConfig
+from tests.ranks import Place
+
+PLAIN, THEIRS = "plain", "diffusers-ulysses"
+OURS = ("pipefusion", "ulysses", "ring", "tensor", "distrifusion")
+EVERY = (PLAIN, *OURS, THEIRS)
+TIMEOUT = 600.0
+
+
+def known(names: list[str]) -> list[str]:
+    """The names, checked: one of ``EVERY``, or ``pipefusion:4`` for four patches.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    for name in names:
+        method, _, patches = name.partition(":")
+        if method not in EVERY or (patches and (method != "pipefusion" or not patches.isdigit())):
+            raise ValueError(f"{name!r} is no contender: use {', '.join(EVERY)}, or pipefusion:4 for four patches")
+    return names
+
+
+class Contender:
+    """One of the ways, on one rank.
+
+    Args:
+        name: See ``known``.
+        shape: The model.
+        place: This rank's place.
+        steps: Denoising steps; ``None`` takes the shape's.
+    """
+
+    def __init__(self, name: str, shape: str, place: Place, steps: int | None = None) -> None:
+        self.name, self.place = name, place
+        self.pipe, self.call = SHAPES[shape].build()
+        if steps is not None:
+            self.call["num_inference_steps"] = steps
+        method, _, patches = name.partition(":")
+        if method in OURS:
+            options: dict[str, Any] = {method: place.world_size, "timeout": TIMEOUT}
+            config = ParallelConfig(**options, patches=int(patches) if patches else None)
+            patchpipe.parallelize(self.pipe, config, group=place.join(config))
+        elif method == THEIRS:
+            with _default_group(place), _accelerator_for_cpu():
+                self.pipe.transformer.enable_parallelism(
+                    config=ContextParallelConfig(ulysses_degree=place.world_size, ulysses_anything=True)
+                )
+
+    @property
+    def idle(self) -> bool:
+        """Whether this rank has no part in it."""
+        return self.name == PLAIN and self.place.rank > 0
+
+    def run(self) -> Any:
+        """One request."""
+        return self.pipe(**self.call, generator=torch.Generator().manual_seed(0), output_type="latent")
+
+    def figures(self) -> dict[str, Any]:
+        """What it tells of its last request, beside the time."""
+        if self.name.partition(":")[0] not in OURS:
+            return {"waited": 0.0, "sent_bytes": 0, "patches": 1}
+        last = self.pipe.patchpipe.last
+        return {"waited": last.waited_seconds, "sent_bytes": last.sent_bytes, "patches": last.patches}
+
+
+@contextmanager
+def _default_group(place: Place) -> Iterator[None]:
+    """diffusers wants the process-wide group; it stays."""
+    if not dist.is_initialized():
+        store = dist.PrefixStore("default", place.store)
+        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size)
+    yield
+
+
+@contextmanager
+def _accelerator_for_cpu() -> Iterator[None]:
+    """diffusers' context parallelism asks how many accelerators there are; a CPU has none."""
+    count: Callable[[], int] = lambda: 1  # noqa: E731
+    cpu: Callable[[], torch.device] = lambda: torch.device("cpu")  # noqa: E731
+    with mock.patch("torch.accelerator.device_count", count), mock.patch("torch._C._get_accelerator", cpu):
+        yield
