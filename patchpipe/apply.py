@@ -254,11 +254,16 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     stages = split_blocks(model, plan, config)
     check_tensor(model, plan, config.tensor)
     group = group or join(config, device=_device_of(pipe))
-    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": dict(model.config)})
+    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": _settings(model)})
     owned = stages[group.stage]
     part = tensor_part(model, plan, owned, group.mesh.at("tensor"), config.tensor)
     Attachment(pipe, config, group, owned, part).attach()
     return pipe
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration without diffusers' own notes, whose order differs from process to process."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
 def restore(pipe: Any) -> Any:

@@ -80,6 +80,19 @@ def test_attaching_twice_or_restoring_nothing_is_refused() -> None:
         patchpipe.parallelize(3, ParallelConfig())
 
 
+def configured_in_another_order(place: Place) -> None:
+    """diffusers notes which settings were left at their defaults, in an order that differs between processes."""
+    pipe, config = tiny.pipeline("flux"), ParallelConfig(pipefusion=2, timeout=20)
+    noted = pipe.transformer.config["_use_default_values"]
+    pipe.transformer.register_to_config(_use_default_values=noted[:: 1 - 2 * place.rank])
+    patchpipe.parallelize(pipe, config, group=place.join(config))
+
+
+def test_the_order_of_diffusers_own_notes_does_not_matter() -> None:
+    assert len(tiny.pipeline("flux").transformer.config["_use_default_values"]) > 1
+    run_ranks(2, configured_in_another_order)
+
+
 def test_a_refused_layout_leaves_the_pipeline_alone() -> None:
     pipe = tiny.pipeline("sd3")
     before = traces(pipe)
