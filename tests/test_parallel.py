@@ -1,10 +1,12 @@
-"""Every parallel method and product of methods against one process: exact methods and stale ones alike.
+"""Every parallel method and product of methods against plain diffusers and the naive oracle.
 
-Synchronous schedules on one process are bit-equal to plain diffusers (law 1), patched ones are the oracle
-(law 2), so equality with one process is equality with those.
+Where every step is a warm-up step, latents are compared with those of plain diffusers on one device; where patches
+stream, with those of the naive PipeFusion of `tests/oracle.py`, which knows nothing of ranks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -16,26 +18,51 @@ from tests.ranks import run_ranks
 
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py
 SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0}]
-TWO = [{"ulysses": 2}, {"cfg": 2}, {"pipefusion": 2}]
-THREE = [{"ulysses": 3}]
-FOUR = [{"pipefusion": 2, "ulysses": 2}, {"cfg": 2, "pipefusion": 2}, {"cfg": 2, "ulysses": 2}]
-EIGHT = [{"cfg": 2, "pipefusion": 2, "ulysses": 2}]
+# Rows of three tokens, odd in number, and of PixArt three heads: few of these degrees divide them.
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [{degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring", "tensor")],
+    3: [{"pipefusion": 3}, {"ulysses": 3}, {"ring": 3}],
+    4: [
+        {"pipefusion": 2, "ulysses": 2},
+        {"pipefusion": 2, "ring": 2},
+        {"pipefusion": 2, "tensor": 2},
+        {"cfg": 2, "pipefusion": 2},
+        {"cfg": 2, "ulysses": 2},
+        {"cfg": 2, "ring": 2},
+        {"data": 2, "pipefusion": 2},
+        {"ulysses": 2, "ring": 2},
+        {"ulysses": 2, "tensor": 2},
+        {"ring": 4},
+    ],
+    8: [{"cfg": 2, "pipefusion": 2, "ulysses": 2}, {"pipefusion": 2, "ring": 2, "ulysses": 2}],
+}
 
 
-@pytest.mark.parametrize("layouts", [TWO, THREE, FOUR, EIGHT], ids=["2", "3", "4", "8"])
+@pytest.mark.parametrize("ranks", LAYOUTS)
 @pytest.mark.parametrize("name", [*MODELS, "sd35"])
-def test_layouts_paint_what_one_process_paints(name, layouts):
-    errors = parity.differences(name, layouts, SCHEDULES)
+def test_layouts_paint_what_one_device_paints(name: str, ranks: int) -> None:
+    call: dict[str, Any] = {}
+    if ranks > 3:  # patches of rows enough for four ranks, and pictures to share
+        call = {"height": 16 * 9, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    errors = parity.differences(name, LAYOUTS[ranks], SCHEDULES, **call)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_data_parallel_pictures_are_those_of_one_device(name):
-    layouts = [{"data": 2}]
-    errors = parity.differences(name, layouts, SCHEDULES, num_images_per_prompt=3)
-    assert max(errors.values()) <= parity.TOLERANCE, errors
-    errors = parity.differences(name, [{"data": 2, "pipefusion": 2}], SCHEDULES, num_images_per_prompt=2)
-    assert max(errors.values()) <= parity.TOLERANCE, errors
+def test_data_parallel_pictures_are_those_of_one_device(name: str) -> None:
+    """Picture k is the same whatever the degree: of one prompt or of several, with one seed or one for each."""
+    several: dict[str, Any] = {"prompt": [tiny.PROMPT, tiny.OTHER_PROMPT, "frog"], "seeds": [5, 3, 8]}
+    if name == "flux":
+        several["negative_prompt"] = [tiny.OTHER_PROMPT] * 3
+    two: list[dict[str, int]] = [{"data": 2}]
+    for layouts, call in (
+        (two, {"num_images_per_prompt": 3}),
+        (two, several),
+        ([{"data": 3}], several),
+        ([{"data": 2, "pipefusion": 2}], several),
+    ):
+        errors = parity.differences(name, layouts, SCHEDULES[:2], **call)
+        assert max(errors.values()) <= parity.TOLERANCE, (layouts, call, errors)
 
 
 def test_ulysses_sends_what_its_formula_says():
