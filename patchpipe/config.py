@@ -23,8 +23,8 @@ class ParallelConfig:
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes one more than there are stages: with as
-            many as stages each would wait for every hop (1 on one device, and no more than there are stages where
-            patches would be too small to keep a device busy).
+            many as stages each would wait for every hop (1 on one device, no more than there are stages where
+            patches would be too small to keep a device busy, and never so many that one has fewer rows than ranks).
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
@@ -136,7 +136,8 @@ class ParallelConfig:
             return len(self.patch_rows)
         if self.patches is None:
             stages = self.pipefusion
-            return min(rows, max(stages, min(stages + 1, tokens // FEWEST_TOKENS))) if stages > 1 else 1
+            wanted = max(stages, min(stages + 1, tokens // FEWEST_TOKENS)) if stages > 1 else 1
+            return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "

@@ -145,11 +145,3 @@ def test_keys_and_values_take_what_their_formula_says(layout):
     for rank in run_ranks(stages * heads * layout.get("ring", 1), parity.paint, "flux", [layout], [schedule], call):
         kept = rank[str((layout, schedule))]["store_bytes"]
         assert kept == 2 * tokens * width * blocks // stages // heads * size * batch
-
-
-def test_ranks_for_a_second_branch_need_one():
-    call = {"negative_prompt": None, "true_cfg_scale": 1.0}
-    with pytest.raises(AssertionError, match=r"(?s)rank 0.*cfg=2 sets ranks aside.*rank 1.*cfg=2 sets ranks aside"):
-        run_ranks(2, parity.paint, "flux", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], call)
-    with pytest.raises(AssertionError, match="cfg=2 splits the two branches of guidance, but this call has none"):
-        run_ranks(2, parity.paint, "sd3", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], {"guidance_scale": 1.0})
