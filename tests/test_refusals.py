@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,7 @@ def refused_layouts(place: Place, folder: Path) -> dict[tuple[str, str], str]:
         for manner in MANNERS:
             without = plans_without_tensor() if "no plan" in title else nullcontext()
             with without:
-                found[title, manner] = told(
-                    lambda manner=manner, config=config: spread(manner, "pixart", folder, config)
-                )
+                found[title, manner] = told(partial(spread, manner, "pixart", folder, config))
     return found
 
 
@@ -110,14 +109,12 @@ def refused_requests(place: Place, folders: dict[str, Path]) -> dict[tuple[str, 
             pipe = spread(manner, name, folder, config)
             right = tiny.call_arguments(name, height=112, steps=2) | {"output_type": "latent"}
             low = {**right, "height": 32}
-            found[name, manner] = [
-                told(lambda call=call, pipe=pipe: pipe(**call)) for call in (right, unguided(name), low, right)
-            ]
+            found[name, manner] = [told(partial(pipe, **call)) for call in (right, unguided(name), low, right)]
             patchpipe.restore(pipe)
         config = ParallelConfig(ulysses=2, timeout=TIMEOUT)
         pipe = spread("parallelize", name, folder, config)
         calls = ({**right, "height": 16}, right)
-        found[name, "few rows"] = [told(lambda call=call, pipe=pipe: pipe(**call)) for call in calls]
+        found[name, "few rows"] = [told(partial(pipe, **call)) for call in calls]
         patchpipe.restore(pipe)
     return found
 
@@ -162,6 +159,6 @@ def test_the_number_of_patches_is_chosen_so_that_ranks_can_share_each() -> None:
     """7 rows among 4 ranks: two patches, as two stages would want, would leave 3 rows to the first."""
     config = ParallelConfig(pipefusion=2, ring=2, ulysses=2)
     assert [len(Cut.of(Rows(count, 3, 1), config).patches) for count in (4, 7, 8, 11, 12)] == [1, 1, 2, 2, 2]
+    cut = Cut.of(Rows(7, 3, 1), ParallelConfig(pipefusion=2, ring=2, ulysses=2, patches=2))
     with pytest.raises(ValueError, match="cannot be shared by 4 ranks"):
-        cut = Cut.of(Rows(7, 3, 1), ParallelConfig(pipefusion=2, ring=2, ulysses=2, patches=2))
         cut.split(cut.patches[0], 4)
