@@ -45,21 +45,9 @@ def start(*args: str, **kwargs: object) -> subprocess.Popen[str]:
 
 def test_generate_writes_numbered_pictures_and_a_report(model: str, tmp_path: Path) -> None:
     out, report = tmp_path / "new" / "out.png", tmp_path / "report.json"
-    layout = [
-        "--cfg",
-        "2",
-        "--pipefusion",
-        "2",
-        "--ulysses",
-        "2",
-        "--patches",
-        "2",
-        "--devices",
-        "cpu",
-        "--threads",
-        "1",
-    ]
-    with start("generate", "red apple", "owl", "--model", model, *layout, "-o", str(out), "--json", str(report)) as run:
+    layout = ["--cfg", "2", "--pipefusion", "2", "--ulysses", "2", "--patches", "2", "--threads", "1"]
+    files = ["--devices", "cpu", "-o", str(out), "--json", str(report)]
+    with start("generate", "red apple", "owl", "--model", model, *layout, *files) as run:
         text, errors = run.communicate(timeout=100)
     assert (run.returncode, errors) == (0, "")
     assert sorted(file.name for file in out.parent.iterdir()) == ["out-1.png", "out-2.png"]

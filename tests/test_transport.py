@@ -101,7 +101,7 @@ def test_a_wait_ends_at_its_deadline() -> None:
 
 
 ELEMENTS = 1 << 18
-BYTES_SENT = 200  # where Linux's tcp_info holds it, as 64 bits
+SENT_AND_RESENT = 200  # where Linux's tcp_info holds the two, as 64 bits each
 
 
 def socket_bytes() -> int:
@@ -112,9 +112,9 @@ def socket_bytes() -> int:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name))) as copy:
-                total += struct.unpack_from("Q", copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), BYTES_SENT)[
-                    0
-                ]
+                info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            sent, resent = struct.unpack_from("QQ", info, SENT_AND_RESENT)
+            total += sent - resent
         except (OSError, struct.error):  # closed meanwhile, or not a TCP connection
             continue
     return total
