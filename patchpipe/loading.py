@@ -72,13 +72,23 @@ def from_pretrained(
     found, problem = attempt(lambda: _Found.at(model, config, dtype, variant))
     group = meet(config, group, device, found.about if found else {}, problem)
     assert found is not None
+    try:
+        return _load(found, config, group, kwargs)
+    except Exception as error:
+        group.report_failure(f"{type(error).__name__}: {error}")
+        group.close()  # peers that have loaded theirs must not wait for the deadline
+        raise
+
+
+def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str, Any]) -> Any:
+    """Reads this rank's part and attaches it to the pipeline."""
     source, transformer, wanted, owned = found.source, found.transformer, found.dtype, found.stages[group.stage]
     names = owned_names(transformer, found.plan, owned, last=group.last)
     part = tensor_part(transformer, found.plan, owned, group.mesh.at("tensor"), config.tensor)
     slices = part.slices if part is not None else {}
     found.checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
     _finish(transformer, group.device)
-    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
+    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **options}
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group, owned, part).attach()

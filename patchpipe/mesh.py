@@ -25,6 +25,7 @@ from patchpipe.transport import Channel, Exchange, Wire
 from patchpipe.vae.rows import WireRows, join_rows
 
 CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
+LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 
@@ -232,7 +233,7 @@ class Group:
 
     @property
     def _failure_key(self) -> str:
-        return f"first_failure/{self._requests}"
+        return f"first_failure/{self._requests}" if self._requests else LOADING
 
     def report_failure(self, text: str) -> None:
         """Tells the other ranks why this one fails, unless another told first."""
@@ -278,9 +279,10 @@ class Group:
         if self._store is None:
             return None
         try:
-            if not self._store.check([self._failure_key]):
-                return None
-            return json.loads(self._store.get(self._failure_key))
+            for key in (self._failure_key, LOADING):
+                if self._store.check([key]):
+                    return json.loads(self._store.get(key))
+            return None
         except (RuntimeError, ValueError):
             return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import patchpipe
 from patchpipe import ParallelConfig, models
@@ -93,6 +95,12 @@ def test_every_rank_refuses_a_bad_layout_in_the_same_words(tmp_path: Path) -> No
         assert "\n" not in text
 
 
+WORDS = {
+    "few rows": "a patch of 1 token rows cannot be shared by 2 ranks",
+    "few pictures": "data=2 splits the pictures of a call, but there are only 1",
+}
+
+
 def unguided(name: str) -> dict[str, Any]:
     """A call of two pictures without guidance: even in number, so that the batch alone does not tell."""
     arguments = tiny.call_arguments(name, guided=False, height=112, steps=2) | {"num_images_per_prompt": 2}
@@ -113,8 +121,11 @@ def refused_requests(place: Place, folders: dict[str, Path]) -> dict[tuple[str, 
             patchpipe.restore(pipe)
         config = ParallelConfig(ulysses=2, timeout=TIMEOUT)
         pipe = spread("parallelize", name, folder, config)
-        calls = ({**right, "height": 16}, right)
-        found[name, "few rows"] = [told(partial(pipe, **call)) for call in calls]
+        found[name, "few rows"] = [told(partial(pipe, **call)) for call in ({**right, "height": 16}, right)]
+        patchpipe.restore(pipe)
+        pipe = spread("parallelize", name, folder, ParallelConfig(data=2, timeout=TIMEOUT))
+        calls = (unguided(name) | {"num_images_per_prompt": 1}, right | {"num_images_per_prompt": 2})
+        found[name, "few pictures"] = [told(partial(pipe, **call)) for call in calls]
         patchpipe.restore(pipe)
     return found
 
@@ -126,31 +137,43 @@ def test_every_rank_refuses_a_bad_request_in_the_same_words_and_goes_on(tmp_path
     for (name, manner), texts in first.items():
         assert texts[0 if manner in MANNERS else 1] == texts[-1] == "nothing", (name, manner, texts)
         if manner not in MANNERS:
-            assert "a patch of 1 token rows cannot be shared by 2 ranks" in texts[0]
+            assert texts[0].startswith(f"ValueError: {WORDS[manner]}")
             continue
         assert texts[1].startswith("ValueError: cfg=2 gives the second branch of guidance ranks of its own"), texts
         assert ("true_cfg_scale above 1" if name in ("flux", "qwen") else "guidance_scale above 1") in texts[1]
         assert "patches=3 is more than the 2 token rows" in texts[2]
 
 
-def lone_trouble(place: Place, folder: Path) -> list[str]:
-    """What ranks hear when one of them alone cannot go on; and when a group was joined for something else."""
+def lone_trouble(place: Place, folder: Path, broken: Path) -> list[str]:
+    """What ranks hear when one alone finds no model, when a group was joined for another layout, when weights lack."""
     as_torchrun_starts(place)
     config = ParallelConfig(ring=2, timeout=TIMEOUT)
     path = folder if place.rank == 0 else folder / "not here"
     group = place.join(ParallelConfig(ulysses=2, timeout=TIMEOUT))
+
+    def load_and_paint() -> None:
+        pipe = patchpipe.from_pretrained(broken if place.rank else folder, config, device="cpu")
+        pipe(**tiny.call_arguments("pixart", height=112, steps=2), output_type="latent")
+
     return [
         told(lambda: patchpipe.from_pretrained(path, config, device="cpu")),
         told(lambda: patchpipe.from_pretrained(path, config, group=place.join(config))),
         told(lambda: patchpipe.parallelize(tiny.pipeline("pixart"), config, group=group)),
+        told(load_and_paint),
     ]
 
 
 def test_the_others_hear_of_a_rank_that_cannot_go_on(tmp_path: Path) -> None:
-    first, second = run_ranks(RANKS, lone_trouble, tiny.save("pixart", tmp_path))
+    folder = tiny.save("pixart", tmp_path / "whole")
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in load_file(weights).items() if name != "proj_out.bias"}, weights)
+    first, second = run_ranks(RANKS, lone_trouble, folder, broken)
     for ours, theirs in zip(first[:2], second[:2], strict=True):
         assert theirs.startswith("FileNotFoundError: ")
         assert ours == f"RankFailed: rank 1 failed first: {theirs}"
+    assert second[3].startswith("ValueError: the weights in ")
+    assert first[3] == f"RankFailed: rank 1 failed first: {second[3]}"
     assert first[2] == second[2]
     assert first[2].startswith("ValueError: the group was joined for another layout (ulysses 2")
 
