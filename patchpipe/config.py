@@ -23,7 +23,7 @@ class ParallelConfig:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes the number whose step is the shortest:
             more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.patches.quickest``).
+            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
@@ -141,7 +141,8 @@ class ParallelConfig:
         if self.patches is None:
             from patchpipe.patches import quickest
 
-            return min(rows, quickest(self.pipefusion, tokens / (self.ulysses * self.ring), hop))
+            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), hop)
+            return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "
