@@ -37,6 +37,8 @@ class Link:
         trunk: Bytes a second between islands, each way, shared by everything that crosses.
         contention: How an exchange of all with all degrades: a rank's bandwidth falls as (2 / ranks) to this power.
             0 for switches of full bisection; PCIe through the CPUs is far from it.
+        interference: Share of the shorter of a transfer and the computing beside it that is not hidden: both want the
+            device's memory and some of its processors.
         source: Where the figures are from.
     """
 
@@ -46,13 +48,14 @@ class Link:
     island: int
     trunk: float
     contention: float
+    interference: float
     source: str
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "island", "trunk"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} of link {self.name} must be above 0")
-        for name in ("latency", "contention"):
+        for name in ("latency", "contention", "interference"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} of link {self.name} must be 0 or more")
 
@@ -61,6 +64,10 @@ class Link:
         if line.extent <= self.island:
             return self.bandwidth
         return min(self.bandwidth, self.trunk / line.stride)
+
+    def exposed(self, transfer: float, computing: float) -> float:
+        """Seconds by which a transfer lengthens the computing that it runs beside."""
+        return max(0.0, transfer - computing) + self.interference * min(transfer, computing)
 
     def send(self, size: float, line: Line) -> float:
         """Seconds of one hop of ``size`` bytes along a line."""
@@ -84,19 +91,24 @@ class Link:
 
 
 _SHARED = 2.1  # all-to-all over PCIe: 17 GB/s a rank between 2 ranks, 0.9 among 8 (CogVideoX, PixArt, FLUX.1 on L40)
+_BESIDE = 0.5  # CogVideoX's Ring of 2 and PixArt's DistriFusion of 8 on L40 hide about half of what they could
 _MEASURED = (
-    "×16 slots of a host with two CPU sockets of four; pair bandwidth, all-to-all and trunk from Ulysses and USP on "
+    "×16 slots of a host with two CPU sockets of four; pair bandwidth, all-to-all and trunk from Ulysses, Ring and USP on "
     "8×L40 in xDiT's documentation and arXiv 2405.14430"
 )
 _SCALED = "as PCIe 4.0, scaled by the generation's rate"
 LINKS: tuple[Link, ...] = (
-    Link("pcie3", 9 * GB, 15e-6, 4, 13.5 * GB, _SHARED, _SCALED),
-    Link("pcie4", 18 * GB, 15e-6, 4, 27 * GB, _SHARED, _MEASURED),
-    Link("pcie5", 36 * GB, 15e-6, 4, 54 * GB, _SHARED, _SCALED),
-    Link("nvlink3", 230 * GB, 12e-6, 8, 24 * GB, 0.0, "A100 with NVSwitch, 300 GB/s each way, about 230 under NCCL"),
-    Link("nvlink4", 360 * GB, 12e-6, 8, 48 * GB, 0.0, "H100 with NVSwitch, 450 GB/s each way, about 360 under NCCL"),
-    Link("25gbe", 2.9 * GB, 40e-6, 1, 1e15, 0.0, "25 Gbit/s less 6 % of headers; a rank a host, on one switch"),
-    Link("100gbe", 11.6 * GB, 40e-6, 1, 1e15, 0.0, "100 Gbit/s less 6 % of headers; a rank a host, on one switch"),
+    Link("pcie3", 9 * GB, 15e-6, 4, 13.5 * GB, _SHARED, _BESIDE, _SCALED),
+    Link("pcie4", 18 * GB, 15e-6, 4, 27 * GB, _SHARED, _BESIDE, _MEASURED),
+    Link("pcie5", 36 * GB, 15e-6, 4, 54 * GB, _SHARED, _BESIDE, _SCALED),
+    Link(
+        "nvlink3", 230 * GB, 12e-6, 8, 24 * GB, 0.0, 0.3, "A100 with NVSwitch, 300 GB/s each way, about 230 under NCCL"
+    ),
+    Link(
+        "nvlink4", 360 * GB, 12e-6, 8, 48 * GB, 0.0, 0.3, "H100 with NVSwitch, 450 GB/s each way, about 360 under NCCL"
+    ),
+    Link("25gbe", 2.9 * GB, 40e-6, 1, 1e15, 0.0, 0.2, "25 Gbit/s less 6 % of headers; a rank a host, on one switch"),
+    Link("100gbe", 11.6 * GB, 40e-6, 1, 1e15, 0.0, 0.2, "100 Gbit/s less 6 % of headers; a rank a host, on one switch"),
 )
 
 

@@ -147,7 +147,7 @@ class Schedule:
             spent = [self._block(block, piece, steady) for block in blocks]
             computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
-                exchanged = max(0.0, exchanged - computed)
+                exchanged = self.link.exposed(exchanged, computed)
             times.append(outside + computed + exchanged)
             compute.append(outside + computed)
         return Unit(tuple(times), tuple(compute), self._hops(piece))
@@ -201,7 +201,7 @@ class Schedule:
         if ranks == 1:
             return 0.0
         hop = self.link.send(2 * activation, self.layout.line("ring"))
-        return (ranks - 1) * max(0.0, hop - attention / ranks)
+        return (ranks - 1) * self.link.exposed(hop, attention / ranks)
 
     def _displaced(self, activation: float) -> float:
         ranks = self.config.distrifusion
