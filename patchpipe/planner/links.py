@@ -93,7 +93,7 @@ class Link:
 _SHARED = 2.1  # all-to-all over PCIe: 17 GB/s a rank between 2 ranks, 0.9 among 8 (CogVideoX, PixArt, FLUX.1 on L40)
 _BESIDE = 0.5  # CogVideoX's Ring of 2 and PixArt's DistriFusion of 8 on L40 hide about half of what they could
 _MEASURED = (
-    "×16 slots of a host with two CPU sockets of four; pair bandwidth, all-to-all and trunk from Ulysses, Ring and USP on "
+    "×16 slots of a host with two CPU sockets of four; bandwidth, all-to-all and trunk from Ulysses, Ring and USP on "
     "8×L40 in xDiT's documentation and arXiv 2405.14430"
 )
 _SCALED = "as PCIe 4.0, scaled by the generation's rate"

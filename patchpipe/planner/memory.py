@@ -68,7 +68,7 @@ def stage_parameters(layout: Layout, blocks: tuple[Block, ...], last: bool) -> i
 def stored(layout: Layout, blocks: tuple[Block, ...]) -> int:
     """Bytes of the keys and values a rank keeps: of all tokens, for its own blocks and heads."""
     workload, config = layout.workload, layout.config
-    if len(layout.patches) == 1 and config.distrifusion == 1:
+    if config.synchronous or (len(layout.patches) == 1 and config.distrifusion == 1):
         return 0
     entries = layout.batch * layout.calls
     elements = 0.0

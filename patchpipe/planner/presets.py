@@ -136,6 +136,7 @@ class Preset:
             embedders=self.embedders,
             head=self.head,
             components={part: int(size * GB) for part, size in self.components.items()},
+            height=height,
             pixels=height * width,
             transformer=self.transformer,
             runnable=self.runnable,
@@ -163,39 +164,39 @@ _SD3_PARTS = {"text_encoder": 0.25, "text_encoder_2": 1.39, "text_encoder_3": T5
 PRESETS: tuple[Preset, ...] = (
     Preset(
         "flux.1-dev", "black-forest-labs/FLUX.1-dev", "FluxTransformer2DModel", _flux, 24, 512, 28,
-        guided=False, guidance="calls", embedders=44_292_096, head=19_071_040, components=_FLUX_PARTS,
+        guided=False, guidance="calls", embedders=45_047_808, head=19_077_184, components=_FLUX_PARTS,
     ),
     Preset(
         "flux.1-schnell", "black-forest-labs/FLUX.1-schnell", "FluxTransformer2DModel", _flux, 24, 256, 4,
-        guided=False, guidance="calls", embedders=34_063_872, head=19_071_040, components=_FLUX_PARTS,
+        guided=False, guidance="calls", embedders=34_818_048, head=19_077_184, components=_FLUX_PARTS,
     ),
     Preset(
         "sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", "SD3Transformer2DModel",
-        lambda: (dual(1536),) * 24, 24, 333, 28, embedders=12_000_000, head=4_820_032, components=_SD3_PARTS,
+        lambda: (dual(1536),) * 24, 24, 333, 28, embedders=71_279_616, head=4_820_032, components=_SD3_PARTS,
     ),
     Preset(
         "sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium", "SD3Transformer2DModel",
         lambda: (dual(1536, attention2=True),) * 13 + (dual(1536),) * 11, 24, 333, 40,
-        embedders=12_000_000, head=4_820_032, components=_SD3_PARTS,
+        embedders=241_148_928, head=4_820_032, components=_SD3_PARTS,
     ),
     Preset(
         "sd3.5-large", "stabilityai/stable-diffusion-3.5-large", "SD3Transformer2DModel",
-        lambda: (dual(2432),) * 38, 38, 333, 28, embedders=22_000_000, head=11_990_848, components=_SD3_PARTS,
+        lambda: (dual(2432),) * 38, 38, 333, 28, embedders=117_217_536, head=11_989_824, components=_SD3_PARTS,
     ),
     Preset(
         "pixart-alpha", "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtTransformer2DModel",
         lambda: (crossed(1152),) * 28, 16, 120, 20, joint=False,
-        embedders=16_000_000, head=40_000, components={"text_encoder": T5_XXL, "vae": 0.17},
+        embedders=16_156_800, head=36_896, components={"text_encoder": T5_XXL, "vae": 0.17},
     ),
     Preset(
         "pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtTransformer2DModel",
         lambda: (crossed(1152),) * 28, 16, 300, 20, joint=False,
-        embedders=16_000_000, head=40_000, components={"text_encoder": T5_XXL, "vae": 0.17},
+        embedders=15_663_744, head=36_896, components={"text_encoder": T5_XXL, "vae": 0.17},
     ),
     Preset(
         "qwen-image", "Qwen/Qwen-Image", "QwenImageTransformer2DModel",
         lambda: (dual(3072),) * 60, 24, 128, 50, guidance="calls",
-        embedders=21_000_000, head=19_000_000, components={"text_encoder": 16.58, "vae": 0.25},
+        embedders=21_446_144, head=19_077_184, components={"text_encoder": 16.58, "vae": 0.25},
     ),
     Preset(
         "hunyuandit", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "HunyuanDiT2DModel",

@@ -22,11 +22,13 @@ class Profile:
     Attributes:
         device: The device.
         link: The link.
+        dtype: In what the device's figures are meant, and a model is loaded as a rule.
         slowdown: Compute takes this many times what the device's figures say; a measured run calibrates it.
     """
 
     device: Device
     link: Link
+    dtype: str = "bf16"
     slowdown: float = 1.0
 
     def __post_init__(self) -> None:
@@ -69,4 +71,4 @@ class Profile:
                 f"{file} is a profile of version {data.get('version')}, this patchpipe reads version {VERSION}: "
                 f"write it anew with `patchpipe profile -o {file}`"
             )
-        return cls(Device(**data["device"]), Link(**data["link"]), float(data["slowdown"]))
+        return cls(Device(**data["device"]), Link(**data["link"]), data["dtype"], float(data["slowdown"]))

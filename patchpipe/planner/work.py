@@ -108,7 +108,8 @@ class Workload:
         embedders: Parameters outside the blocks that every rank holds.
         head: Parameters that the last stage alone holds.
         components: Bytes of the text encoders and the VAE.
-        pixels: Pixels that the VAE decodes at once; 0 leaves its working memory out.
+        height: Pixels.
+        pixels: Pixels of a frame, which the VAE decodes at once.
         transformer: The diffusers class, if known.
         runnable: Whether patchpipe has a plan for the class.
         tensor: Whether the plan says how matrices split.
@@ -128,6 +129,7 @@ class Workload:
     embedders: int = 0
     head: int = 0
     components: Mapping[str, int] = field(default_factory=dict)
+    height: int = 0
     pixels: int = 0
     transformer: str = ""
     runnable: bool = True
