@@ -17,7 +17,6 @@ Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 SPREAD: Literal["spread"] = "spread"
 DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
-FEWEST_TOKENS = 256  # in a patch, before the default number of patches is lowered towards the stages
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes one more than there are stages: with as
-            many as stages each would wait for every hop (1 on one device, and no more than there are stages where
-            patches would be too small to keep a device busy).
+        patches: Number of patches M the latent is cut into. ``None`` takes the number whose step is the shortest:
+            more patches than stages hide the hops between stages, fewer are cheaper to compute (see
+            ``patchpipe.patches.quickest``).
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
@@ -167,8 +166,13 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    def patches_for(self, rows: int, tokens: int) -> int:
+    def patches_for(self, rows: int, tokens: int, hop: float = 0.0) -> int:
         """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
+
+        Args:
+            rows: Token rows.
+            tokens: Tokens, of image and text.
+            hop: Time a patch takes from stage to stage, as a share of the time it takes in a stage.
 
         Raises:
             ValueError: More patches were asked for than there are rows.
@@ -176,8 +180,9 @@ class ParallelConfig:
         if self.patch_rows is not None:
             return len(self.patch_rows)
         if self.patches is None:
-            stages = self.pipefusion
-            return min(rows, max(stages, min(stages + 1, tokens // FEWEST_TOKENS))) if stages > 1 else 1
+            from patchpipe.patches import quickest
+
+            return min(rows, quickest(self.pipefusion, tokens / (self.ulysses * self.ring), hop))
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "

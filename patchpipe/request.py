@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchpipe.balance import hop_share
 from patchpipe.config import ParallelConfig
 from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
@@ -139,7 +140,8 @@ class Request:
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
             rows = self.plan.grid.rows(self.model, shape, inputs)
-            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs)), spatial
+            hop = hop_share(self.model, self.plan, self.config, self.group.device)
+            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), hop), spatial
             self._branches.clear()
             self.memo.clear()
             self.stats.patches = len(self._cut.patches)

@@ -45,7 +45,7 @@ def _steps(count: int) -> str:
 
 def _over_next(choice: Choice) -> str:
     if len(choice.ranked) < 2:
-        return "no other layout fits"
+        return "no other layout fits" if choice.best.config.world_size > 1 else ""
     best, second = choice.ranked[:2]
     longer = second.seconds / best.seconds - 1
     name = second.config.describe().rpartition(" · ")[0]
