@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md anew from the files of results.
+"""Writes the tables of docs/benchmarks.md and docs/planner.md anew from the files of results.
 
 python -m bench.report
 
@@ -12,20 +12,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.planner import predictions
 from bench.rounds import load
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCUMENTS = tuple(Path(__file__).parent.parent / "docs" / name for name in ("benchmarks.md", "planner.md"))
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     """Renders every table whose results are there; the others stay as they are."""
-    DOCUMENT.write_text(_TABLE.sub(_rendered, DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(_TABLE.sub(_rendered, document.read_text()))
 
 
 def _rendered(found: re.Match[str]) -> str:
     figures = load(found[2])
-    return found[0] if figures is None else f"{found[1]}{table(figures)}{found[3]}"
+    if figures is None:
+        return found[0]
+    text = predictions(figures) if "choices" in figures else table(figures)
+    return f"{found[1]}{text}{found[3]}"
 
 
 def table(figures: dict[str, Any]) -> str:

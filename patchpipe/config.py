@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.combinations import check_combination
+
+if TYPE_CHECKING:
+    from patchpipe.planner.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
@@ -96,6 +100,43 @@ class ParallelConfig:
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds")
+
+    @classmethod
+    def auto(
+        cls,
+        model: str | Path,
+        devices: int,
+        *,
+        device: str | None = None,
+        link: str | None = None,
+        profile: Profile | str | Path | None = None,
+        exact: bool = False,
+        memory: float | None = None,
+        warmup: int = 1,
+        **asked: Any,
+    ) -> ParallelConfig:
+        """The layout that the planner predicts to be fastest.
+
+        Args:
+            model: A known name such as ``"flux.1-dev"``, a folder or a hub id.
+            devices: Ranks.
+            device: A known card such as ``"l40"``.
+            link: A known link such as ``"pcie4"``.
+            profile: A profile or its file, as ``patchpipe profile`` writes it, instead of ``device`` and ``link``.
+            exact: Only methods whose picture is that of one device, up to the order of sums.
+            memory: GiB a device may hold; ``None`` takes all it has.
+            warmup: Synchronous steps.
+            **asked: The request: ``height``, ``width``, ``steps``, ``guidance``, ``pictures``, ``text_tokens``,
+                ``dtype``; see ``patchpipe.planner.workloads.Asked``.
+
+        Raises:
+            ValueError: A name is unknown, or no layout fits.
+            FileNotFoundError: There is no such model or profile.
+        """
+        from patchpipe.planner.choose import best_config
+
+        wishes = {"exact": exact, "memory": None if memory is None else int(memory * 2**30), "warmup": warmup}
+        return best_config(model, devices, device, link, profile, wishes, asked)
 
     @property
     def world_size(self) -> int:

@@ -96,7 +96,7 @@ def _stages(
 ) -> list[StageInfo]:
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
-    components = _component_parameters(source)
+    components = component_parameters(source)
     split = split_blocks(transformer, plan, config)
     check_tensor(transformer, plan, config.tensor)
     for rank in range(config.world_size):
@@ -123,7 +123,8 @@ def _home(part: str, config: ParallelConfig) -> int:
     return config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
 
 
-def _component_parameters(source: PipelineFolder) -> dict[str, int]:
+def component_parameters(source: PipelineFolder) -> dict[str, int]:
+    """Parameters of the VAE and of every text encoder."""
     parts = [
         part
         for part, entry in source.index.items()

@@ -61,9 +61,9 @@ class Group:
         self._agreements = 0
         if self.world_size > 1:
             assert store is not None
-            self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
+            self._control = process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
             for name, carries in (("forward", "stream"), ("return", "prediction")):
-                inner = _process_group(store, name, backend, rank, self.world_size, config.timeout)
+                inner = process_group(store, name, backend, rank, self.world_size, config.timeout)
                 self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
         self.lines: dict[Axis, Exchange] = {}
         for axis in (*SEQUENCE_AXES, "tensor"):
@@ -73,7 +73,7 @@ class Group:
 
     def _line(self, store: dist.Store, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
-        inner = _process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
+        inner = process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
         options = (self.config.timeout, self.explain, CARRIES.get(axis, axis))
         wire = Wire(inner, self.device, self.backend, *options)
         return Exchange(wire, index, len(ranks), ranks)
@@ -422,7 +422,7 @@ def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: i
     return "nccl" if "cpu" not in seen and len(set(seen)) == world_size else "gloo"
 
 
-def _process_group(
+def process_group(
     store: dist.Store, name: str, backend: str, rank: int, world_size: int, timeout: float
 ) -> dist.ProcessGroup:
     """A process group of its own on ``store``; unlike ``new_group`` it leaves no global state behind."""

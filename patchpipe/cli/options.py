@@ -31,6 +31,8 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=kwargs.pop("default", False), **kwargs)
 
 
+option = _option  # for commands with options of their own
+
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
 Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
 Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
