@@ -27,6 +27,8 @@ class Volume:
     itemsize: int
 
 
+# More than these no pipeline of diffusers has.
+ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 # 19 dual-stream blocks with two sums over all tokens each, 38 single-stream blocks with one.
 FLUX_AT_1024 = Volume(tokens=4608, width=3072, attended=57 * 4608, summed=(2 * 19 + 38) * 4608, itemsize=2)
 
@@ -102,7 +104,7 @@ def _holdings(config: ParallelConfig, mesh: Mesh) -> str:
     if config.data > 1:
         held.append(f"pictures {mesh.at('data') + 1}/{config.data}")
     if config.text_rank == SPREAD:
-        held += ["a text encoder, if there are as many"] if mesh.rank != config.output_rank else []
+        held += [f"{title}, if any" for name, title in ENCODERS.items() if config.encoder_rank(name) == mesh.rank]
     elif mesh.rank == config.encoder_rank():
         held.append("text encoders")
     if config.parallel_vae:
