@@ -173,8 +173,8 @@ def empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
     """
     new = list(asked[0] if len(asked) == 1 and not isinstance(asked[0], int) else asked)
     if -1 in new and 0 in new:
-        known = prod(size for size in new if size > 0)
-        new[new.index(-1)] = prod(size for size in old if size > 0) // known
+        known = prod([size for size in new if size > 0])
+        new[new.index(-1)] = prod([size for size in old if size > 0]) // known
     return new
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional
@@ -124,17 +125,11 @@ def _traced_module(path: str, width: int, order: Tensor) -> Callable[..., Tensor
     return forward
 
 
-def _unbroken(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """A block's forward whose streams leave as they come in, unbroken, lest the next block need another graph.
-
-    It has a code object of its own: torch keeps graphs by code, and counts them against a limit.
-    """
+def _own_code(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """A function with a code object of its own: torch keeps graphs by code, and counts them against a limit."""
 
     def run(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = forward(block, *args, **kwargs)
-        if isinstance(result, tuple):
-            return tuple(None if part is None else part.contiguous() for part in result)
-        return result.contiguous()
+        return forward(block, *args, **kwargs)
 
     return FunctionType(run.__code__.replace(co_name=name), run.__globals__, name, closure=run.__closure__)
 
@@ -155,8 +150,8 @@ class Kind:
 
     def __init__(self, block: nn.Module, name: str) -> None:
         self.name, self.graphs = name, 0
-        self._eager = _unbroken(type(block).forward, name)
-        self._run: Callable[..., Any] = torch.compile(self._eager, backend=self._build, dynamic=True, fullgraph=True)
+        self._eager = _own_code(type(block).forward, name)
+        self._run: Callable[..., Any] = torch.compile(self._eager, backend=self._build, fullgraph=True)
 
     def __call__(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """A block's result, by a graph that is there already or a new one."""
@@ -174,6 +169,19 @@ class Kind:
     def _build(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.graphs += 1
         return lookup_backend(BACKEND)(graph, inputs)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as graphs are made for: strides that follow from their shape, no view of a larger one, sizes dynamic."""
+    if isinstance(value, tuple):
+        return tuple(_plain(part) for part in value)
+    if not isinstance(value, Tensor):
+        return value
+    rows = value.contiguous().view(-1).view(value.shape).data if value.numel() else value.new_empty(value.shape)
+    for dim, size in enumerate(rows.shape):
+        if size > 1:
+            maybe_mark_dynamic(rows, dim)
+    return rows
 
 
 class CompiledBlock:
@@ -220,7 +228,7 @@ class CompiledBlock:
         self._calls.clear()
         token = _at_work.set(self)
         try:
-            result = self.kind(self.block, *args, **kwargs)
+            result = self.kind(self.block, *_plain(args), **{name: _plain(value) for name, value in kwargs.items()})
         finally:
             _at_work.reset(token)
         for path, attended in self._attended.items():
