@@ -135,7 +135,11 @@ class Attachment:
     def _compile(self) -> None:
         from patchpipe.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
 
-        self.graphs, undo = compile_blocks(self._stage.blocks)
+        try:
+            self.graphs, undo = compile_blocks(self._stage.blocks)
+        except ValueError:
+            self.detach()
+            raise
         self._undo.append(undo)
 
     def _hook_text(self) -> None:

@@ -210,8 +210,9 @@ class Attended:
         """
         attending, compute = self.find(), functional.scaled_dot_product_attention
         if attending is None:
-            *usual, scale, grouped = options
-            return compute(*rows, mask, *usual, scale=scale, **({"enable_gqa": True} if grouped else {}))
+            dropout, causal, scale, grouped = options
+            more = {"enable_gqa": True} if grouped else {}
+            return compute(*rows, mask, dropout, causal, scale=scale, **more)
         if attending.outlives:
             rows = (rows[0].clone(), rows[1].clone(), rows[2].clone())
         return _StoreMode(attending).attend(compute, *rows, mask, *options)

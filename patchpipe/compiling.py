@@ -5,9 +5,9 @@ that the compiler calls but does not look into: self-attention, which goes throu
 the patch; modules whose result patches share; and the Linears that end with a sum over ranks. All three are the hooks
 that an eager stage has, found by the ``forward`` they put on a module, so that nothing here knows what they do.
 
-Blocks of one kind run the same code on different parameters, so that they share graphs. Rows are dynamic. torch never
-treats 0 and 1 as any other number, so that patches without text rows have a graph of their own, and so do batches of
-one entry: up to four graphs a kind, of which a request without guidance in a batch uses two.
+Blocks of one kind run the same code on different parameters, so that they share graphs. Sizes are dynamic, but torch
+never treats 0 and 1 as any other number, so that patches without text rows have a graph of their own, and so do batches
+of one entry: up to four graphs a kind, of which a request for one picture without guidance in a batch uses two.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class CompiledBlock:
         self._attended: dict[str, Attended] = {}
         self._hooked: dict[str, Callable[..., Any]] = {}
         self._calls: Counter[str] = Counter()
-        self._modules = {path: module for path, module in _hooked_modules(place.block).items()}
+        self._modules = _hooked_modules(place.block)
 
     def attach(self) -> None:
         """Puts what is to be traced in the place of the hooks, and this in the place of the block's forward."""
@@ -274,7 +274,9 @@ def compile_blocks(places: list[BlockPlace]) -> tuple[Mapping[str, int], Callabl
         structure = _structure(place)
         if structure not in kinds:
             same_class = sum(kind.name.startswith(type(place.block).__name__) for kind in kinds.values())
-            kinds[structure] = Kind(place.block, type(place.block).__name__ + (f"_{same_class + 1}" if same_class else ""))
+            kinds[structure] = Kind(
+                place.block, type(place.block).__name__ + (f"_{same_class + 1}" if same_class else "")
+            )
         blocks.append(CompiledBlock(place, kinds[structure], order))
     for block in blocks:
         block.attach()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-from patchpipe.combinations import check_combination
+from patchpipe.combinations import check_combination, check_compiled
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
@@ -85,6 +85,8 @@ class ParallelConfig:
             )
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r} must be True or False")
+        if self.compile:
+            check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.patches is not None:
             _at_least("patches", self.patches, 1)
         if self.warmup != ALL_STEPS:
