@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
@@ -51,6 +51,7 @@ class Attachment:
         config: The layout.
         group: The ranks.
         runner: Runs the transformer's calls.
+        graphs: Graphs that were compiled so far, by kind of block.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Attachment:
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
         self._tracing: Tracing | None = None
+        self.graphs: Mapping[str, int] = {}
 
     @property
     def last(self) -> RequestStats:
@@ -117,6 +119,8 @@ class Attachment:
             self._undo.append(self._part.detach)
         self._stage.attach()
         self._undo.append(self._stage.detach)
+        if self.config.compile:
+            self._compile()
         self._set(model, "forward", self.runner.forward)
         if hasattr(model, "cache_context"):
             original = model.cache_context
@@ -130,6 +134,16 @@ class Attachment:
         pipe.__class__ = _served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
+
+    def _compile(self) -> None:
+        from patchpipe.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
+
+        try:
+            self.graphs, undo = compile_blocks(self._stage.blocks)
+        except ValueError:
+            self.detach()
+            raise
+        self._undo.append(undo)
 
     def _hook_text(self) -> None:
         """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""

@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchpipe.combinations import check_combination
+from patchpipe.combinations import check_combination, check_compiled
 
 if TYPE_CHECKING:
     from patchpipe.planner.profiles import Profile
@@ -47,6 +47,8 @@ class ParallelConfig:
             and values one step late (DistriFusion, arXiv 2402.19481); instead of ``pipefusion``.
         parallel_vae: Decode and encode pictures in strips of rows, one per rank, each of which then holds the
             VAE: about 1/N of the memory, the same picture up to float tolerance.
+        compile: Compile the blocks a rank owns with ``torch.compile``, each kind of block once for all shapes. The
+            first request takes longer; results agree with eager ones to float tolerance.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -69,6 +71,7 @@ class ParallelConfig:
     tensor: int = 1
     distrifusion: int = 1
     parallel_vae: bool = False
+    compile: bool = False
     backend: Backend = "auto"
     timeout: float = 300.0
 
@@ -83,6 +86,10 @@ class ParallelConfig:
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
                 "with pipefusion, patches or patch_rows"
             )
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile={self.compile!r} must be True or False")
+        if self.compile:
+            check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.patches is not None:
             _at_least("patches", self.patches, 1)
         if self.warmup != ALL_STEPS:
@@ -200,7 +207,7 @@ class ParallelConfig:
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
-        return " · ".join([*(degrees or ["one device"]), steps])
+        return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""

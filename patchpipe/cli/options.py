@@ -43,6 +43,7 @@ Distrifusion = Annotated[
     int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
 ]
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
+Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
 Patches = Annotated[int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]")]
 Warmup = Annotated[
     str,
