@@ -70,9 +70,10 @@ class Contender:
         """Whether this rank has no part in it."""
         return self.name == PLAIN and self.place.rank > 0
 
-    def run(self) -> Any:
-        """One request."""
-        return self.pipe(**self.call, generator=torch.Generator().manual_seed(0), output_type="latent")
+    def run(self, steps: int | None = None) -> Any:
+        """One request, of fewer steps if told."""
+        call = self.call if steps is None else {**self.call, "num_inference_steps": steps}
+        return self.pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
 
     def figures(self) -> dict[str, Any]:
         """What it tells of its last request, beside the time."""

@@ -46,13 +46,12 @@ def table(figures: dict[str, Any]) -> str:
     if "link" in figures:
         lines[-1] += (
             f" rho {figures['rho']:.2f}: a layer takes {figures['layer_seconds'] * 1e3:.0f} ms here, so the link is "
-            f"shaped to {figures['bandwidth'] * 8 / 1e6:.0f} Mbit/s."
+            f"shaped to {figures['bandwidth'] * 8 / 1e6:.0f} Mbit/s. The planner takes {figures['choice']}."
         )
-    lines += [
-        "",
-        "| method | patches | seconds | speed-up (spread) | of PipeFusion's bound | waited, by rank | sent, by rank |",
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |", *(_row(row, limit) for row in figures["rows"])]
+    columns = ["method", "patches", "seconds", "speed-up (spread)", "of PipeFusion's bound", "waited, by rank", "sent"]
+    columns += ["predicted"] if "link" in figures else []
+    lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines += [_row(row, limit) for row in figures["rows"]]
     return "\n".join(lines) + "\n"
 
 
@@ -63,8 +62,14 @@ def _row(row: dict[str, Any], limit: float) -> str:
     sent = " / ".join(f"{size / 1e6:.0f} MB" for size in row["sent_bytes"])
     return (
         f"| {row['name']} | {row['patches']} | {median(row['seconds']):.1f} | {row['speedup']:.2f}× ({spread}) | "
-        f"{share} | {waited} | {sent} |"
+        f"{share} | {waited} | {sent} |{_predicted(row)}"
     )
+
+
+def _predicted(row: dict[str, Any]) -> str:
+    if "predicted" not in row:
+        return ""
+    return f" {row['predicted']:.1f} s |" if row["predicted"] else "  |"
 
 
 if __name__ == "__main__":
