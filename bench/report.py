@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.one_device import cells
 from bench.planner import predictions
 from bench.rounds import load
 
@@ -29,8 +30,20 @@ def _rendered(found: re.Match[str]) -> str:
     figures = load(found[2])
     if figures is None:
         return found[0]
-    text = predictions(figures) if "choices" in figures else table(figures)
+    if "choices" in figures:
+        text = predictions(figures)
+    else:
+        text = patches_of_one(figures) if "patches_of_one" in figures else table(figures)
     return f"{found[1]}{text}{found[3]}"
+
+
+def patches_of_one(figures: dict[str, Any]) -> str:
+    """One device with more and more patches, in Markdown."""
+    lines = ["```bash", figures["command"], "```", "", f"{figures['machine']['cpu']}, {figures['dtype']}.", ""]
+    lines += ["| patches | tokens | ms a step | beside plain diffusers | spread | ms a patch |"]
+    lines += ["| --- | --- | --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join(cells(one))} |" for one in figures["patches_of_one"]]
+    return "\n".join(lines) + "\n"
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -56,6 +56,20 @@ def flux() -> tuple[Any, dict[str, Any]]:
     return _pipeline("flux", transformer), _call(max_sequence_length=64)
 
 
+def flux_real() -> tuple[Any, dict[str, Any]]:
+    """FLUX.1's own sizes at 1024 pixels, for a GPU: 12 billion random weights in bfloat16, made on the device."""
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            sizes = {"in_channels": 16, "joint_attention_dim": tiny.WIDTH, "pooled_projection_dim": 16}
+            transformer = FluxTransformer2DModel(**sizes)
+    finally:
+        torch.set_default_dtype(kept)
+    pipe, call = _pipeline("flux", lambda: transformer), _call(max_sequence_length=512)
+    return pipe, {**call, "height": 1024, "width": 1024}
+
+
 def sd3() -> tuple[Any, dict[str, Any]]:
     """Joint blocks; the text is CLIP's 32 tokens and T5's 64."""
     transformer = lambda: SD3Transformer2DModel(  # noqa: E731
@@ -92,6 +106,7 @@ def _call(**settings: Any) -> dict[str, Any]:
 SHAPES = {
     "bundled": Shape(bundled, image=64, text=32, width=256, blocks=9),
     "flux": Shape(flux, image=1024, text=64),
+    "flux-real": Shape(flux_real, image=4096, text=512, width=3072, blocks=57),
     "sd3": Shape(sd3, image=1024, text=96),
     "pixart": Shape(pixart, image=1024),
 }
