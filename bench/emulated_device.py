@@ -36,7 +36,7 @@ from patchpipe.tensor import INPUTS, SplitLinear, split_linears
 from patchpipe.transport import Wire
 
 BEFORE = 0.3  # of a block's other work that comes before its attention: queries, keys and values of twelve products
-SHORT_WAIT = 2e-4  # seconds up to which a wait found its data there already
+SHORT_WAIT = 1e-3  # undilated seconds that a wait may take on a busy host although its data are there
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import emulated_report
 from bench.rounds import load
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -24,8 +25,17 @@ def main() -> None:
 
 
 def _rendered(found: re.Match[str]) -> str:
-    figures = load(found[2])
-    return found[0] if figures is None else f"{found[1]}{table(figures)}{found[3]}"
+    text = _text(found[2])
+    return found[0] if text is None else f"{found[1]}{text}{found[3]}"
+
+
+def _text(name: str) -> str | None:
+    if name == emulated_report.SUMMARY:
+        return emulated_report.summary_table()
+    figures = load(name)
+    if figures is None:
+        return None
+    return emulated_report.table(figures) if name.startswith("emulated") else table(figures)
 
 
 def table(figures: dict[str, Any]) -> str:
