@@ -14,7 +14,6 @@ schedules.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable

@@ -132,7 +132,9 @@ class Costs:
             keys: Rows attended to.
         """
         layer = next(one for one in block.attentions if one.kind != "cross")
-        alone = replace(block, matrices=(), attentions=(replace(layer, kind="image", width=layer.width * heads),))
+        alone = replace(
+            block, matrices=(), attentions=(replace(layer, kind="image", width=round(layer.width * heads)),)
+        )
         tokens = Tokens(queries, 0, keys, 0, batch)
         parts = block_parts(alone, tokens, self.profile.device, itemsize=self.workload.itemsize)
         return self.profile.slowdown * parts.attention
