@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, product
 from math import prod
 from pathlib import Path
@@ -30,6 +30,8 @@ DATA = Path(__file__).parent / "data" / "published-latency.csv"
 PATCHES = (2, 4, 8, 16, 32)  # that the paper searched
 SINGLE, BEST, BEST_SEQUENCE = "single", "best", "best sequence parallel"
 _DEGREE = re.compile(r"([a-z]+)(\d+)")
+_SHORT = {"u": "ulysses", "r": "ring", "pp": "pipefusion", "pipe": "pipefusion", "tp": "tensor", "sp": "ulysses"}
+_NVLINK = {"a100": "nvlink3"}  # of other cards: nvlink4
 Key = tuple[str, str, str, str, str]
 
 
@@ -106,29 +108,31 @@ def compare(rows: list[Published]) -> list[Compared]:
     for _, members in groupby(sorted(rows, key=lambda row: row.group), key=lambda row: row.group):
         group = list(members)
         single = next((row for row in group if row.config == SINGLE), None)
-        if single is None:
+        workload = workload_of(group[0])
+        if single is None or workload is None:
             continue
-        workload = workload_of(single)
         profile = calibrated(workload, profile_of(single), single.seconds)
         found += [_predicted(row, workload, profile) for row in group if row.config != SINGLE]
     return found
 
 
-def workload_of(row: Published) -> Workload:
-    """What was run."""
+def workload_of(row: Published) -> Workload | None:
+    """What was run; ``None`` where it is no preset of the planner."""
     name = re.sub(r"\s*\(.*\)", "", row.model).lower()
     preset = preset_named(name)
     if preset is None:
-        raise ValueError(f"{row.model} is no preset of the planner")
+        return None
     sizes = [int(part) for part in row.resolution.split("x")]
     width, height = sizes[:2] if len(sizes) > 1 else sizes * 2
     frames = sizes[2] if len(sizes) > 2 else 1
-    return preset.workload(height, width, steps=row.steps, frames=frames)
+    workload = preset.workload(height, width, steps=row.steps, frames=frames)
+    return replace(workload, text=XDIT.text.get(preset.name, preset.text))
 
 
 def profile_of(row: Published) -> Profile:
     """What it ran on."""
-    return Profile.named(row.gpu, row.link)
+    link = row.link.lower()
+    return Profile.named(row.gpu, _NVLINK.get(row.gpu.lower(), "nvlink4") if link == "nvlink" else link)
 
 
 def _predicted(row: Published, workload: Workload, profile: Profile) -> Compared:
@@ -145,7 +149,7 @@ def _predicted(row: Published, workload: Workload, profile: Profile) -> Compared
 def _degrees(row: Published, workload: Workload) -> Iterator[dict[str, int]]:
     """The degrees a row names, or all that its words leave open."""
     if row.config not in (BEST, BEST_SEQUENCE):
-        yield {name: int(size) for name, size in _DEGREE.findall(row.config)}
+        yield {_SHORT.get(name, name): int(size) for name, size in _DEGREE.findall(row.config)}
         return
     names = ("ulysses", "ring") if row.config == BEST_SEQUENCE else ("cfg", "pipefusion", "ulysses", "ring")
     sizes = [size for size in range(1, row.devices + 1) if row.devices % size == 0]
@@ -159,11 +163,22 @@ def _degrees(row: Published, workload: Workload) -> Iterator[dict[str, int]]:
 def _configs(degrees: dict[str, int], workload: Workload, warmup: int) -> Iterator[ParallelConfig]:
     shared = degrees.get("ulysses", 1) * degrees.get("ring", 1)
     if degrees.get("pipefusion", 1) == 1:
-        yield ParallelConfig(**degrees, warmup=warmup if "distrifusion" in degrees else 1)  # type: ignore[arg-type]
+        yield _unchecked(**degrees, warmup=warmup)
         return
     for patches in PATCHES:
         if patches * shared <= workload.rows.count:
-            yield ParallelConfig(**degrees, patches=patches, warmup=warmup)  # type: ignore[arg-type]
+            yield _unchecked(**degrees, patches=patches, warmup=warmup)
+
+
+def _unchecked(**given: int) -> ParallelConfig:
+    """A layout of xDiT's, which also runs products of methods that patchpipe refuses as untested."""
+    names = {field.name for field in fields(ParallelConfig)}
+    if not given.keys() <= names:
+        raise ValueError(f"{', '.join(sorted(given.keys() - names))} is no method of parallelism known here")
+    config = object.__new__(ParallelConfig)
+    for field in fields(ParallelConfig):
+        object.__setattr__(config, field.name, given.get(field.name, field.default))
+    return config
 
 
 def choices(compared: list[Compared]) -> list[Choice]:
@@ -195,12 +210,36 @@ def summary(compared: list[Compared]) -> dict[str, Any]:
     }
 
 
+def predictions(figures: dict[str, Any]) -> str:
+    """The rows and the summary, in Markdown."""
+    lines = [
+        "| model | resolution | devices | layout | published | predicted | error | predicted as |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in figures["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['resolution']} | {row['devices']}×{row['gpu']} | {row['config']} | "
+            f"{row['seconds']:.2f} s | {row['predicted']:.2f} s | {row['error']:+.0%} | {row['layout']} |"
+        )
+    right, asked = figures["right"], len(figures["choices"])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Median error {figures['median_error']:.1%}, largest {figures['worst_error']:.1%}; the fastest layout is "
+            f"right in {right} of the {asked} groups that list several for as many devices.",
+            "",
+        ]
+    )
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Table of published times.")] = DATA,
     write: Annotated[bool, typer.Option(help="Write bench/results/planner.json.")] = True,
 ) -> None:
     """Predicts, prints a table and writes bench/results."""
-    figures = summary(compare(read_rows(data)))
+    rows = read_rows(data)
+    figures = summary(compare(rows))
     table = Table("model", "resolution", "devices", "layout", "published s", "predicted s", "error", "as")
     for row in figures["rows"]:
         table.add_row(

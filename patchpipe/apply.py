@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from patchpipe.agreement import attempt
 from patchpipe.balance import split_blocks
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.lazy import materialise_tree
-from patchpipe.mesh import Group, join
+from patchpipe.mesh import Group, meet
 from patchpipe.models import plan_for
+from patchpipe.models.plan import ModelPlan
+from patchpipe.refusals import check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
@@ -48,6 +51,7 @@ class Attachment:
         config: The layout.
         group: The ranks.
         runner: Runs the transformer's calls.
+        graphs: Graphs that were compiled so far, by kind of block.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Attachment:
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
         self._tracing: Tracing | None = None
+        self.graphs: Mapping[str, int] = {}
 
     @property
     def last(self) -> RequestStats:
@@ -114,6 +119,8 @@ class Attachment:
             self._undo.append(self._part.detach)
         self._stage.attach()
         self._undo.append(self._stage.detach)
+        if self.config.compile:
+            self._compile()
         self._set(model, "forward", self.runner.forward)
         if hasattr(model, "cache_context"):
             original = model.cache_context
@@ -127,6 +134,16 @@ class Attachment:
         pipe.__class__ = _served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
+
+    def _compile(self) -> None:
+        from patchpipe.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
+
+        try:
+            self.graphs, undo = compile_blocks(self._stage.blocks)
+        except ValueError:
+            self.detach()
+            raise
+        self._undo.append(undo)
 
     def _hook_text(self) -> None:
         """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""
@@ -156,7 +173,9 @@ class Attachment:
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
+        check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
         self._warn_if_synchronous(kwargs)
+        before = self.last
         try:
             self._align(kwargs.get("generator"))
             with self.serving():
@@ -166,7 +185,7 @@ class Attachment:
                     output = None
         except Exception as error:
             self.group.report_failure(f"{type(error).__name__}: {error}")
-            if self.last.touched:
+            if self.last is not before and self.last.touched:
                 self.group.close()  # peers that wait for this rank must not wait for the deadline
             raise
         return output if self.group.output else None
@@ -250,15 +269,23 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
     model: nn.Module = pipe.transformer
-    plan = plan_for(model)
-    stages = split_blocks(model, plan, config)
-    check_tensor(model, plan, config.tensor)
-    group = group or join(config, device=_device_of(pipe))
-    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": _settings(model)})
+    fitted, problem = attempt(lambda: _fit(model, config))
+    about = {"model": type(model).__name__, "model_config": _settings(model)}
+    group = meet(config, group, _device_of(pipe), about, problem)
+    assert fitted is not None
+    plan, stages = fitted
     owned = stages[group.stage]
     part = tensor_part(model, plan, owned, group.mesh.at("tensor"), config.tensor)
     Attachment(pipe, config, group, owned, part).attach()
     return pipe
+
+
+def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[range]]:
+    """The model's plan and each stage's blocks, if the layout fits the model."""
+    plan = plan_for(model)
+    stages = split_blocks(model, plan, config)
+    check_tensor(model, plan, config.tensor)
+    return plan, stages
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

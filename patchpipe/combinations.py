@@ -17,6 +17,14 @@ TESTED: tuple[Methods, ...] = (
     frozenset({"data", "distrifusion"}),
 )
 
+COMPILED: tuple[Methods, ...] = (  # the same for blocks that are compiled
+    frozenset({"pipefusion", "cfg"}),
+    frozenset({"pipefusion", "ulysses"}),
+    frozenset({"pipefusion", "tensor"}),
+    frozenset({"ring"}),
+    frozenset({"distrifusion"}),
+)
+
 
 def check_combination(used: Methods) -> None:
     """Refuses a product of methods that nothing tests.
@@ -33,4 +41,22 @@ def check_combination(used: Methods) -> None:
     raise ValueError(
         f"{' × '.join(sorted(used))} is not tested together and so refused: the nearest that is tested is "
         f"{' × '.join(sorted(nearest))}; leave out {', '.join(sorted(used - nearest))}"
+    )
+
+
+def check_compiled(used: Methods) -> None:
+    """Refuses to compile under a product of methods with which nothing tests it.
+
+    Args:
+        used: The methods with a degree above 1.
+
+    Raises:
+        ValueError: It is not tested.
+    """
+    if any(used <= tested for tested in COMPILED):
+        return
+    tested = "; ".join(" × ".join(sorted(methods)) for methods in COMPILED)
+    raise ValueError(
+        f"compile=True is not tested with {' × '.join(sorted(used))} and so refused: use compile=False, or one of "
+        f"{tested}, each or part of it"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from patchpipe.balance import check_stages
 from patchpipe.config import ParallelConfig
 from patchpipe.models import plan_for
+from patchpipe.refusals import check_divisible, heads_of, no_tensor_plan
 from patchpipe.source import read_index
 
 
@@ -16,7 +17,7 @@ def check_folder(folder: Path, config: ParallelConfig) -> None:
 
     Raises:
         UnsupportedModel: The transformer's class has no plan, or not as it is configured.
-        ValueError: More stages than blocks, or heads that do not divide.
+        ValueError: More stages than blocks, heads that do not divide, or a method that the plan lacks.
     """
     _, name = read_index(folder).get("transformer") or (None, None)
     path = folder / "transformer" / "config.json"
@@ -27,9 +28,8 @@ def check_folder(folder: Path, config: ParallelConfig) -> None:
     counts = [settings.get(listing.count) for listing in plan.blocks]
     if None not in counts:
         check_stages(config, sum(counts), plan)
+    if config.tensor > 1 and plan.tensor is None:
+        raise no_tensor_plan(plan, config.tensor)
     heads = settings.get("num_attention_heads")
-    if heads and heads % config.tensor:
-        raise ValueError(
-            f"tensor={config.tensor} does not divide the {heads} attention heads of {plan.model}: "
-            f"use a divisor of {heads}"
-        )
+    if heads:
+        check_divisible(config.tensor, {heads: heads_of(plan, heads)})

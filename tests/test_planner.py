@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
 from bench.planner import PATCHES, choices, compare, read_rows
 from patchpipe import ParallelConfig
+from patchpipe.balance import hop_share
 from patchpipe.describe import describe_model, volume_of
 from patchpipe.explain import traffic
 from patchpipe.models import plan_for
@@ -265,6 +267,9 @@ def test_presets_are_the_classes_they_stand_for(name: str) -> None:
     assert workload.parameters == pytest.approx(counted, rel=0.02)
     assert [block.self_attentions for block in built.blocks] == [block.self_attentions for block in workload.blocks]
     assert preset.heads == model.config.num_attention_heads
+    for config in (ParallelConfig(pipefusion=4), ParallelConfig(pipefusion=2, tensor=2)):
+        share = hop_share(model, plan, config, torch.device("cuda"))
+        assert Layout(workload, config, NOTHING_LOST)._hop_share == pytest.approx(share)
     for ours, theirs in zip(workload.blocks[:-1], built.blocks[:-1], strict=True):
         assert sum(matrix.summed for matrix in ours.matrices) == sum(matrix.summed for matrix in theirs.matrices)
 

@@ -27,44 +27,44 @@ _OWN_OPTIONS = {
 Backend = Literal["auto", "nccl", "gloo"]
 
 
-def option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
-    """An option in a panel of the help; ``default=True`` shows its default."""
+def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=kwargs.pop("default", False), **kwargs)
 
 
-Pipefusion = Annotated[int, option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
-Cfg = Annotated[int, option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
-Data = Annotated[int, option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
-Ulysses = Annotated[int, option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
-Ring = Annotated[int, option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]
-Tensor = Annotated[int, option(_LAYOUT, "Ranks that share a stage by slices of its matrices.", default=True)]
+option = _option  # for commands with options of their own
+
+Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
+Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
+Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
+Ulysses = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
+Ring = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]
+Tensor = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by slices of its matrices.", default=True)]
 Distrifusion = Annotated[
-    int, option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
+    int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
 ]
-ParallelVae = Annotated[bool, option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
-Patches = Annotated[
-    int | None, option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: one more than the stages.[/]")
-]
+ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
+Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
+Patches = Annotated[int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]")]
 Warmup = Annotated[
     str,
-    option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),
+    _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),
 ]
-PatchRows = Annotated[str | None, option(_LAYOUT, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
+PatchRows = Annotated[str | None, _option(_LAYOUT, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
 StageBlocks = Annotated[
     str | None,
-    option(_LAYOUT, "Blocks of each stage. [dim]Default: balanced by cost.[/]", metavar="1,2,…"),
+    _option(_LAYOUT, "Blocks of each stage. [dim]Default: balanced by cost.[/]", metavar="1,2,…"),
 ]
-OutputRank = Annotated[int, option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
+OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
 TextRank = Annotated[
     str | None,
-    option(_LAYOUT, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
+    _option(_LAYOUT, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
 ]
-BackendChoice = Annotated[Backend, option(_LAYOUT, "How ranks talk; with gloo they can share a GPU.", default=True)]
-Timeout = Annotated[float, option(_LAYOUT, "Seconds any wait for a rank may last.", default=True)]
+BackendChoice = Annotated[Backend, _option(_LAYOUT, "How ranks talk; with gloo they can share a GPU.", default=True)]
+Timeout = Annotated[float, _option(_LAYOUT, "Seconds any wait for a rank may last.", default=True)]
 
 ModelOption = Annotated[
     str | None,
-    option(_MODEL, "Folder or hub id. [dim]Default: the bundled model.[/]", "--model", metavar="DIR|ID"),
+    _option(_MODEL, "Folder or hub id. [dim]Default: the bundled model.[/]", "--model", metavar="DIR|ID"),
 ]
 ModelArgument = Annotated[
     str | None,
@@ -72,39 +72,39 @@ ModelArgument = Annotated[
 ]
 Devices = Annotated[
     str | None,
-    option(_MODEL, "One for all ranks or one each: cpu, cuda:0,cuda:1. [dim]Default: GPUs if any.[/]"),
+    _option(_MODEL, "One for all ranks or one each: cpu, cuda:0,cuda:1. [dim]Default: GPUs if any.[/]"),
 ]
-Dtype = Annotated[str | None, option(_MODEL, "bf16, fp16 or fp32.")]
+Dtype = Annotated[str | None, _option(_MODEL, "bf16, fp16 or fp32.")]
 Threads = Annotated[
-    int | None, option(_MODEL, "CPU threads of each rank. [dim]Default: an even share of the cores.[/]")
+    int | None, _option(_MODEL, "CPU threads of each rank. [dim]Default: an even share of the cores.[/]")
 ]
-Variant = Annotated[str | None, option(_MODEL, "The checkpoint's variant, such as fp16.")]
+Variant = Annotated[str | None, _option(_MODEL, "The checkpoint's variant, such as fp16.")]
 
-Height = Annotated[int | None, option(_PICTURE, "Height in pixels.")]
-Width = Annotated[int | None, option(_PICTURE, "Width in pixels.")]
-Steps = Annotated[int | None, option(_PICTURE, "Denoising steps.")]
-Seed = Annotated[int, option(_PICTURE, "Seed of the first picture; further ones count up.", default=True)]
+Height = Annotated[int | None, _option(_PICTURE, "Height in pixels.")]
+Width = Annotated[int | None, _option(_PICTURE, "Width in pixels.")]
+Steps = Annotated[int | None, _option(_PICTURE, "Denoising steps.")]
+Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; further ones count up.", default=True)]
 Guidance = Annotated[
     float | None,
-    option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
+    _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
 ]
-Negative = Annotated[str | None, option(_PICTURE, "What the picture should not show.")]
+Negative = Annotated[str | None, _option(_PICTURE, "What the picture should not show.")]
 Settings = Annotated[
     list[str] | None,
-    option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
+    _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
 ]
-Images = Annotated[int, option(_PICTURE, "Pictures for each prompt.", "-n", "--images", default=True)]
+Images = Annotated[int, _option(_PICTURE, "Pictures for each prompt.", "-n", "--images", default=True)]
 
-Out = Annotated[Path, option(_OUTPUT, "Picture to write; several are numbered.", "-o", "--output", default=True)]
-Sheet = Annotated[bool, option(_OUTPUT, "Write several pictures as one sheet.", "--sheet")]
-Compare = Annotated[bool, option(_OUTPUT, "Also paint on one device with plain diffusers, side by side.", "--compare")]
-Rounds = Annotated[int, option(_OUTPUT, "Timed runs of each side under --compare.", default=True)]
-JsonFile = Annotated[Path | None, option(_OUTPUT, "Write a report of the run.", "--json", metavar="FILE")]
+Out = Annotated[Path, _option(_OUTPUT, "Picture to write; several are numbered.", "-o", "--output", default=True)]
+Sheet = Annotated[bool, _option(_OUTPUT, "Write several pictures as one sheet.", "--sheet")]
+Compare = Annotated[bool, _option(_OUTPUT, "Also paint on one device with plain diffusers, side by side.", "--compare")]
+Rounds = Annotated[int, _option(_OUTPUT, "Timed runs of each side under --compare.", default=True)]
+JsonFile = Annotated[Path | None, _option(_OUTPUT, "Write a report of the run.", "--json", metavar="FILE")]
 Trace = Annotated[
     Path | None,
-    option(_OUTPUT, "Write a timeline of the run, for `patchpipe trace` and Perfetto.", metavar="FILE"),
+    _option(_OUTPUT, "Write a timeline of the run, for `patchpipe trace` and Perfetto.", metavar="FILE"),
 ]
-Debug = Annotated[bool, option(_OUTPUT, "Show the traceback of an error.", "--debug")]
+Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
 
 
 def read_warmup(text: str) -> int | Literal["all"]:

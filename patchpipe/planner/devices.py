@@ -70,6 +70,9 @@ DEVICES: tuple[Device, ...] = (
     _card("a100", 312, 0.65, 80, 2039, 108, "NVIDIA data sheet (80 GB, SXM); efficiency as of large GEMMs and flash"),
     _card("h100", 989, 0.50, 80, 3350, 132, "NVIDIA data sheet (SXM); efficiency of FlashAttention-2 and cuBLAS"),
     _card("h200", 989, 0.50, 141, 4800, 132, "NVIDIA data sheet; efficiency as of the H100, the same chip"),
+    _card(
+        "h20", 148, 0.85, 96, 4000, 78, "NVIDIA data sheet; efficiency as of cards with little peak for their memory"
+    ),
     _card("rtx4090", 165, 0.85, 24, 1008, 128, "NVIDIA Ada paper; float32 sums at half rate are easily reached"),
     _card("rtx3090", 71, 0.85, 24, 936, 82, "NVIDIA Ampere GA102 paper; float32 sums at half rate are easily reached"),
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import balanced
+from patchpipe.balance import OPERATIONS_PER_BYTE, balanced
 from patchpipe.config import ParallelConfig
 from patchpipe.patches import Cut, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
@@ -65,7 +65,15 @@ class Layout:
             return (self.workload.image,)
         if self.system.text_every_patch:
             return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
-        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text).patches)
+        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text, self._hop_share).patches)
+
+    @property
+    def _hop_share(self) -> float:
+        """What the program takes a hop for where the number of patches is left to it: see ``balance.hop_share``."""
+        kind = "cuda" if self.workload.itemsize == 2 else "cpu"
+        blocks = len(self.workload.blocks) / self.config.pipefusion
+        rate = OPERATIONS_PER_BYTE[kind] * self.config.tensor
+        return self.workload.itemsize * rate / (24 * self.workload.width * blocks)
 
     @cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:

@@ -7,6 +7,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,6 +26,8 @@ CPU_ROWS, CUDA_ROWS = (16, 64, 256, 1024), (64, 256, 1024, 4096)
 CPU_WIDTH, CUDA_WIDTH = 512, 3072
 HEAD_CHANNELS = 64
 COPIED = 64 * 2**20
+WEIGHTS = 128 * 2**20  # bytes: more than the caches hold
+CALLS = 64
 MESSAGES = (2**10, 2**24)  # bytes: one tells the latency, the other the bandwidth
 TASKS_DEVICE, TASKS_LINK = 4, 2
 DEADLINE = 60.0
@@ -105,13 +108,22 @@ def _bandwidth(place: torch.device) -> float:
 
 
 def _products(place: torch.device, launch: float) -> tuple[float, float]:
-    """Operations a second of large products, and the output elements' worth of time that each loses."""
+    """Operations a second of large products, and the output elements' worth of time that each loses.
+
+    Products take turns over more weights than caches hold, as a model's do: to read them anew is what a small patch
+    loses most by on a CPU.
+    """
     rows, width = (CPU_ROWS, CPU_WIDTH) if place.type == "cpu" else (CUDA_ROWS, CUDA_WIDTH)
-    weight = torch.randn(width, width, device=place, dtype=_dtype(place))
-    seconds = []
-    for count in rows:
-        given = torch.randn(count, width, device=place, dtype=_dtype(place))
-        seconds.append(_seconds(place, lambda given=given: given @ weight, inner=5) - launch)  # type: ignore[misc]
+    dtype = _dtype(place)
+    count = WEIGHTS // (width**2 * dtype.itemsize)
+    weights = torch.randn(count, width, width, device=place, dtype=dtype)
+    given = [torch.randn(size, width, device=place, dtype=dtype) for size in rows]
+    turn = iter(cycle(range(count)))
+    inner = [max(1, min(count, CALLS * rows[0] // size)) for size in rows]
+    seconds = [
+        _seconds(place, lambda one=one: one @ weights[next(turn)], inner=times) - launch  # type: ignore[misc]
+        for one, times in zip(given, inner, strict=True)
+    ]
     return fit_products(rows, seconds, width)
 
 

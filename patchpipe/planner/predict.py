@@ -133,7 +133,19 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
 
 
 def _traffic(layout: Layout) -> dict[str, float]:
-    workload = layout.workload
-    volume = Volume(workload.image + workload.joint_text, workload.width, len(workload.blocks), workload.itemsize)
     entries = layout.batch * layout.calls
-    return {method: size * entries for method, size in traffic(layout.config, volume).items()}
+    return {method: size * entries for method, size in traffic(layout.config, _volume(layout.workload)).items()}
+
+
+def _volume(workload: Workload) -> Volume:
+    image, text = workload.image, workload.joint_text
+    both = image + text
+    rows = {"image": image, "text": text, "both": both}
+    attended = [
+        both if layer.kind == "joint" else image
+        for block in workload.blocks
+        for layer in block.attentions
+        if layer.kind != "cross"
+    ]
+    summed = [rows[matrix.stream] for block in workload.blocks for matrix in block.matrices if matrix.summed]
+    return Volume(both, workload.width, sum(attended), sum(summed), workload.itemsize)

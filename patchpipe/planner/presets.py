@@ -107,7 +107,15 @@ class Preset:
     runnable: bool = True
 
     def rows(self, height: int, width: int, frames: int | None = None) -> Rows:
-        """Token rows: those of one frame after those of another."""
+        """Token rows: those of one frame after those of another.
+
+        Raises:
+            ValueError: The sizes are no multiples of a token's.
+        """
+        if height % PIXELS_PER_TOKEN or width % PIXELS_PER_TOKEN:
+            raise ValueError(
+                f"{height}×{width} pixels are no multiple of the {PIXELS_PER_TOKEN} that make a token of {self.name}"
+            )
         latents = ((frames or self.frames) - 1) // FRAMES_PER_TOKEN + 1
         return Rows(height // PIXELS_PER_TOKEN * latents, width // PIXELS_PER_TOKEN, 1)
 

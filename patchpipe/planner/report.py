@@ -45,7 +45,7 @@ def _steps(count: int) -> str:
 
 def _over_next(choice: Choice) -> str:
     if len(choice.ranked) < 2:
-        return "no other layout fits"
+        return "no other layout fits" if choice.best.config.world_size > 1 else ""
     best, second = choice.ranked[:2]
     longer = second.seconds / best.seconds - 1
     name = second.config.describe().rpartition(" · ")[0]
@@ -63,7 +63,7 @@ def _exact(choice: Choice) -> str:
         return "its picture is that of one device, up to the order of sums"
     exact = next((one for one in choice.ranked if one.exact), None)
     if exact is None:
-        return "no method whose picture is that of one device fits, but a pipeline with every step synchronous may (--exact)"
+        return "no method with the picture of one device fits; a pipeline with every step synchronous may (--exact)"
     name = exact.config.describe().rpartition(" · ")[0]
     return f"the fastest whose picture is that of one device (--exact): {name}, {exact.seconds:.2f} s"
 

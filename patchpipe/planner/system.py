@@ -17,6 +17,7 @@ class System:
         entries_overlap: Whether the entries of a batch follow one another through the stages in a synchronous step.
         sums: Sums of all rows a block under tensor parallelism; ``None`` takes the model's own.
         warmup: Synchronous steps by model, where they differ from one.
+        text: Text tokens by model, where its published runs use other than the usual.
     """
 
     name: str
@@ -25,6 +26,7 @@ class System:
     entries_overlap: bool = True
     sums: int | None = None
     warmup: Mapping[str, int] = field(default_factory=dict)
+    text: Mapping[str, int] = field(default_factory=dict)
 
     def warmup_of(self, model: str) -> int:
         """Synchronous steps of a model's published runs."""
@@ -34,7 +36,7 @@ class System:
 PATCHPIPE = System("patchpipe")
 # Read off xDiT's source (SD3 and FLUX transformer wrappers, base_transformer.py, the synchronous pipeline) and its cost
 # table, which has four activations per block under tensor parallelism: two sums. Its README runs PixArt with
-# --warmup_steps 0.
+# --warmup_steps 0, and its FLUX.1 example passes max_sequence_length=256 (4352 tokens at 1024 pixels in its issue 600).
 XDIT = System(
     "xDiT",
     text_every_patch=True,
@@ -42,4 +44,5 @@ XDIT = System(
     entries_overlap=False,
     sums=2,
     warmup={"pixart-alpha": 0},
+    text={"flux.1-dev": 256},
 )
