@@ -231,4 +231,5 @@ def _legend(figure: Any, timeline: Timeline) -> None:
         Patch(color=OTHER, label="text, gather, VAE"),
         Patch(facecolor="white", edgecolor=HATCH, hatch="//////", label="waiting"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), LEGEND), frameon=False, fontsize=8.5)
+    columns = min(len(handles), LEGEND)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
