@@ -44,8 +44,8 @@ from tests.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
 STEPS = {"pipefusion": 6, "distrifusion": 3}  # really run; others are the same in every step and run two
-PERIOD = {"pipefusion": 1.5}  # seconds that a steady step is dilated to, so that the host's own part stays small
-OTHER_STEPS, OTHER_PERIOD = 2, 6.0
+PERIOD = {"pipefusion": 1.2}  # seconds that a steady step is dilated to, so that the host's own part stays small
+OTHER_STEPS, OTHER_PERIOD = 2, 4.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
 TIMEOUT = 240.0
 
