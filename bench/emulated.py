@@ -7,9 +7,12 @@ it goes over, which tc shapes. A block's kernels are not: see ``bench/emulated_d
 second lasts D seconds here, on the links too. What our own code takes of the processor is *not* dilated, so that it
 weighs D times less than beside real cards; it is therefore measured and told apart, in microseconds a patch.
 
-Not emulated: latency of the links (this kernel may lack netem; gloo's own, 0.1-0.3 ms undilated, stands in for it), and
-computing that slows down because of a transfer beside it. A second call of the same bench sees other noise, not other
-schedules.
+A few steps are run; S steps take what those took and a steady period for each further one. The steady period is
+measured on the last stage, which is past the fill when it has done its first streamed step.
+
+Not emulated: latency of the links (where the kernel has no netem; gloo's own, 0.1-0.3 ms undilated, stands in for it),
+computing that slows down because of a transfer beside it, and the Python of the blocks themselves, which the planner's
+card counts as 4 µs a kernel.
 """
 
 from __future__ import annotations
