@@ -35,7 +35,7 @@ import patchpipe
 from bench.emulated_device import Costs, EmulatedDevice, emulate, noting_waits
 from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
-from bench.rounds import meet, save
+from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
 from patchpipe.models import plan_for
 from patchpipe.planner.layout import balanced_stages
@@ -46,9 +46,12 @@ from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
-STEPS = {"pipefusion": 6, "distrifusion": 3}  # really run; others are the same in every step and run two
-PERIOD = {"pipefusion": 1.2}  # seconds that a steady step is dilated to, so that the host's own part stays small
-OTHER_STEPS, OTHER_PERIOD = 2, 4.0
+STEPS = {"pipefusion": 6, "distrifusion": 8}  # really run; others are the same in every step and run one
+ALIKE = {"pipefusion": 2, "distrifusion": 5}  # steps after which all are alike: DistriFusion's sends pile up first
+# Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
+# wait for each other, since all of them then want the two cores at once.
+PERIOD = {"pipefusion": 1.2, "distrifusion": 2.0, "ring": 12.0, "ulysses2 ring": 20.0}
+OTHER_STEPS, OTHER_PERIOD = 1, 6.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
 TIMEOUT = 240.0
 
@@ -78,6 +81,11 @@ class Run:
     predicted: float = 0.0
 
     @property
+    def kind(self) -> str:
+        """The layout's name without its last degree."""
+        return self.name.rstrip("0123456789")
+
+    @property
     def config(self) -> ParallelConfig:
         """The layout."""
         return ParallelConfig(**self.options, timeout=TIMEOUT)
@@ -92,14 +100,13 @@ class Run:
 
     def planned(self) -> Run:
         """With the dilation that makes a step last long enough here, and what the planner says of it."""
-        kind = "pipefusion" if self.config.pipefusion > 1 else self.name.rstrip("0123456789")
         model, options = MODELS[self.model], dict(self.options)
         workload = model.workload(self.pixels)
         if self.config.pipefusion > 1:
             options["stage_blocks"] = balanced_stages(workload, self.profile, self.config.pipefusion)
         found = predict(workload, ParallelConfig(**options), self.profile)
-        dilation = max(1.0, round(PERIOD.get(kind, OTHER_PERIOD) / found.period, 1))
-        steps = STEPS.get(kind, OTHER_STEPS)
+        dilation = max(1.0, round(PERIOD.get(self.kind, OTHER_PERIOD) / found.period, 1))
+        steps = STEPS.get(self.kind, OTHER_STEPS)
         return replace(self, options=options, dilation=dilation, steps=steps, predicted=found.seconds)
 
 
@@ -154,8 +161,9 @@ def main(
     if write:
         command = f"python -m bench.emulated --model {model} --pixels {pixels} --ranks {ranks}"
         about = {"model": model, "pixels": pixels, "ranks": ranks, "card": CARD, "link": LINK}
-        one = MODELS[model].seconds.get(pixels)
-        save(f"emulated-{model}-{pixels}-{ranks}", command, {**about, "one": one, "rows": rows})
+        about["one"] = MODELS[model].seconds.get(pixels)
+        name = f"emulated-{model}-{pixels}-{ranks}"
+        save(name, command, {**about, "rows": merged((load(name) or {"rows": []})["rows"], rows) if only else rows})
 
 
 # -- on each rank --------------------------------------------------------------------------------
@@ -172,7 +180,7 @@ def measure(place: Place, run: Run, file: str) -> dict[str, Any]:
     """One request, and when its steps ended on this rank.
 
     Returns:
-        ``started``, ``ended``, and ``marks``: after each step the moment, the host's own seconds and the card's.
+        ``ended``, and ``marks`` at the beginning and after each step: the moment, the host's own seconds, the card's.
     """
     model, device = MODELS[run.model], EmulatedDevice(run.dilation)
     config = run.config
@@ -199,7 +207,7 @@ def measure(place: Place, run: Run, file: str) -> dict[str, Any]:
             pipe(**call, generator=torch.Generator().manual_seed(0))
     ended = time.perf_counter()
     figures = {
-        "started": device.started, "ended": ended, "marks": marks, "used": time.process_time() - used,
+        "ended": ended, "marks": [(*(device.started or (0.0, 0.0)), 0.0), *marks], "used": time.process_time() - used,
         "patches": pipe.patchpipe.last.patches, "sent": pipe.patchpipe.last.sent_bytes,
     }  # fmt: skip
     meet(place, f"{file}/end")
@@ -226,10 +234,9 @@ def extrapolated(total: float, period: float, done: int, wanted: int) -> float:
 def summary(run: Run, ranks: list[dict[str, Any]], timeline: Timeline | None) -> dict[str, Any]:
     """A run's figures in the card's own, undilated seconds; ``host`` is in real ones."""
     first, last, dilation = ranks[0], ranks[-1], run.dilation
-    streams = run.config.pipefusion > 1 or run.config.distrifusion > 1
-    begin = 1 if streams else 0  # the step after which all are alike
-    count = run.steps - 1 - begin
-    wall = first["ended"] - first["started"]
+    begin = ALIKE.get(run.kind, 0)
+    count = run.steps - begin
+    wall = first["ended"] - first["marks"][0][0]
     period = (last["marks"][-1][0] - last["marks"][begin][0]) / count  # the last stage is past the fill by then
     steps = MODELS[run.model].steps
     seconds = extrapolated(wall, period, run.steps, steps) / dilation
@@ -254,6 +261,17 @@ def full(timeline: Timeline) -> Stretch:
         starts.append(min(event.start_ns for event in streamed))
         stops.append(max(event.end_ns for event in own))
     return max(starts), min(stops)
+
+
+def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of which some were measured anew: those take the place of the old ones."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["name"], row["patches"], row["contended"]
+
+    again = {key(row): row for row in new}
+    known = {key(row) for row in old}
+    return [again.get(key(row), row) for row in old] + [row for row in new if key(row) not in known]
 
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:

@@ -47,13 +47,13 @@ class EmulatedDevice:
         dilation: Seconds slept for each second the card would compute.
 
     Attributes:
-        started: When it was first given work.
+        started: When it was first given work, and the host's own seconds until then.
         worked: Seconds it has computed, dilated.
     """
 
     def __init__(self, dilation: float) -> None:
         self.dilation = dilation
-        self.started: float | None = None
+        self.started: tuple[float, float] | None = None
         self.worked = 0.0
         self._free = 0.0
         self._ready = 0.0
@@ -63,7 +63,8 @@ class EmulatedDevice:
     def compute(self, seconds: float) -> None:
         """Sleeps until the card would be done with so many seconds of work."""
         if self.started is None:
-            self.started = self._ready = time.perf_counter()
+            self._ready = time.perf_counter()
+            self.started = self._ready, self.host_seconds
         length = seconds * self.dilation
         self._free = max(self._free, self._ready) + length
         self.worked += length

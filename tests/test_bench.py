@@ -12,7 +12,7 @@ import pytest
 
 from bench import emulated_device
 from bench.contenders import known
-from bench.emulated import Run, extrapolated, summary
+from bench.emulated import Run, extrapolated, merged, summary
 from bench.emulated_device import Costs, EmulatedDevice
 from bench.emulated_links import exchange_rate, shares_of
 from bench.emulated_models import MODELS
@@ -102,14 +102,20 @@ def test_emulated_links_are_as_fast_as_the_layout_finds_them() -> None:
 
 def test_figures_are_the_cards_own() -> None:
     run = Run("pipefusion2", "pixart", 1024, {"pipefusion": 2, "patches": 4}, dilation=10, steps=4, predicted=1.0)
-    marks = [(2.0, 0.0, 0.0), (4.0, 0.04, 2.0), (6.0, 0.08, 3.9), (8.0, 0.12, 5.8)]
-    rank = {"started": 1.0, "ended": 9.0, "marks": marks, "used": 4.0, "patches": 4, "sent": 8}
+    marks = [(1.0, 0.0, 0.0), (2.0, 0.0, 0.0), (4.0, 0.04, 2.0), (6.0, 0.08, 3.9), (8.0, 0.12, 5.8)]
+    rank = {"ended": 9.0, "marks": marks, "used": 4.0, "patches": 4, "sent": 8}
     row = summary(run, [rank, rank], None)
     assert row["period"] == pytest.approx(0.2)
     assert row["seconds"] == pytest.approx(extrapolated(8.0, 2.0, done=4, wanted=20) / 10)
     assert row["host"] == pytest.approx([0.01, 0.01])
     assert row["card"] == pytest.approx([0.95, 0.95])
     assert row["cores"] == pytest.approx(1.0)
+
+
+def test_rows_measured_anew_replace_the_old_ones() -> None:
+    old = [{"name": name, "patches": 1, "contended": True, "seconds": 1} for name in ("ring8", "tensor8")]
+    new = [{**old[1], "seconds": 2}, {**old[1], "contended": False, "seconds": 3}]
+    assert [row["seconds"] for row in merged(old, new)] == [1, 2, 3]
 
 
 def test_a_summary_compares_with_the_best_there_is() -> None:
