@@ -8,9 +8,14 @@ import subprocess
 from collections.abc import Sequence
 from types import TracebackType
 
-LINK, BRIDGE = "link0", "ppbridge"
+LINK = "link0"
 BURST_SECONDS = 0.002  # of tokens a shaper may save up
 SMALLEST_BURST = 64 * 1024  # bytes: segments leave a host in pieces of this size
+
+
+def address_of(host: int) -> str:
+    """A host's address."""
+    return f"10.77.0.{host + 1}"
 
 
 class Network:
@@ -29,6 +34,8 @@ class Network:
         FileNotFoundError: ``ip`` or ``tc`` is not installed.
     """
 
+    prefix = f"pp{os.getpid() % 100_000}x"  # of the names of hosts and their devices: two networks may stand at once
+
     def __init__(self, hosts: int, bandwidth: float, latency: float = 0.0) -> None:
         if os.geteuid() != 0:
             raise PermissionError("network namespaces need root: run this bench as root, or `python -m bench.loopback`")
@@ -41,8 +48,8 @@ class Network:
     def __enter__(self) -> Network:
         self._clear()
         try:
-            _do("ip", "link", "add", BRIDGE, "type", "bridge")
-            _do("ip", "link", "set", BRIDGE, "up")
+            _do("ip", "link", "add", self._bridge, "type", "bridge")
+            _do("ip", "link", "set", self._bridge, "up")
             for host in range(self.hosts):
                 self._add(host)
         except BaseException:
@@ -60,7 +67,7 @@ class Network:
 
     def address(self, host: int) -> str:
         """A host's address."""
-        return f"10.77.0.{host + 1}"
+        return address_of(host)
 
     def start(self, host: int, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Starts a process on a host; gloo there talks over its link."""
@@ -70,13 +77,20 @@ class Network:
         return process
 
     def _name(self, host: int) -> str:
-        return f"pphost{host}"
+        return f"{self.prefix}host{host}"
+
+    def _port(self, host: int) -> str:
+        return f"{self.prefix}port{host}"
+
+    @property
+    def _bridge(self) -> str:
+        return f"{self.prefix}bridge"
 
     def _add(self, host: int) -> None:
-        name, port = self._name(host), f"ppport{host}"
+        name, port = self._name(host), self._port(host)
         _do("ip", "netns", "add", name)
         _do("ip", "link", "add", port, "type", "veth", "peer", "name", LINK, "netns", name)
-        _do("ip", "link", "set", port, "master", BRIDGE, "up")
+        _do("ip", "link", "set", port, "master", self._bridge, "up")
         inside = ("ip", "netns", "exec", name)
         _do(*inside, "ip", "addr", "add", f"{self.address(host)}/24", "dev", LINK)
         _do(*inside, "ip", "link", "set", "lo", "up")
@@ -102,8 +116,8 @@ class Network:
     def _clear(self) -> None:
         for host in range(self.hosts):
             subprocess.run(["ip", "netns", "del", self._name(host)], capture_output=True, check=False)
-            subprocess.run(["ip", "link", "del", f"ppport{host}"], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True, check=False)
+            subprocess.run(["ip", "link", "del", self._port(host)], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", self._bridge], capture_output=True, check=False)
 
 
 def _do(*command: str) -> None:

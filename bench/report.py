@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench import emulated_report
 from bench.one_device import cells
 from bench.planner import predictions
 from bench.rounds import load
@@ -27,14 +28,21 @@ def main() -> None:
 
 
 def _rendered(found: re.Match[str]) -> str:
-    figures = load(found[2])
+    text = _text(found[2])
+    return found[0] if text is None else f"{found[1]}{text}{found[3]}"
+
+
+def _text(name: str) -> str | None:
+    if name == emulated_report.SUMMARY:
+        return emulated_report.summary_table()
+    figures = load(name)
     if figures is None:
-        return found[0]
-    if "choices" in figures:
-        text = predictions(figures)
-    else:
-        text = patches_of_one(figures) if "patches_of_one" in figures else table(figures)
-    return f"{found[1]}{text}{found[3]}"
+        return None
+    if name.startswith(emulated_report.SUMMARY):
+        return emulated_report.table(figures)
+    if "patches_of_one" in figures:
+        return patches_of_one(figures)
+    return predictions(figures) if "choices" in figures else table(figures)
 
 
 def patches_of_one(figures: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import accumulate
+from math import inf
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from patchpipe.models.plan import BlockPlace, ModelPlan
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
 NOMINAL_IMAGE_TOKENS = 4096
 NOMINAL_TEXT_TOKENS = 512
+ROUNDING = 1e-9  # of sums of costs
 
 # Operations a device does while its link moves a byte: a card of 90 TFLOP/s on PCIe 4.0 (20 GB/s), a core of 80 GFLOP/s
 # beside processes on the same host (2 GB/s). Fixed, so that the same call paints the same picture wherever it runs.
@@ -84,16 +87,30 @@ def block_cost(place: BlockPlace) -> float:
 
 
 def balanced(costs: list[float], stages: int) -> tuple[int, ...]:
-    """Sizes of contiguous groups, none empty, whose dearest is as cheap as it can be."""
+    """Sizes of contiguous groups, none empty, whose dearest is as cheap as it can be; of such splits the most even."""
+    until = [0.0, *accumulate(costs)]
+
+    def stops(start: int, left: int) -> range:
+        """Where the first of the groups left may end."""
+        return range(start + 1, len(costs) - left + 2) if left > 1 else range(len(costs), len(costs) + 1)
 
     @cache
-    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        if left == 1:
-            return sum(costs[start:]), (len(costs) - start,)
+    def dearest(start: int, left: int) -> float:
+        if not left:
+            return 0.0
+        return min(max(until[stop] - until[start], dearest(stop, left - 1)) for stop in stops(start, left))
+
+    limit = dearest(0, stages) * (1 + ROUNDING)
+
+    @cache
+    def most_even(start: int, left: int) -> tuple[float, tuple[int, ...]]:
+        if not left:
+            return 0.0, ()
         options = []
-        for stop in range(start + 1, len(costs) - left + 2):
-            dearest, rest = best(stop, left - 1)
-            options.append((max(sum(costs[start:stop]), dearest), (stop - start, *rest)))
+        for stop in stops(start, left):
+            cost = until[stop] - until[start]
+            squares, rest = most_even(stop, left - 1)
+            options.append((cost**2 + squares if cost <= limit else inf, (stop - start, *rest)))
         return min(options)
 
-    return best(0, stages)[1]
+    return most_even(0, stages)[1]

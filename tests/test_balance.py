@@ -34,6 +34,13 @@ def test_no_split_has_a_cheaper_dearest_stage(costs: list[float], stages: int) -
     assert dearest == pytest.approx(cheapest(costs, stages))
 
 
+def test_of_equally_good_splits_the_most_even_is_taken() -> None:
+    """No stage holds, or idles, more than it must: 57 blocks on 8 stages are not 4, 7, 7, 7, 8, 8, 8, 8."""
+    assert sorted(balanced([1.0] * 57, 8)) == [7] * 7 + [8]
+    assert sorted(balanced([0.1] * 28, 8)) == [3] * 4 + [4] * 4
+    assert balanced([3, 1, 1, 1, 1, 1], 3) == (1, 2, 3)
+
+
 def test_a_dual_stream_block_of_flux_costs_what_its_image_stream_does() -> None:
     """The nominal picture has 4,096 image and 512 text tokens, so the text stream weighs an eighth."""
     model = tiny.pipeline("flux").transformer

@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from bench import emulated_device
 from bench.contenders import known
+from bench.emulated import Run, extrapolated, merged, summary
+from bench.emulated_device import Costs, EmulatedDevice
+from bench.emulated_links import exchange_rate, shares_of
+from bench.emulated_models import MODELS
+from bench.emulated_report import fastest
 from bench.links import CARDS, ulysses_bytes
 from bench.network import Network
 from bench.report import table
 from bench.rounds import bound, rows_of
+from patchpipe import ParallelConfig
+from patchpipe.planner import Line, Profile, block_seconds, link_named, predict
 
 
 def test_rho_is_that_of_the_real_cards() -> None:
@@ -46,6 +56,77 @@ def test_unknown_contenders_are_refused() -> None:
     assert known(["pipefusion:4"]) == ["pipefusion:4"]
 
 
+def test_a_card_starts_when_it_is_free_and_the_data_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(emulated_device.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(emulated_device.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    card = EmulatedDevice(dilation=10)
+    card.compute(0.1)
+    assert now[0] == pytest.approx(11)
+    now[0] += 0.25  # the host's own code, while the card has been told nothing
+    card.arrived(waited=0.0)  # its data were there
+    card.compute(0.1)
+    assert now[0] == pytest.approx(12)  # hidden: the card went on
+    now[0] += 0.5
+    card.arrived(waited=0.5)  # until now the card had nothing to do
+    card.compute(0.1)
+    assert now[0] == pytest.approx(13.5)
+    assert card.worked == pytest.approx(3)
+
+
+def test_emulated_blocks_take_what_the_planner_says() -> None:
+    """Whole, shared by heads, or in parts of the keys, a block's attention and the rest add up to its seconds."""
+    model = MODELS["flux"]
+    workload, profile = model.workload(1024), model.calibrated(1024, Profile.named("l40", "pcie4"))
+    assert predict(workload, ParallelConfig(), profile).seconds == pytest.approx(18.36)
+    costs, block, rows = Costs(workload, profile), workload.blocks[0], workload.image + workload.text
+    whole = costs.attention(block, 1, 1.0, rows, rows)
+    seconds = block_seconds(block, workload.image, workload.image, profile.device, text=workload.text)
+    assert whole + costs.other(block, 1, workload.image, workload.text) == pytest.approx(profile.slowdown * seconds)
+    assert 4 * costs.attention(block, 1, 1.0, rows, rows // 4) == pytest.approx(whole, rel=1e-3)
+    assert whole < 8 * costs.attention(block, 1, 1 / 8, rows, rows) < 1.2 * whole  # tiles that lie idle
+
+
+def test_emulated_links_are_as_fast_as_the_layout_finds_them() -> None:
+    link = link_named("pcie4")
+    assert shares_of(link, ParallelConfig(pipefusion=8), 3)[0].rate == link.bandwidth
+    near, far = shares_of(link, ParallelConfig(ulysses=4, ring=2), 5)
+    assert near.peers == (4, 6, 7)
+    assert near.rate == pytest.approx(link.bandwidth * (2 / 4) ** link.contention)
+    assert far.rate == pytest.approx(link.trunk / 4)
+    calm = replace(link, contention=0.0)
+    assert exchange_rate(calm, Line(4)) == link.bandwidth
+    # of eight, four send four sevenths of theirs over the trunk
+    assert exchange_rate(calm, Line(8)) == pytest.approx(link.trunk / 4 * 7 / 4)
+
+
+def test_figures_are_the_cards_own() -> None:
+    run = Run("pipefusion2", "pixart", 1024, {"pipefusion": 2, "patches": 4}, dilation=10, steps=4, predicted=1.0)
+    marks = [(1.0, 0.0, 0.0), (2.0, 0.0, 0.0), (4.0, 0.04, 2.0), (6.0, 0.08, 3.9), (8.0, 0.12, 5.8)]
+    rank = {"ended": 9.0, "marks": marks, "used": 4.0, "patches": 4, "sent": 8}
+    row = summary(run, [rank, rank], None)
+    assert row["period"] == pytest.approx(0.2)
+    assert row["seconds"] == pytest.approx(extrapolated(8.0, 2.0, done=4, wanted=20) / 10)
+    assert row["host"] == pytest.approx([0.01, 0.01])
+    assert row["card"] == pytest.approx([0.95, 0.95])
+    assert row["cores"] == pytest.approx(1.0)
+
+
+def test_rows_measured_anew_replace_the_old_ones() -> None:
+    old = [{"name": name, "patches": 1, "contended": True, "seconds": 1} for name in ("ring8", "tensor8")]
+    new = [{**old[1], "seconds": 2}, {**old[1], "contended": False, "seconds": 3}]
+    assert [row["seconds"] for row in merged(old, new)] == [1, 2, 3]
+
+
+def test_a_summary_compares_with_the_best_there_is() -> None:
+    def row(name: str, seconds: float, contended: bool = True) -> dict[str, Any]:
+        return {"name": name, "seconds": seconds, "contended": contended}
+
+    rows = [row("ulysses8", 9), row("ulysses8", 3, False), row("ring8", 5), row("pipefusion8", 2)]
+    assert fastest(rows, "ulysses", "ring")["seconds"] == 5
+    assert fastest(rows, "ulysses", "ring", contended=False)["seconds"] == 3
+
+
 PROBE = "import socket,sys; s=socket.create_connection((sys.argv[1], 9), timeout=2)"
 
 
@@ -57,4 +138,4 @@ def test_hosts_have_links_of_their_own_and_leave_nothing_behind() -> None:
             assert probe.wait(timeout=20) == 1  # refused by a host that is there, at once
     except RuntimeError as error:
         pytest.skip(f"no namespaces here: {error}")
-    assert not os.path.exists("/sys/class/net/ppbridge")
+    assert not os.path.exists(f"/sys/class/net/{Network.prefix}bridge")

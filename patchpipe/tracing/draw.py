@@ -18,6 +18,7 @@ NAMES = {"encode": "text", "decode": "VAE"}  # gathering is mostly waiting, and 
 LONG = 2e9  # nanoseconds from which seconds are the better unit
 WIDTH, ROW, DPI = 13.0, 0.62, 150  # inches, inches, dots per inch
 BAR, PALE = 0.8, 0.62  # height of a bar, as a share of a row; opacity of further guidance branches
+LEGEND = 9  # entries of the legend side by side
 LETTER = 0.006  # width of a letter, as a share of the time axis
 
 
@@ -220,7 +221,9 @@ def _legend(figure: Any, timeline: Timeline) -> None:
     )  # fmt: skip
     patches = sorted({where.patch or 0 for _, _, where in timeline.computes() if not where.warmup})
     handles = [Patch(color=WARMUP, label="warm-up, whole latent")]
-    handles += [Patch(color=COLOURS[patch], label=f"patch {patch + 1}") for patch in patches[: len(COLOURS)]]
+    for place, colour in enumerate(COLOURS):
+        same = [str(patch + 1) for patch in patches if patch % len(COLOURS) == place]
+        handles += [Patch(color=colour, label=f"patch {', '.join(same)}")] if same else []
     if about.get("branches", 1) > 1:
         handles.append(Patch(color=COLOURS[0], alpha=PALE, label="further guidance branches are paler"))
     handles += [
@@ -228,4 +231,5 @@ def _legend(figure: Any, timeline: Timeline) -> None:
         Patch(color=OTHER, label="text, gather, VAE"),
         Patch(facecolor="white", edgecolor=HATCH, hatch="//////", label="waiting"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8.5)
+    columns = min(len(handles), LEGEND)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
