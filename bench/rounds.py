@@ -35,18 +35,18 @@ def take_turns(place: Place, shape: str, names: list[str], rounds: int, steps: i
     found: Figures = {name: [] for name in names}
     for turn in range(rounds + 1):
         for contender in contenders:
-            _meet(place, f"{turn}/{contender.name}")
+            meet(place, f"{turn}/{contender.name}")
             if contender.idle:
                 continue
             started = perf_counter()
             contender.run()
             if turn:
                 found[contender.name].append({"seconds": perf_counter() - started, **contender.figures()})
-    _meet(place, "end")
+    meet(place, "end")
     return found
 
 
-def _meet(place: Place, name: str) -> None:
+def meet(place: Place, name: str) -> None:
     """A rank that waits here leaves the cores to the others."""
     if place.store is None:
         return

@@ -26,8 +26,7 @@ def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[
         ValueError: Two ranks differ; every rank raises the same text.
         RankLost: A rank did not show up in time.
     """
-    store.set(f"{topic}/{rank}", json.dumps(what, sort_keys=True, default=str))
-    told = [_told(store, f"{topic}/{other}", other, timeout) for other in range(world_size)]
+    told = gather(store, topic, rank, world_size, what, timeout)
     for other, theirs in enumerate(told):
         difference = first_difference(told[0], theirs)
         if difference:
@@ -36,6 +35,12 @@ def agree(store: dist.Store, topic: str, rank: int, world_size: int, what: dict[
                 f"the ranks were started differently: {name} is {ours!r} on rank 0 but {their!r} on rank {other}; "
                 f"start every rank with the same configuration and model"
             )
+
+
+def gather(store: dist.Store, topic: str, rank: int, world_size: int, what: Any, timeout: float) -> list[Any]:
+    """What every rank tells of a topic, by rank; see ``agree``."""
+    store.set(f"{topic}/{rank}", json.dumps(what, sort_keys=True, default=str))
+    return [_told(store, f"{topic}/{other}", other, timeout) for other in range(world_size)]
 
 
 def first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -74,7 +74,7 @@ class ParallelConfig:
             _at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
             raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
-        check_combination(frozenset(name for name in DEGREES if getattr(self, name) > 1))
+        check_combination(self.methods)
         if self.distrifusion > 1 and (self.pipefusion > 1 or self.patches not in (None, 1) or self.patch_rows):
             raise ValueError(
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
@@ -97,6 +97,11 @@ class ParallelConfig:
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds")
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods in use."""
+        return frozenset(name for name in DEGREES if getattr(self, name) > 1)
 
     @property
     def world_size(self) -> int:

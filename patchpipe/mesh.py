@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patchpipe.agreement import agree
+from patchpipe.agreement import agree, gather
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
@@ -57,6 +57,7 @@ class Group:
         self._strips: list[WireRows] = []
         self.recorder: Recorder | None = None
         self._requests = 0
+        self._in_flight = 1
         self._agreements = 0
         if self.world_size > 1:
             assert store is not None
@@ -119,7 +120,7 @@ class Group:
         """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
         for wire in self._all_wires:
             for channel in wire.channels:
-                channel.next_call()
+                channel.next_call(self._in_flight)
 
     def drain(self) -> None:
         """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
@@ -219,11 +220,19 @@ class Group:
             self._agreements += 1
             agree(self._store, f"agree/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
 
+    def tell_all(self, what: Any) -> list[Any]:
+        """What every rank tells, by rank; plain data."""
+        if self._store is None:
+            return [what]
+        self._agreements += 1
+        return gather(self._store, f"told/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
+
     # -- failure ---------------------------------------------------------------------------------
 
-    def begin_request(self) -> None:
-        """From here on, failures are those of a new request; all ranks count alike."""
+    def begin_requests(self, in_flight: int = 1) -> None:
+        """From here on, failures are those of a new request, or of several together; all ranks count alike."""
         self._requests += 1
+        self._in_flight = in_flight
 
     @property
     def _failure_key(self) -> str:

@@ -1,9 +1,11 @@
-"""Refuses a layout that cannot fit a model by its configuration files alone, before any process is started."""
+"""Refuses, before any work, a layout that cannot fit a model by its files, and calls that cannot fly together."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from patchpipe.balance import check_stages
 from patchpipe.config import ParallelConfig
@@ -33,3 +35,32 @@ def check_folder(folder: Path, config: ParallelConfig) -> None:
             f"tensor={config.tensor} does not divide the {heads} attention heads of {plan.model}: "
             f"use a divisor of {heads}"
         )
+
+
+def check_calls(
+    calls: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int] | None = None,
+    bars: Sequence[Callable[..., Any]] | None = None,
+) -> None:
+    """Refuses what cannot be a set of calls in flight together.
+
+    Raises:
+        ValueError: There are none, lengths differ, or calls share a generator, whose draws would then mix.
+        TypeError: A call is no mapping of arguments.
+    """
+    if not calls:
+        raise ValueError("there are no calls: give one dict of the pipeline's arguments for each")
+    for name, entries in (("seeds", seeds), ("bars", bars)):
+        if entries is not None and len(entries) != len(calls):
+            raise ValueError(f"{len(entries)} {name} for {len(calls)} calls: give one for each")
+    owners: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise TypeError(f"call {number + 1} is a {type(call).__name__}: give a dict of the pipeline's arguments")
+        given = call.get("generator")
+        for generator in given if isinstance(given, (list, tuple)) else [given]:
+            if generator is not None and owners.setdefault(id(generator), number) != number:
+                raise ValueError(
+                    f"calls {owners[id(generator)] + 1} and {number + 1} share a generator: give each its own, or "
+                    f"what they draw would mix"
+                )
