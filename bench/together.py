@@ -106,7 +106,7 @@ def bound(warmup: int | str, requests: int, ranks: int, steps: int) -> float:
 
 def show(title: str, rows: list[Row]) -> None:
     """A table for the terminal."""
-    table = Table("warm-up", SERIAL, TOGETHER, "ratio", "spread", "bound", "waited s by rank, before", "together")
+    table = Table("warm-up", SERIAL, TOGETHER, "ratio", "spread", "bound", "waited s by rank", "together")
     for row in rows:
         times = [f"{median(row.seconds[way]):.2f} s" for way in (SERIAL, TOGETHER)]
         waits = [" ".join(f"{seconds:.2f}" for seconds in row.waited[way]) for way in (SERIAL, TOGETHER)]

@@ -111,16 +111,16 @@ class Flights:
         draws = [Draws(device, seed) for seed in self._seeds]
         self._flights = [Flight(*entry, own) for entry, own in zip(enumerate(paints), draws, strict=True)]
         callers = Draws(device)
-        self._runner.begin(len(self._flights))
         try:
-            with self._taking_turns():
-                self._join(self._start(Surroundings(device)))
-            if self._failure is not None:
-                raise self._failure
-            self._agree()  # where none of them got to a call of the transformer
-            self._runner.end()
+            with self._runner.open(len(self._flights)):
+                with self._taking_turns():
+                    self._join(self._start(Surroundings(device)))
+                if self._failure is not None:
+                    raise self._failure
+                self._agree()  # where none of them got to a call of the transformer
+                self._runner.settle()
         finally:
-            self._failure = self._runner.request = None
+            self._failure = None
             callers.restore()
         return [flight.output if flight.refusal is None else flight.refusal for flight in self._flights]
 
@@ -181,6 +181,7 @@ class Flights:
         def in_turn(*args: Any, **kwargs: Any) -> Any:
             flight = self._flights[self._baton.holder]
             if not flight.prepared:
+                self._runner.check(*args, **kwargs)
                 flight.prepared = True
                 self._let_others_go_on(flight)  # until all are prepared
                 self._agree()

@@ -288,6 +288,11 @@ class Group:
         except (RuntimeError, ValueError):
             return None
 
+    @property
+    def closed(self) -> bool:
+        """Whether the ranks can no longer talk."""
+        return self.world_size > 1 and self._control is None
+
     def close(self) -> None:
         """Closes the connections; peers that wait for this rank see it at once."""
         self._control = None

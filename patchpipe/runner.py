@@ -70,6 +70,7 @@ class Runner:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
         self.request: Request | None = None
         self.stats = [RequestStats()]  # of the requests served last, or being served
+        self._open = False
         self._dtype = _matrix_dtype(model)
         self._hops = self._new_hops()
         self._signature = inspect.signature(type(model).forward)
@@ -79,20 +80,25 @@ class Runner:
     @contextmanager
     def serving(self) -> Iterator[Request]:
         """The extent of one request; whatever it kept is gone afterwards."""
-        self.begin()
-        with self.serving_one() as request:
+        with self.open(), self.serving_one() as request:
             yield request
-            self.end()
+            self.settle()
 
-    def begin(self, requests: int = 1) -> None:
-        """Makes ready for one request, or for several in flight together."""
-        if self.request is not None:
+    @contextmanager
+    def open(self, requests: int = 1) -> Iterator[None]:
+        """The extent of one request, or of several in flight together."""
+        if self._open:
             raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
+        self._open = True
         self.group.begin_requests(requests)
         self.stats = [RequestStats() for _ in range(requests)]
         self._hops = self._new_hops()
+        try:
+            yield
+        finally:
+            self.request, self._open = None, False
 
-    def end(self) -> None:
+    def settle(self) -> None:
         """Waits until nothing of them is under way."""
         self._hops.end()
         self.group.drain()
@@ -146,6 +152,17 @@ class Runner:
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses what ``forward`` would refuse of a request's first call, before anything is sent.
+
+        Raises:
+            ValueError: An input the plan does not cover, or a latent that cannot be cut or shared as configured.
+        """
+        assert self.request is not None
+        inputs = self.plan.bind(self._signature, args, kwargs)
+        self.request.cut_for(inputs)
+        share_batch(inputs[self.plan.latent].shape[0], 0, self.plan, self.config)
 
     def _recut(self, inputs: dict[str, Any], cut: Cut) -> None:
         """A lazy latent that was reshaped since it was cut is gathered, on every rank alike."""

@@ -190,9 +190,9 @@ def be_refused(place: Place) -> list[Any]:
 
     [one, two] = pipe.patchpipe.together(calls())
     told = []
-    for wrong in (0, 1):
+    for at, wrong in ((0, WRONG), (1, WRONG), (1, {"height": 16})):
         with pytest.raises(ValueError) as caught:
-            pipe.patchpipe.together([call | WRONG if at == wrong else call for at, call in enumerate(calls())])
+            pipe.patchpipe.together([call | wrong if at == number else call for number, call in enumerate(calls())])
         told.append(str(caught.value))
     assert pipe.patchpipe.last.touched is False
     first, refused, second = pipe.patchpipe.together(
@@ -214,9 +214,10 @@ def flying() -> list[str]:
 
 
 def test_a_wrong_call_is_refused_before_anything_is_painted() -> None:
-    for rank, (first, second, alone, lone, seconds, threads) in enumerate(run_ranks(2, be_refused)):
+    for rank, (first, second, flat, alone, lone, seconds, threads) in enumerate(run_ranks(2, be_refused)):
         assert first.startswith("request 1 of 2: `prompt` has to be of type")
         assert second.startswith("request 2 of 2: `prompt` has to be of type")
+        assert flat.startswith("request 2 of 2: patches=2 is more than the 1 token rows of this picture")
         assert alone.startswith("ValueError: `prompt` has to be of type")
         assert lone.startswith("ValueError: " if rank == 1 else "RankFailed: rank 1 failed first: ValueError: `prompt`")
         assert seconds < 15

@@ -252,8 +252,9 @@ class Server:
         """Whether the request failed before any rank can have waited for another in the transformer."""
         if self._start.config is None:
             return True  # one process that shares nothing with others
-        last = self._last()
-        return last is before or getattr(last, "touched", True) is False
+        if self._group.closed:
+            return False
+        return self._last() is before or not any(one.touched for one in self._attachment.stats)
 
     def _failed(self, request: int, error: Exception, clean: bool) -> Failed:
         advice = out_of_memory(error, self._start.rank, self._start.device)
