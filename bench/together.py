@@ -34,13 +34,13 @@ class Row:
         warmup: Its warm-up.
         seconds: Of each round, by way.
         waited: Median seconds each rank waited for others, by way.
-        bound: The best that requests in flight together can do.
+        ideal: The ratio that the synchronous steps alone would give.
     """
 
     warmup: int | str
     seconds: dict[str, list[float]]
     waited: dict[str, list[float]]
-    bound: float
+    ideal: float
 
     @property
     def ratios(self) -> list[float]:
@@ -90,14 +90,15 @@ def row_of(warmup: int | str, ranks: list[dict[str, Any]], requests: int, steps:
     """The figures of one schedule; the requests are over when rank 0 has all their latents."""
     seconds = {way: [entry["seconds"] for entry in entries] for way, entries in ranks[0].items()}
     waited = {way: [median(entry["waited"] for entry in rank[way]) for rank in ranks] for way in seconds}
-    return Row(warmup, seconds, waited, bound(warmup, requests, len(ranks), steps))
+    return Row(warmup, seconds, waited, ideal(warmup, requests, len(ranks), steps))
 
 
-def bound(warmup: int | str, requests: int, ranks: int, steps: int) -> float:
-    """How much faster requests can be together: only synchronous steps leave stages idle, all but one.
+def ideal(warmup: int | str, requests: int, ranks: int, steps: int) -> float:
+    """How much faster requests are together if synchronous steps alone leave stages idle, all but one.
 
     With equal stages and hops that take no time, a synchronous step alone takes as long as on one device, where several
-    in flight keep as many stages busy as there are requests. Filling and draining are not counted.
+    in flight keep as many stages busy as there are requests. The fill and the drain of the whole set take away from
+    that; those of each request, and hops that it waits for, add to it.
     """
     synchronous = steps if warmup == "all" else min(int(warmup), steps)
     streamed = (steps - synchronous) / ranks
@@ -106,12 +107,12 @@ def bound(warmup: int | str, requests: int, ranks: int, steps: int) -> float:
 
 def show(title: str, rows: list[Row]) -> None:
     """A table for the terminal."""
-    table = Table("warm-up", SERIAL, TOGETHER, "ratio", "spread", "bound", "waited s by rank", "together")
+    table = Table("warm-up", SERIAL, TOGETHER, "ratio", "spread", "ideal", "waited s by rank", "together")
     for row in rows:
         times = [f"{median(row.seconds[way]):.2f} s" for way in (SERIAL, TOGETHER)]
         waits = [" ".join(f"{seconds:.2f}" for seconds in row.waited[way]) for way in (SERIAL, TOGETHER)]
         spread = f"{min(row.ratios):.2f}-{max(row.ratios):.2f}"
-        table.add_row(str(row.warmup), *times, f"{median(row.ratios):.2f}×", spread, f"{row.bound:.2f}×", *waits)
+        table.add_row(str(row.warmup), *times, f"{median(row.ratios):.2f}×", spread, f"{row.ideal:.2f}×", *waits)
     console = Console()
     console.print(title)
     console.print(table)

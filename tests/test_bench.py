@@ -48,9 +48,9 @@ def test_requests_together_are_compared_with_those_in_turn_of_the_same_round() -
     rank = {together.SERIAL: entries(10, 24, 9), together.TOGETHER: entries(5, 16, 6)}
     row = together.row_of("all", [rank, rank], requests=2, steps=8)
     assert row.ratios == [2.0, 1.5, 1.5]
-    assert (row.bound, row.waited[together.TOGETHER]) == (2.0, [0.25, 0.25])
-    assert together.bound(1, requests=2, ranks=2, steps=8) == pytest.approx((1 + 3.5) / (0.5 + 3.5))
-    assert together.bound(1, requests=4, ranks=2, steps=8) == together.bound(1, requests=2, ranks=2, steps=8)
+    assert (row.ideal, row.waited[together.TOGETHER]) == (2.0, [0.25, 0.25])
+    assert together.ideal(1, requests=2, ranks=2, steps=8) == pytest.approx((1 + 3.5) / (0.5 + 3.5))
+    assert together.ideal(1, requests=4, ranks=2, steps=8) == together.ideal(1, requests=2, ranks=2, steps=8)
 
 
 def test_unknown_contenders_are_refused() -> None:
