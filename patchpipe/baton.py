@@ -57,6 +57,12 @@ class Baton:
             self._round.remove(runner)
             if self._round and self.holder == runner:
                 self._hand(self._round[place % len(self._round)])
+            self._moved.notify_all()
+
+    def wait_until_left(self, timeout: float | None = None) -> None:
+        """Waits until every runner has left the round, or as long as ``timeout`` seconds."""
+        with self._moved:
+            self._moved.wait_for(lambda: not self._round, timeout)
 
     def drop(self) -> None:
         """Ends the round: whoever waits or will wait is grounded."""

@@ -137,13 +137,13 @@ class Flights:
 
     def _join(self, threads: list[threading.Thread]) -> None:
         try:
-            for thread in threads:
-                thread.join()
+            self._baton.wait_until_left()  # not by joining: a thread whose join was interrupted counts as ended
         except BaseException:
             self._baton.drop()
-            for thread in threads:
-                thread.join(GRACE_SECONDS)
+            self._baton.wait_until_left(GRACE_SECONDS)
             raise
+        for thread in threads:
+            thread.join()
 
     def _fly(self, flight: Flight, surroundings: Surroundings) -> None:
         try:

@@ -114,7 +114,8 @@ class Runner:
         finally:
             request.traffic.pause()
             request.finish()
-            self.request = None
+            if self.request is request:  # else another's turn goes on while this one is given up
+                self.request = None
 
     @property
     def last(self) -> RequestStats:

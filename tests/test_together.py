@@ -268,6 +268,24 @@ def test_law_7_a_failing_request_ends_all_of_them_everywhere(dies: bool) -> None
         assert ranks[1][2] == []
 
 
+def test_an_interrupt_leaves_no_request_running() -> None:
+    config = ParallelConfig(patches=2)
+    pipe = patchpipe.parallelize(tiny.pipeline("flux"), config)
+    call = {**tiny.call_arguments("flux"), "output_type": "latent"}
+
+    def interrupt(*_: Any) -> None:
+        if pipe.patchpipe.runner.request.stats.steps_patched == 2:
+            signal.raise_signal(signal.SIGINT)  # which Python answers in its main thread
+
+    hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.patchpipe.together([{**call, "num_inference_steps": 900}] * 2)
+    hook.remove()
+    one, other = pipe.patchpipe.together([call, call], seeds=[1, 1])
+    assert np.array_equal(numbers(one), numbers(other))
+    assert flying() == []
+
+
 def test_the_baton_goes_round_and_waits_have_a_deadline() -> None:
     baton = Baton(3, timeout=0.05)
     held = []
