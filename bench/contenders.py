@@ -17,19 +17,22 @@ from patchpipe import ParallelConfig
 from tests.ranks import Place
 
 PLAIN, THEIRS = "plain", "diffusers-ulysses"
+COMPILED = "+compiled"
 OURS = ("pipefusion", "ulysses", "ring", "tensor", "distrifusion")
 EVERY = (PLAIN, *OURS, THEIRS)
 TIMEOUT = 600.0
 
 
 def known(names: list[str]) -> list[str]:
-    """The names, checked: one of ``EVERY``, or ``pipefusion:4`` for four patches.
+    """The names, checked: one of ``EVERY``, or ``pipefusion:4`` for four patches; ``+compiled`` after one of ours.
 
     Raises:
         ValueError: A name is unknown.
     """
     for name in names:
-        method, _, patches = name.partition(":")
+        method, _, patches = name.removesuffix(COMPILED).partition(":")
+        if name.endswith(COMPILED) and method not in OURS:
+            raise ValueError(f"{name!r} is no contender: only {', '.join(OURS)} can be compiled")
         if method not in EVERY or (patches and (method != "pipefusion" or not patches.isdigit())):
             raise ValueError(f"{name!r} is no contender: use {', '.join(EVERY)}, or pipefusion:4 for four patches")
     return names
@@ -50,9 +53,10 @@ class Contender:
         self.pipe, self.call = SHAPES[shape].build()
         if steps is not None:
             self.call["num_inference_steps"] = steps
-        method, _, patches = name.partition(":")
+        method, _, patches = name.removesuffix(COMPILED).partition(":")
         if method in OURS:
-            options: dict[str, Any] = {method: place.world_size, "timeout": TIMEOUT}
+            compiled = name.endswith(COMPILED)
+            options: dict[str, Any] = {method: place.world_size, "timeout": TIMEOUT, "compile": compiled}
             config = ParallelConfig(**options, patches=int(patches) if patches else None)
             patchpipe.parallelize(self.pipe, config, group=place.join(config))
         elif method == THEIRS:
@@ -66,13 +70,14 @@ class Contender:
         """Whether this rank has no part in it."""
         return self.name == PLAIN and self.place.rank > 0
 
-    def run(self) -> Any:
-        """One request."""
-        return self.pipe(**self.call, generator=torch.Generator().manual_seed(0), output_type="latent")
+    def run(self, steps: int | None = None) -> Any:
+        """One request, of fewer steps if told."""
+        call = self.call if steps is None else {**self.call, "num_inference_steps": steps}
+        return self.pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")
 
     def figures(self) -> dict[str, Any]:
         """What it tells of its last request, beside the time."""
-        if self.name.partition(":")[0] not in OURS:
+        if self.name.removesuffix(COMPILED).partition(":")[0] not in OURS:
             return {"waited": 0.0, "sent_bytes": 0, "patches": 1}
         last = self.pipe.patchpipe.last
         return {"waited": last.waited_seconds, "sent_bytes": last.sent_bytes, "patches": last.patches}

@@ -3,7 +3,8 @@
 python -m bench.links --shape flux --link pcie
 
 The bandwidth follows from rho, the time that the traffic of one Ulysses layer takes over the time that the layer's
-compute takes: first for the real model on the real card, then for the narrow model at the rate measured here.
+compute takes: first for the real model on the real card, then for the narrow model at the rate measured here. Beside
+each measured time stands what the planner predicts from that rate.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from bench.contenders import OURS, PLAIN, Contender, known
+from bench.contenders import PLAIN, Contender, known
 from bench.loopback import show
 from bench.network import Network
+from bench.predicted import Forecast, forecast, profile_of, workload_of
 from bench.rounds import bound, rows_of, save, take_turns
 from bench.shapes import SHAPES
 from tests.ranks import Place
@@ -104,7 +106,9 @@ def main(
         f"here: a layer {layer * 1e3:.1f} ms on one core, {sent / 1e6:.2f} MB of Ulysses' traffic, so "
         f"{bandwidth * 8 / 1e6:.0f} Mbit/s and {latency * 1e6:.0f} µs"
     )
-    names = [PLAIN, *(name for name in known(method or list(OURS)) if name != PLAIN)]
+    workload = workload_of(shape, steps)
+    said = forecast(workload, profile_of(workload, layer, bandwidth, latency, ranks), ranks)
+    names = [PLAIN, *(name for name in known(method or list(said.seconds)) if name != PLAIN)]
     with tempfile.TemporaryDirectory() as folder, Network(ranks, bandwidth * 8, latency) as network:
         spec = Path(folder) / "spec.json"
         spec.write_text(json.dumps({"shape": shape, "names": names, "rounds": rounds, "steps": steps, "ranks": ranks}))
@@ -117,11 +121,19 @@ def main(
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     rows, limit = rows_of(found), bound(steps, ranks)
     show(f"{shape} over {link}, rho {card.rho:.2f}, {steps} steps", rows, limit)
+    console.print(told(said))
     figures = {
         "shape": shape, "link": link, "card": asdict(card), "rho": card.rho, "layer_seconds": layer, "steps": steps,
-        "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "rows": [row.as_dict() for row in rows],
+        "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "choice": said.choice,
+        "rows": [{**row.as_dict(), "predicted": said.seconds.get(row.name)} for row in rows],
     }  # fmt: skip
-    save(f"links-{shape}-{link}", f"python -m bench.links --shape {shape} --link {link}", figures)
+    save(f"links-{shape}-{link}", f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}", figures)
+
+
+def told(said: Forecast) -> str:
+    """The planner's predictions in a line."""
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in said.seconds.items())
+    return f"predicted: {seconds}; the planner takes {said.choice}"
 
 
 def measured_layer_seconds(shape: str) -> float:

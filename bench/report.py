@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md anew from the files of results.
+"""Writes the tables of docs/benchmarks.md and docs/planner.md anew from the files of results.
 
 python -m bench.report
 
@@ -12,20 +12,25 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from bench.planner import predictions
 from bench.rounds import load
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DOCUMENTS = tuple(Path(__file__).parent.parent / "docs" / name for name in ("benchmarks.md", "planner.md"))
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
     """Renders every table whose results are there; the others stay as they are."""
-    DOCUMENT.write_text(_TABLE.sub(_rendered, DOCUMENT.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(_TABLE.sub(_rendered, document.read_text()))
 
 
 def _rendered(found: re.Match[str]) -> str:
     figures = load(found[2])
-    return found[0] if figures is None else f"{found[1]}{table(figures)}{found[3]}"
+    if figures is None:
+        return found[0]
+    text = predictions(figures) if "choices" in figures else table(figures)
+    return f"{found[1]}{text}{found[3]}"
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -41,13 +46,12 @@ def table(figures: dict[str, Any]) -> str:
     if "link" in figures:
         lines[-1] += (
             f" rho {figures['rho']:.2f}: a layer takes {figures['layer_seconds'] * 1e3:.0f} ms here, so the link is "
-            f"shaped to {figures['bandwidth'] * 8 / 1e6:.0f} Mbit/s."
+            f"shaped to {figures['bandwidth'] * 8 / 1e6:.0f} Mbit/s. The planner takes {figures['choice']}."
         )
-    lines += [
-        "",
-        "| method | patches | seconds | speed-up (spread) | of PipeFusion's bound | waited, by rank | sent, by rank |",
-    ]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |", *(_row(row, limit) for row in figures["rows"])]
+    columns = ["method", "patches", "seconds", "speed-up (spread)", "of PipeFusion's bound", "waited, by rank", "sent"]
+    columns += ["predicted"] if "link" in figures else []
+    lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    lines += [_row(row, limit) for row in figures["rows"]]
     return "\n".join(lines) + "\n"
 
 
@@ -58,8 +62,14 @@ def _row(row: dict[str, Any], limit: float) -> str:
     sent = " / ".join(f"{size / 1e6:.0f} MB" for size in row["sent_bytes"])
     return (
         f"| {row['name']} | {row['patches']} | {median(row['seconds']):.1f} | {row['speedup']:.2f}× ({spread}) | "
-        f"{share} | {waited} | {sent} |"
+        f"{share} | {waited} | {sent} |{_predicted(row)}"
     )
+
+
+def _predicted(row: dict[str, Any]) -> str:
+    if "predicted" not in row:
+        return ""
+    return f" {row['predicted']:.1f} s |" if row["predicted"] else "  |"
 
 
 if __name__ == "__main__":

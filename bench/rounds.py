@@ -20,12 +20,13 @@ from tests.ranks import Place
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 PATIENCE = timedelta(hours=1)
+FEW_STEPS = 2  # bring a contender's code and memory in
 
 Figures = dict[str, list[dict[str, Any]]]
 
 
 def take_turns(place: Place, shape: str, names: list[str], rounds: int, steps: int | None = None) -> Figures:
-    """Times every contender once a round; one more round, before, is not timed.
+    """Times every contender once a round; one more round of few steps, before, is not timed.
 
     Returns:
         This rank's seconds and other figures, by contender.
@@ -39,7 +40,7 @@ def take_turns(place: Place, shape: str, names: list[str], rounds: int, steps: i
             if contender.idle:
                 continue
             started = perf_counter()
-            contender.run()
+            contender.run(None if turn else FEW_STEPS)
             if turn:
                 found[contender.name].append({"seconds": perf_counter() - started, **contender.figures()})
     meet(place, "end")

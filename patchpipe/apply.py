@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchpipe.agreement import attempt
 from patchpipe.balance import split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
 from patchpipe.lazy import materialise_tree
-from patchpipe.mesh import Group, join
+from patchpipe.mesh import Group, meet
 from patchpipe.models import plan_for
-from patchpipe.precheck import check_calls
+from patchpipe.models.plan import ModelPlan
+from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
@@ -52,6 +54,7 @@ class Attachment:
         config: The layout.
         group: The ranks.
         runner: Runs the transformer's calls.
+        graphs: Graphs that were compiled so far, by kind of block.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
+        self.graphs: Mapping[str, int] = {}
 
     @property
     def last(self) -> RequestStats:
@@ -126,6 +130,8 @@ class Attachment:
             self._undo.append(self._part.detach)
         self._stage.attach()
         self._undo.append(self._stage.detach)
+        if self.config.compile:
+            self._compile()
         self._set(model, "forward", self.runner.forward)
         if hasattr(model, "cache_context"):
             original = model.cache_context
@@ -139,6 +145,16 @@ class Attachment:
         pipe.__class__ = _served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
+
+    def _compile(self) -> None:
+        from patchpipe.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
+
+        try:
+            self.graphs, undo = compile_blocks(self._stage.blocks)
+        except ValueError:
+            self.detach()
+            raise
+        self._undo.append(undo)
 
     def _hook_text(self) -> None:
         """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""
@@ -169,14 +185,16 @@ class Attachment:
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
+        check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
         self._warn_if_synchronous(kwargs)
+        before = self.last
         try:
             self._align(kwargs.get("generator"))
             with self.serving():
                 output = self._paint(self._pipe, original, args, kwargs)
         except Exception as error:
             self.group.report_failure(f"{type(error).__name__}: {error}")
-            if self.last.touched:
+            if self.last is not before and self.last.touched:
                 self.group.close()  # peers that wait for this rank must not wait for the deadline
             raise
         return output
@@ -218,16 +236,14 @@ class Attachment:
                 tested so. The pipeline stays usable.
             PatchpipeError: A rank failed.
         """
-        check_calls(calls, seeds, bars)
-        check_together(self.config.methods)
-        if getattr(self._pipe.transformer, "is_cache_enabled", False):
-            raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
-        self.group.agree({"calls in flight together": len(calls)})
+        _, problem = attempt(lambda: self._check_together(calls, seeds, bars))
+        self.group.agree({"calls in flight together": len(calls)}, problem)
         for call in calls:
             self._warn_if_synchronous(dict(call))
         original, flights = type(self._pipe).__mro__[1].__call__, Flights(self.runner, self.group, seeds, len(calls))
 
         def paint(number: int, call: Mapping[str, Any]) -> Any:
+            check_guidance(partial(original, self._pipe), (), call, self.runner.plan, self.config)
             self._align(call.get("generator"))
             return self._paint(self._copy(number, None if bars is None else bars[number]), original, (), call)
 
@@ -240,6 +256,14 @@ class Attachment:
             self.group.report_failure(f"{type(error).__name__}: {error}")
             self.group.close()
             raise
+
+    def _check_together(
+        self, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None, bars: Sequence[Callable[..., Any]] | None
+    ) -> None:
+        check_calls(calls, seeds, bars)
+        check_together(self.config.methods, self.config.compile)
+        if getattr(self._pipe.transformer, "is_cache_enabled", False):
+            raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
 
     def _copy(self, number: int, bar: Callable[..., Any] | None) -> Any:
         """The pipeline once more, with the same models but its own scheduler, for one of several calls in flight.
@@ -339,15 +363,23 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
     model: nn.Module = pipe.transformer
-    plan = plan_for(model)
-    stages = split_blocks(model, plan, config)
-    check_tensor(model, plan, config.tensor)
-    group = group or join(config, device=_device_of(pipe))
-    group.agree({"config": config.as_dict(), "model": plan.model, "model_config": _settings(model)})
+    fitted, problem = attempt(lambda: _fit(model, config))
+    about = {"model": type(model).__name__, "model_config": _settings(model)}
+    group = meet(config, group, _device_of(pipe), about, problem)
+    assert fitted is not None
+    plan, stages = fitted
     owned = stages[group.stage]
     part = tensor_part(model, plan, owned, group.mesh.at("tensor"), config.tensor)
     Attachment(pipe, config, group, owned, part).attach()
     return pipe
+
+
+def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[range]]:
+    """The model's plan and each stage's blocks, if the layout fits the model."""
+    plan = plan_for(model)
+    stages = split_blocks(model, plan, config)
+    check_tensor(model, plan, config.tensor)
+    return plan, stages
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class Attending:
     masked: bool = False
     entries: Entries | None = None
 
+    @property
+    def outlives(self) -> bool:
+        """Whether something may hold on to queries, keys or values themselves after the layer is done with them."""
+        return self.sharing is not None or (self.store is not None and self.patch.whole)
+
     def remember(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
         """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists."""
         if self.store is None:
@@ -112,13 +117,13 @@ class _StoreMode(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.reshape and not kwargs and args[0].numel() == 0:
-            return args[0].reshape(_empty_shape(args[0].shape, args[1:]))
+            return args[0].reshape(empty_shape(args[0].shape, args[1:]))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self.calls += 1
-        return self._attend(func, *args, **kwargs)
+        return self.attend(func, *args, **kwargs)
 
-    def _attend(
+    def attend(
         self,
         func: Callable[..., Tensor],
         query: Tensor,
@@ -130,6 +135,7 @@ class _StoreMode(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        """Attends in the place of the function a model called; the other arguments are those of torch."""
         layer = self.attending
         column = self._column(attn_mask, query, key)
         attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
@@ -160,16 +166,68 @@ class _StoreMode(TorchFunctionMode):
         return column
 
 
-def _empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
+def empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
     """The shape meant by a reshape of no rows at all, where torch finds -1 ambiguous.
 
     Text rows ride with the first patch alone; rotary embeddings split the channels of whatever rows there are.
     """
     new = list(asked[0] if len(asked) == 1 and not isinstance(asked[0], int) else asked)
     if -1 in new and 0 in new:
-        known = prod(size for size in new if size > 0)
-        new[new.index(-1)] = prod(size for size in old if size > 0) // known
+        known = prod([size for size in new if size > 0])
+        new[new.index(-1)] = prod([size for size in old if size > 0]) // known
     return new
+
+
+class Attended:
+    """Stands in for the ``forward`` of a self-attention layer, which goes through its store and the sharing ranks.
+
+    Args:
+        layer: The attention module.
+        find: What the patch at work needs; ``None`` leaves the layer alone.
+    """
+
+    def __init__(self, layer: nn.Module, find: Callable[[], Attending | None]) -> None:
+        self.name = type(layer).__name__
+        self.compute, self.find = layer.forward, find
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, with its one attention seen."""
+        attending = self.find()
+        if attending is None:
+            return self.compute(*args, **kwargs)
+        with _StoreMode(attending) as mode:
+            result = self.compute(*args, **kwargs)
+        self.check(mode.calls)
+        return result
+
+    def attend(self, rows: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, *options: Any) -> Tensor:
+        """The layer's one attention by itself, where a compiled forward asks for it.
+
+        Args:
+            rows: Query, key and value of this rank's rows. Their memory is used for other things afterwards.
+            mask: The model's ``attn_mask``.
+            options: ``dropout_p``, ``is_causal``, ``scale`` and ``enable_gqa``.
+        """
+        attending, compute = self.find(), functional.scaled_dot_product_attention
+        if attending is None:
+            dropout, causal, scale, grouped = options
+            more = {"enable_gqa": True} if grouped else {}
+            return compute(*rows, mask, dropout, causal, scale=scale, **more)
+        if attending.outlives:
+            rows = (rows[0].clone(), rows[1].clone(), rows[2].clone())
+        return _StoreMode(attending).attend(compute, *rows, mask, *options)
+
+    def check(self, calls: int) -> None:
+        """Makes sure that the attention was seen.
+
+        Raises:
+            RuntimeError: It was not, or there were several.
+        """
+        if calls != 1:
+            raise RuntimeError(
+                f"{self.name} called scaled_dot_product_attention {calls} times instead of once, so "
+                f"its keys and values cannot be kept: use diffusers' native attention backend"
+            )
 
 
 def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Callable[[], None]:
@@ -182,22 +240,7 @@ def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Ca
     Returns:
         A function that undoes it.
     """
-    compute = layer.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        attending = find()
-        if attending is None:
-            return compute(*args, **kwargs)
-        with _StoreMode(attending) as mode:
-            result = compute(*args, **kwargs)
-        if mode.calls != 1:
-            raise RuntimeError(
-                f"{type(layer).__name__} called scaled_dot_product_attention {mode.calls} times instead of once, so "
-                f"its keys and values cannot be kept: use diffusers' native attention backend"
-            )
-        return result
-
-    layer.forward = forward  # type: ignore[method-assign]
+    layer.forward = Attended(layer, find)  # type: ignore[method-assign]
 
     def undo() -> None:
         del layer.__dict__["forward"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import nn
 
 from patchpipe.config import ParallelConfig
@@ -12,6 +13,24 @@ from patchpipe.models.plan import BlockPlace, ModelPlan
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
 NOMINAL_IMAGE_TOKENS = 4096
 NOMINAL_TEXT_TOKENS = 512
+
+# Operations a device does while its link moves a byte: a card of 90 TFLOP/s on PCIe 4.0 (20 GB/s), a core of 80 GFLOP/s
+# beside processes on the same host (2 GB/s). Fixed, so that the same call paints the same picture wherever it runs.
+OPERATIONS_PER_BYTE = {"cuda": 4500.0, "cpu": 40.0}
+
+
+def hop_share(model: nn.Module, plan: ModelPlan, config: ParallelConfig, device: torch.device) -> float:
+    """Time a patch takes from stage to stage as a share of the time it takes in a stage, on a nominal device.
+
+    A channel of a token is two bytes on the way, four on a CPU. A block is taken for twelve square matrices, which is
+    the same on every rank, whatever it holds.
+    """
+    if config.pipefusion == 1:
+        return 0.0
+    size = 2 if device.type == "cuda" else 4
+    rate = OPERATIONS_PER_BYTE.get(device.type, OPERATIONS_PER_BYTE["cuda"])
+    blocks = len(plan.blocks_of(model)) / config.pipefusion
+    return size * rate * config.tensor / (24 * plan.width(model) * blocks)
 
 
 def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:

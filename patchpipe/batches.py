@@ -12,6 +12,7 @@ from torch import Tensor
 from patchpipe.axes import shares
 from patchpipe.config import ParallelConfig
 from patchpipe.models.plan import ModelPlan
+from patchpipe.refusals import no_guidance
 
 Range = tuple[int, int]
 
@@ -67,9 +68,7 @@ def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig
     halves: list[tuple[int, Range]] = [(branch % config.cfg, (0, batch))]
     if config.cfg == 2 and plan.guidance == "batch":
         if batch % 2:
-            raise ValueError(
-                "cfg=2 splits the two branches of guidance, but this call has none: set guidance, or cfg=1"
-            )
+            raise no_guidance(plan)
         halves = [(0, (0, batch // 2)), (1, (batch // 2, batch))]
     if min(stop - start for _, (start, stop) in halves) < config.data:
         raise ValueError(

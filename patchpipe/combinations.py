@@ -26,6 +26,14 @@ TOGETHER: tuple[Methods, ...] = (  # what requests in flight together are tested
     frozenset({"distrifusion"}),
 )
 
+COMPILED: tuple[Methods, ...] = (  # the same for blocks that are compiled
+    frozenset({"pipefusion", "cfg"}),
+    frozenset({"pipefusion", "ulysses"}),
+    frozenset({"pipefusion", "tensor"}),
+    frozenset({"ring"}),
+    frozenset({"distrifusion"}),
+)
+
 
 def check_combination(used: Methods) -> None:
     """Refuses a product of methods that nothing tests.
@@ -39,15 +47,21 @@ def check_combination(used: Methods) -> None:
     _check(used, TESTED, "together and so refused")
 
 
-def check_together(used: Methods) -> None:
+def check_together(used: Methods, compiled: bool = False) -> None:
     """Refuses requests in flight together under a product of methods for which nothing tests them.
 
     Args:
         used: The methods with a degree above 1.
+        compiled: Whether blocks are compiled.
 
     Raises:
         ValueError: The product is not tested so; names the nearest that is.
     """
+    if compiled:
+        raise ValueError(
+            "compile=True is not tested with requests in flight together and so refused: use compile=False, or paint "
+            "them one after the other"
+        )
     _check(used, TOGETHER, "with requests in flight together and so refused (paint them one after the other, or)")
 
 
@@ -58,4 +72,22 @@ def _check(used: Methods, known: tuple[Methods, ...], how: str) -> None:
     raise ValueError(
         f"{' × '.join(sorted(used))} is not tested {how}: the nearest that is tested is "
         f"{' × '.join(sorted(nearest))}; leave out {', '.join(sorted(used - nearest))}"
+    )
+
+
+def check_compiled(used: Methods) -> None:
+    """Refuses to compile under a product of methods with which nothing tests it.
+
+    Args:
+        used: The methods with a degree above 1.
+
+    Raises:
+        ValueError: It is not tested.
+    """
+    if any(used <= tested for tested in COMPILED):
+        return
+    tested = "; ".join(" × ".join(sorted(methods)) for methods in COMPILED)
+    raise ValueError(
+        f"compile=True is not tested with {' × '.join(sorted(used))} and so refused: use compile=False, or one of "
+        f"{tested}, each or part of it"
     )

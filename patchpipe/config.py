@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from patchpipe.combinations import check_combination
+from patchpipe.combinations import check_combination, check_compiled
+
+if TYPE_CHECKING:
+    from patchpipe.planner.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 SPREAD: Literal["spread"] = "spread"
 DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
-FEWEST_TOKENS = 256  # in a patch, before the default number of patches is lowered towards the stages
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes one more than there are stages: with as
-            many as stages each would wait for every hop (1 on one device, and no more than there are stages where
-            patches would be too small to keep a device busy).
+        patches: Number of patches M the latent is cut into. ``None`` takes the number whose step is the shortest:
+            more patches than stages hide the hops between stages, fewer are cheaper to compute (see
+            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
@@ -44,6 +47,8 @@ class ParallelConfig:
             and values one step late (DistriFusion, arXiv 2402.19481); instead of ``pipefusion``.
         parallel_vae: Decode and encode pictures in strips of rows, one per rank, each of which then holds the
             VAE: about 1/N of the memory, the same picture up to float tolerance.
+        compile: Compile the blocks a rank owns with ``torch.compile``, each kind of block once for all shapes. The
+            first request takes longer; results agree with eager ones to float tolerance.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -66,6 +71,7 @@ class ParallelConfig:
     tensor: int = 1
     distrifusion: int = 1
     parallel_vae: bool = False
+    compile: bool = False
     backend: Backend = "auto"
     timeout: float = 300.0
 
@@ -80,6 +86,10 @@ class ParallelConfig:
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
                 "with pipefusion, patches or patch_rows"
             )
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile={self.compile!r} must be True or False")
+        if self.compile:
+            check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.patches is not None:
             _at_least("patches", self.patches, 1)
         if self.warmup != ALL_STEPS:
@@ -97,6 +107,43 @@ class ParallelConfig:
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout!r} must be a positive number of seconds")
+
+    @classmethod
+    def auto(
+        cls,
+        model: str | Path,
+        devices: int,
+        *,
+        device: str | None = None,
+        link: str | None = None,
+        profile: Profile | str | Path | None = None,
+        exact: bool = False,
+        memory: float | None = None,
+        warmup: int = 1,
+        **asked: Any,
+    ) -> ParallelConfig:
+        """The layout that the planner predicts to be fastest.
+
+        Args:
+            model: A known name such as ``"flux.1-dev"``, a folder or a hub id.
+            devices: Ranks.
+            device: A known card such as ``"l40"``.
+            link: A known link such as ``"pcie4"``.
+            profile: A profile or its file, as ``patchpipe profile`` writes it, instead of ``device`` and ``link``.
+            exact: Only methods whose picture is that of one device, up to the order of sums.
+            memory: GiB a device may hold; ``None`` takes all it has.
+            warmup: Synchronous steps.
+            **asked: The request: ``height``, ``width``, ``steps``, ``guidance``, ``pictures``, ``text_tokens``,
+                ``dtype``; see ``patchpipe.planner.workloads.Asked``.
+
+        Raises:
+            ValueError: A name is unknown, or no layout fits.
+            FileNotFoundError: There is no such model or profile.
+        """
+        from patchpipe.planner.choose import best_config
+
+        wishes = {"exact": exact, "memory": None if memory is None else int(memory * 2**30), "warmup": warmup}
+        return best_config(model, devices, device, link, profile, wishes, asked)
 
     @property
     def methods(self) -> frozenset[str]:
@@ -131,8 +178,13 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    def patches_for(self, rows: int, tokens: int) -> int:
+    def patches_for(self, rows: int, tokens: int, hop: float = 0.0) -> int:
         """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
+
+        Args:
+            rows: Token rows.
+            tokens: Tokens, of image and text.
+            hop: Time a patch takes from stage to stage, as a share of the time it takes in a stage.
 
         Raises:
             ValueError: More patches were asked for than there are rows.
@@ -140,8 +192,10 @@ class ParallelConfig:
         if self.patch_rows is not None:
             return len(self.patch_rows)
         if self.patches is None:
-            stages = self.pipefusion
-            return min(rows, max(stages, min(stages + 1, tokens // FEWEST_TOKENS))) if stages > 1 else 1
+            from patchpipe.patches import quickest
+
+            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), hop)
+            return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
             raise ValueError(
                 f"patches={self.patches} is more than the {rows} token rows of this picture: "
@@ -158,7 +212,7 @@ class ParallelConfig:
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
-        return " · ".join([*(degrees or ["one device"]), steps])
+        return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""

@@ -16,6 +16,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.explain import Volume
 from patchpipe.loading import PipelineFolder, owned_names
 from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.tensor import INPUTS, check_tensor, split_linears
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,9 @@ def _stages(
 ) -> list[StageInfo]:
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
-    components = _component_parameters(source)
+    components = component_parameters(source)
     split = split_blocks(transformer, plan, config)
+    check_tensor(transformer, plan, config.tensor)
     for rank in range(config.world_size):
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
@@ -121,7 +123,8 @@ def _home(part: str, config: ParallelConfig) -> int:
     return config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
 
 
-def _component_parameters(source: PipelineFolder) -> dict[str, int]:
+def component_parameters(source: PipelineFolder) -> dict[str, int]:
+    """Parameters of the VAE and of every text encoder."""
     parts = [
         part
         for part, entry in source.index.items()
@@ -152,6 +155,30 @@ def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text
     plan = source.plan()
     transformer = source.build("transformer", torch.float32)
     split_blocks(transformer, plan, config)
+    check_tensor(transformer, plan, config.tensor)
     dtype = Checkpoint(source.path / "transformer").dtype()
-    joint = text_tokens if plan.text_inputs else 0
-    return Volume(image_tokens + joint, plan.width(transformer), len(plan.blocks_of(transformer)), dtype.itemsize)
+    joint, width, places = text_tokens if plan.text_inputs else 0, plan.width(transformer), plan.blocks_of(transformer)
+    return Volume(
+        tokens=image_tokens + joint,
+        width=width,
+        attended=sum(_attended(place, image_tokens, joint) for place in places),
+        summed=sum(_summed(transformer, plan, place, image_tokens, joint) for place in places),
+        itemsize=dtype.itemsize,
+    )
+
+
+def _attended(place: BlockPlace, image: int, text: int) -> int:
+    """Rows of a block's self-attention layers."""
+    kinds = [kind for path, kind in place.listing.attention.items() if getattr(place.block, path, None) is not None]
+    return sum({"joint": image + text, "image": image, "cross": 0}[kind] for kind in kinds)
+
+
+def _summed(model: nn.Module, plan: ModelPlan, place: BlockPlace, image: int, text: int) -> int:
+    """Rows of the sums that end a block's split matrices."""
+    of_text, rows = place.listing.text_parameters, 0
+    for split in split_linears(model, plan, place):
+        if split.dim == INPUTS:
+            serves_text = any(part in split.name.removeprefix(place.name) for part in of_text)
+            both = not of_text and plan.text in place.listing.streams
+            rows += image + text if both else text if serves_text else image
+    return rows

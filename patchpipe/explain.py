@@ -13,44 +13,54 @@ class Volume:
     """What one step works on.
 
     Attributes:
-        tokens: Image and text tokens of one guidance branch of one picture.
+        tokens: Image and text tokens of one guidance branch of one picture, as they go from block to block.
         width: Channels of a token.
-        blocks: Blocks of the model, with one self-attention each.
+        attended: Rows of all self-attention layers together: p·L where each block has one over all tokens.
+        summed: Rows of the sums that end split matrices, all blocks together: 2·p·L with two a block.
         itemsize: Bytes of an element.
     """
 
     tokens: int
     width: int
-    blocks: int
+    attended: int
+    summed: int
     itemsize: int
 
 
-FLUX_AT_1024 = Volume(tokens=4096 + 512, width=3072, blocks=57, itemsize=2)
+# More than these no pipeline of diffusers has.
+ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
+# 19 dual-stream blocks with two sums over all tokens each, 38 single-stream blocks with one.
+FLUX_AT_1024 = Volume(tokens=4608, width=3072, attended=57 * 4608, summed=(2 * 19 + 38) * 4608, itemsize=2)
 
 
 def traffic(config: ParallelConfig, volume: Volume) -> dict[str, float]:
     """Bytes a rank sends per step of one branch of one picture, by method.
 
-    The papers' cost table (arXiv 2405.14430, table 1; arXiv 2411.01738) with its constants. Predictions of the
-    noise, a few channels wide, are left out.
+    The papers' cost table (arXiv 2405.14430, table 1; arXiv 2411.01738) with its constants; the mean over ranks where
+    rows, heads or blocks divide unevenly, and of PipeFusion what every stage but the last sends on. Predictions of
+    the noise, a few channels wide, are left out.
     """
-    p, h, blocks, size = volume.tokens, volume.width, volume.blocks, volume.itemsize
-    parts, own_blocks = config.distrifusion * config.ring * config.ulysses, blocks / config.pipefusion
-    found = {}
-    if config.pipefusion > 1:
-        found["pipefusion"] = p / parts * h * size
-    if config.ulysses > 1:
-        line = p / (config.distrifusion * config.ring)
-        heads = h / config.tensor
-        found["ulysses"] = 4 * line * heads / config.ulysses * (config.ulysses - 1) / config.ulysses * own_blocks * size
-    if config.ring > 1:
-        heads = h / (config.ulysses * config.tensor)
-        found["ring"] = 2 * p / config.distrifusion * heads * (config.ring - 1) / config.ring * own_blocks * size
-    if config.tensor > 1:
-        found["tensor"] = 4 * p / parts * h * (config.tensor - 1) / config.tensor * own_blocks * size
-    if config.distrifusion > 1:
-        found["distrifusion"] = 2 * p / parts * h * (config.distrifusion - 1) * own_blocks * size
-    return found
+    ulysses, ring, tensor, displaced = config.ulysses, config.ring, config.tensor, config.distrifusion
+    parts, element = displaced * ring * ulysses, volume.width * volume.itemsize
+    attended, summed = volume.attended / config.pipefusion * element, volume.summed / config.pipefusion * element
+    sent = {
+        "pipefusion": volume.tokens / parts * element,
+        "ulysses": 4 * attended / (displaced * ring * tensor) / ulysses * (ulysses - 1) / ulysses,
+        "ring": 2 * attended / (displaced * ulysses * tensor) * (ring - 1) / ring,
+        "tensor": 2 * summed / parts * (tensor - 1) / tensor,
+        "distrifusion": 2 * attended / parts * (displaced - 1),
+    }
+    return {method: size for method, size in sent.items() if getattr(config, method) > 1}
+
+
+def kept(config: ParallelConfig, volume: Volume) -> float:
+    """Bytes of keys and values a rank holds for one branch of one picture; the mean over ranks of uneven shares.
+
+    The papers' table again: ``2·p·h·L`` over the stages and over the ranks that share heads. With every step a
+    warm-up step, or the latent in one patch, nothing is kept.
+    """
+    whole = 2 * volume.attended * volume.width * volume.itemsize
+    return whole / (config.pipefusion * config.ulysses * config.tensor)
 
 
 def ranks_table(config: ParallelConfig) -> list[tuple[str, ...]]:
@@ -94,7 +104,7 @@ def _holdings(config: ParallelConfig, mesh: Mesh) -> str:
     if config.data > 1:
         held.append(f"pictures {mesh.at('data') + 1}/{config.data}")
     if config.text_rank == SPREAD:
-        held += ["a text encoder, if there are as many"] if mesh.rank != config.output_rank else []
+        held += [f"{title}, if any" for name, title in ENCODERS.items() if config.encoder_rank(name) == mesh.rank]
     elif mesh.rank == config.encoder_rank():
         held.append("text encoders")
     if config.parallel_vae:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 
+from patchpipe.agreement import attempt
 from patchpipe.apply import Attachment
 from patchpipe.balance import split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import UnsupportedModel
-from patchpipe.mesh import Group, join
+from patchpipe.mesh import Group, meet
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.source import Source, resolve_source
@@ -67,29 +69,26 @@ def from_pretrained(
         FileNotFoundError: The model or a part of it is missing.
     """
     config = config or ParallelConfig()
-    wanted = as_dtype(dtype)
-    source = PipelineFolder.locate(model, variant)
-    plan = source.plan()
-    transformer = source.build("transformer", wanted)
-    stages = split_blocks(transformer, plan, config)
-    check_tensor(transformer, plan, config.tensor)
-    checkpoint = Checkpoint(source.path / "transformer", variant)
-    group = group or join(config, device=device)
-    group.agree(
-        {
-            "config": config.as_dict(),
-            "dtype": str(wanted),
-            "model": plan.model,
-            "model_config": source.config("transformer"),
-        }
-    )
-    owned = stages[group.stage]
-    names = owned_names(transformer, plan, owned, last=group.last)
-    part = tensor_part(transformer, plan, owned, group.mesh.at("tensor"), config.tensor)
+    found, problem = attempt(lambda: _Found.at(model, config, dtype, variant))
+    group = meet(config, group, device, found.about if found else {}, problem)
+    assert found is not None
+    try:
+        return _load(found, config, group, kwargs)
+    except Exception as error:
+        group.report_failure(f"{type(error).__name__}: {error}")
+        group.close()  # peers that have loaded theirs must not wait for the deadline
+        raise
+
+
+def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str, Any]) -> Any:
+    """Reads this rank's part and attaches it to the pipeline."""
+    source, transformer, wanted, owned = found.source, found.transformer, found.dtype, found.stages[group.stage]
+    names = owned_names(transformer, found.plan, owned, last=group.last)
+    part = tensor_part(transformer, found.plan, owned, group.mesh.at("tensor"), config.tensor)
     slices = part.slices if part is not None else {}
-    checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
+    found.checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
     _finish(transformer, group.device)
-    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **kwargs}
+    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **options}
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group, owned, part).attach()
@@ -180,6 +179,45 @@ class PipelineFolder:
 
     def _weighted(self) -> int:
         return sum(part == "vae" or part.startswith("text_encoder") for part in self.index)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a rank knows of a model before it meets the others.
+
+    Attributes:
+        source: The pipeline on disk.
+        plan: The plan of its transformer.
+        transformer: The transformer, without weights.
+        stages: The blocks of every stage.
+        checkpoint: Its weights.
+        dtype: What they are to be.
+    """
+
+    source: PipelineFolder
+    plan: ModelPlan
+    transformer: Any
+    stages: list[range]
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+    @classmethod
+    def at(
+        cls, model: str | Path, config: ParallelConfig, dtype: torch.dtype | str | None, variant: str | None
+    ) -> _Found:
+        """Finds the model and checks that the layout fits it."""
+        wanted, source = as_dtype(dtype), PipelineFolder.locate(model, variant)
+        plan, transformer = source.plan(), source.build("transformer", wanted)
+        stages = split_blocks(transformer, plan, config)
+        check_tensor(transformer, plan, config.tensor)
+        checkpoint = Checkpoint(source.path / "transformer", variant)
+        return cls(source, plan, transformer, stages, checkpoint, wanted)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What all ranks must have alike."""
+        settings = self.source.config("transformer")
+        return {"dtype": str(self.dtype), "model": self.plan.model, "model_config": settings}
 
 
 def owned_names(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> list[str]:

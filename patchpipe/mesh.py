@@ -7,7 +7,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from time import sleep
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patchpipe.agreement import agree, gather
+from patchpipe.agreement import agree, gather, read
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
@@ -25,6 +25,7 @@ from patchpipe.transport import Channel, Exchange, Wire
 from patchpipe.vae.rows import WireRows, join_rows
 
 CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
+LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 
@@ -61,9 +62,9 @@ class Group:
         self._agreements = 0
         if self.world_size > 1:
             assert store is not None
-            self._control = _process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
+            self._control = process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
             for name, carries in (("forward", "stream"), ("return", "prediction")):
-                inner = _process_group(store, name, backend, rank, self.world_size, config.timeout)
+                inner = process_group(store, name, backend, rank, self.world_size, config.timeout)
                 self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
         self.lines: dict[Axis, Exchange] = {}
         for axis in (*SEQUENCE_AXES, "tensor"):
@@ -73,7 +74,7 @@ class Group:
 
     def _line(self, store: dist.Store, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
-        inner = _process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
+        inner = process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
         options = (self.config.timeout, self.explain, CARRIES.get(axis, axis))
         wire = Wire(inner, self.device, self.backend, *options)
         return Exchange(wire, index, len(ranks), ranks)
@@ -210,15 +211,20 @@ class Group:
         with span(self.recorder, "wait", channel=carries, peer=whom), self.explaining(whom):
             self._control.broadcast(data, root).wait(timedelta(seconds=self.config.timeout))
 
-    def agree(self, what: dict[str, Any]) -> None:
-        """Checks that every rank was started with the same ``what``.
+    def agree(self, what: dict[str, Any], problem: Exception | None = None) -> None:
+        """Checks that every rank was started with the same ``what``, and that none has a problem.
 
         Raises:
             ValueError: Two ranks differ; every rank raises the same text.
+            Exception: This rank's problem.
+            RankFailed: Another rank has one that this one has not.
         """
         if self._store is not None:
             self._agreements += 1
-            agree(self._store, f"agree/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
+            topic = f"agree/{self._agreements}"
+            agree(self._store, topic, self.rank, self.world_size, what, self.config.timeout, problem)
+        elif problem is not None:
+            raise problem
 
     def tell_all(self, what: Any) -> list[Any]:
         """What every rank tells, by rank; plain data."""
@@ -236,7 +242,7 @@ class Group:
 
     @property
     def _failure_key(self) -> str:
-        return f"first_failure/{self._requests}"
+        return f"first_failure/{self._requests}" if self._requests else LOADING
 
     def report_failure(self, text: str) -> None:
         """Tells the other ranks why this one fails, unless another told first."""
@@ -282,9 +288,10 @@ class Group:
         if self._store is None:
             return None
         try:
-            if not self._store.check([self._failure_key]):
-                return None
-            return json.loads(self._store.get(self._failure_key))
+            for key in (self._failure_key, LOADING):
+                if self._store.check([key]):
+                    return json.loads(self._store.get(key))
+            return None
         except (RuntimeError, ValueError):
             return None
 
@@ -320,8 +327,12 @@ def join(
     world_size: int | None = None,
     store: dist.Store | None = None,
     device: torch.device | str | None = None,
+    about: Mapping[str, Any] | None = None,
+    problem: Exception | None = None,
 ) -> Group:
     """Joins the group this process belongs to.
+
+    No connection is made before all ranks have told what they were started with, so that none waits in vain.
 
     Args:
         config: The layout.
@@ -329,16 +340,23 @@ def join(
         world_size: Number of ranks; likewise.
         store: Where the ranks meet; ``None`` takes ``torchrun``'s.
         device: Where this rank computes; ``None`` takes the CUDA device of its local rank, else the CPU.
+        about: What else all ranks must have alike, by name.
+        problem: Why this rank cannot go on, if it cannot; raised once the others know.
 
     Raises:
         ValueError: The number of processes does not fit the layout, or the ranks have different layouts.
+        RankFailed: Another rank has a problem.
+        RankLost: A rank did not show up in time.
     """
     if rank is None or world_size is None:
         rank, world_size = _place_from_environment()
     place, scoped = _device_for(device), None
     if world_size > 1:
         scoped = _meeting_point(store, rank, config.timeout)
-        agree(scoped, "layout", rank, world_size, {"config": config.as_dict()}, config.timeout)
+        what = {"config": config.as_dict(), **(about or {})}
+        agree(scoped, "layout", rank, world_size, what, config.timeout, problem)
+    elif problem is not None:
+        raise problem
     if world_size != config.world_size:
         raise ValueError(
             f"the layout needs {config.world_size} ranks ({config.describe()}) but {world_size} "
@@ -347,6 +365,36 @@ def join(
     if scoped is None:
         return Group(config, 0, place, None, "gloo")
     return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
+
+
+def meet(
+    config: ParallelConfig,
+    group: Group | None,
+    device: torch.device | str | None,
+    about: Mapping[str, Any],
+    problem: Exception | None,
+) -> Group:
+    """The ranks of a pipeline, once all of them know that they were started alike and can go on.
+
+    Args:
+        config: The layout.
+        group: Ranks that have joined before; ``None`` joins those ``torchrun`` started.
+        device: See ``join``.
+        about: See ``join``.
+        problem: See ``join``.
+
+    Raises:
+        ValueError: As for ``join``; or the group was joined for another layout.
+    """
+    if group is None:
+        return join(config, device=device, about=about, problem=problem)
+    group.agree({"config": config.as_dict(), **about}, problem)
+    if group.config != config:
+        raise ValueError(
+            f"the group was joined for another layout ({group.config.describe()}) than the pipeline's "
+            f"({config.describe()}): join with the same configuration"
+        )
+    return group
 
 
 def _meeting_point(store: dist.Store | None, rank: int, timeout: float) -> dist.Store:
@@ -384,20 +432,23 @@ def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: i
         return config.backend
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     store.set(f"device/{rank}", f"{socket.gethostname()}/{uuid}" if uuid else "cpu")
-    seen = [store.get(f"device/{other}").decode() for other in range(world_size)]
+    seen = [read(store, f"device/{other}", other, config.timeout).decode() for other in range(world_size)]
     return "nccl" if "cpu" not in seen and len(set(seen)) == world_size else "gloo"
 
 
-def _process_group(
+def process_group(
     store: dist.Store, name: str, backend: str, rank: int, world_size: int, timeout: float
 ) -> dist.ProcessGroup:
     """A process group of its own on ``store``; unlike ``new_group`` it leaves no global state behind."""
     scoped, deadline = dist.PrefixStore(name, store), timedelta(seconds=timeout)
-    if backend == "nccl":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = deadline
-        return dist.ProcessGroupNCCL(scoped, rank, world_size, options)
-    return dist.ProcessGroupGloo(scoped, rank, world_size, deadline)
+    try:
+        if backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = deadline
+            return dist.ProcessGroupNCCL(scoped, rank, world_size, options)
+        return dist.ProcessGroupGloo(scoped, rank, world_size, deadline)
+    except RuntimeError as error:
+        raise RankLost(f"a rank died or did not connect within {timeout:g} s ({_gist(error)})") from error
 
 
 def _portable(error: Exception) -> Exception:

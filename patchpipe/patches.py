@@ -9,6 +9,9 @@ from patchpipe.axes import shares
 from patchpipe.config import ParallelConfig
 from patchpipe.models.plan import Rows
 
+TOKENS_OF_A_PATCH = 32  # what a patch costs beside its tokens, in tokens: calls, and smaller matrices
+MOST_PATCHES_OF_A_STAGE = 4
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -60,20 +63,21 @@ class Cut:
     row_bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0) -> Cut:
+    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0, hop: float = 0.0) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
 
         Args:
             rows: Token rows of the picture.
             config: The layout.
             text: Text tokens that ride with the first patch.
+            hop: Time a patch takes from stage to stage, as a share of the time it takes in a stage.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
         if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
             return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
-        count = config.patches_for(rows.count, rows.count * rows.tokens)
+        count = config.patches_for(rows.count, rows.count * rows.tokens + text, hop)
         sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
         if sum(sizes) != rows.count:
             raise ValueError(
@@ -133,6 +137,28 @@ class Cut:
             total_tokens=self.total_tokens,
             whole=whole,
         )
+
+
+def quickest(stages: int, tokens: float, hop: float) -> int:
+    """Number of patches M whose steady step is the shortest: ``max(M·t, N·(t + c))``.
+
+    With as many patches as stages every stage waits N times for a hop c in each step; every further patch costs what
+    a patch costs beside its tokens.
+
+    Args:
+        stages: Pipeline stages N.
+        tokens: Tokens of a step that a rank computes.
+        hop: Time c that a patch takes from stage to stage, as a share of the time t it takes in a stage.
+    """
+    if stages == 1:
+        return 1
+
+    def period(patches: int) -> float:
+        compute = tokens / patches
+        stage = compute + TOKENS_OF_A_PATCH
+        return max(patches * stage, stages * (stage + hop * compute))
+
+    return min(range(stages, MOST_PATCHES_OF_A_STAGE * stages + 1), key=period)
 
 
 def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchpipe.balance import hop_share
 from patchpipe.config import ParallelConfig
 from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut
+from patchpipe.refusals import no_guidance
 from patchpipe.store import LayerStore
 
 BranchKey = tuple[str | None, int, int]
@@ -194,12 +196,24 @@ class Request:
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
             rows = self.plan.grid.rows(self.model, shape, inputs)
-            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs)), spatial
+            hop = hop_share(self.model, self.plan, self.config, self.group.device)
+            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), hop), spatial
+            self._check_shares(self._cut)
             self._branches.clear()
             self.memo.clear()
             self.stats.patches = len(self._cut.patches)
             self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
         return self._cut
+
+    def _check_shares(self, cut: Cut) -> None:
+        """Refuses rows too few for the ranks that share them while no rank has begun anything.
+
+        Raises:
+            ValueError: A patch has fewer rows than ranks.
+        """
+        streams = self.keeps_stores(cut) and self.config.distrifusion == 1
+        for patch in (cut.whole, *(cut.patches if streams else ())):
+            cut.split(patch, self.group.mesh.parts)
 
     def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:
         """The guidance branch a call belongs to.
@@ -218,10 +232,7 @@ class Request:
                 key = (*key[:2], last_key[2] + 1)
         self._last = (latent, key)
         if self.config.cfg > 1 and self.plan.guidance == "calls" and list(self._branches) == [key]:
-            raise ValueError(
-                "cfg=2 sets ranks aside for the second branch of guidance, but the pipeline runs only one: turn "
-                "guidance on (true_cfg_scale above 1 and a negative_prompt), or set cfg=1"
-            )
+            raise no_guidance(self.plan)
         return self._branches.setdefault(key, Branch(index=len(self._branches)))
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:

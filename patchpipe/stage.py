@@ -107,6 +107,11 @@ class Stage:
         self._width = plan.width(model)
         self._positions = PositionTable(model.get_submodule(plan.patch_embed)) if plan.patch_embed and first else None
 
+    @property
+    def blocks(self) -> list[BlockPlace]:
+        """The blocks this stage owns, in running order."""
+        return [place for index, place in enumerate(self.plan.blocks_of(self.model)) if index in self.owned]
+
     def attach(self) -> None:
         """Hooks the stage into the model."""
         places = self.plan.blocks_of(self.model)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import gcd
 from time import perf_counter
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.refusals import check_divisible, heads_of, no_tensor_plan
 from patchpipe.transport import Exchange
 
 OUTPUTS, INPUTS = 0, 1  # dims of a Linear's weight
@@ -151,21 +151,16 @@ def check_tensor(model: nn.Module, plan: ModelPlan, degree: int) -> None:
     if degree == 1:
         return
     if tensor_plan(model, plan) is None:
-        raise ValueError(
-            f"tensor={degree} is not supported for {plan.model}, whose plan does not say how its matrices split: "
-            f"use tensor=1, for example with pipefusion={degree}"
-        )
+        raise no_tensor_plan(plan, degree)
     sizes: dict[int, str] = {}
     for place in plan.blocks_of(model):
         for layer in _attention_layers(place):
             _check_layer(layer, plan)
-            sizes.setdefault(layer.heads, f"the {layer.heads} attention heads of {plan.model}")
+            sizes.setdefault(layer.heads, heads_of(plan, layer.heads))
         for split in split_linears(model, plan, place):
             for block in split.blocks:
                 sizes.setdefault(block, f"the {block} channels of {split.name}")
-    for size, what in sizes.items():
-        if size % degree:
-            raise ValueError(f"tensor={degree} does not divide {what}: use tensor={_nearest(degree, sizes)}")
+    check_divisible(degree, sizes)
 
 
 def tensor_plan(model: nn.Module, plan: ModelPlan) -> Mapping[str, Any] | None:
@@ -268,15 +263,6 @@ def _check_layer(layer: Any, plan: ModelPlan) -> None:
         over: Any = getattr(norm, "dim", None) or getattr(norm, "normalized_shape", (channels,))
         if tuple(over) != (channels,):
             raise ValueError(f"{plan.model} normalises {name} over all heads at once, which no rank has: use tensor=1")
-
-
-def _nearest(degree: int, sizes: Mapping[int, str]) -> str:
-    """The nearest degrees that divide every size, on either side."""
-    common = gcd(*sizes)
-    possible = [number for number in range(1, common + 1) if common % number == 0]
-    below = max(number for number in possible if number < degree)
-    above = min((number for number in possible if number > degree), default=None)
-    return str(below) if above is None else f"{below} or {above}"
 
 
 def _submodule(block: nn.Module, path: str) -> nn.Module | None:

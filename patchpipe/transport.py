@@ -145,8 +145,7 @@ class Exchange:
         sizes = [torch.Size(shape).numel() * sent[0].element_size() for shape in shapes]
         incoming = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
         started = perf_counter()
-        work = self.wire.group.alltoall_base(incoming, outgoing, sizes, [piece.numel() for piece in out])
-        self.wire.wait_for(work, f"one of the ranks {self.ranks}")
+        self.wire.wait_for(self._begin(incoming, outgoing, sizes, [piece.numel() for piece in out]), self.whom)
         self.waited_seconds += perf_counter() - started
         size = outgoing.numel() - out[self.index].numel()
         self.sent_bytes += size
@@ -169,13 +168,21 @@ class Exchange:
         # ranks in a circle would then wait for each other.
         out, into = [0] * self.size, [0] * self.size
         out[(self.index + 1) % self.size], into[(self.index - 1) % self.size] = outgoing.numel(), size
-        try:
-            work = self.wire.group.alltoall_base(incoming, outgoing, into, out)
-        except RuntimeError as error:
-            raise self.wire.explain(error, f"one of the ranks {self.ranks}") from error
+        work = self._begin(incoming, outgoing, into, out)
         self.sent_bytes += outgoing.numel()
         self.wire.sent(outgoing.numel(), self.wire.name((self.index + 1) % self.size))
         return Shift(self, work, outgoing, incoming, sent.dtype, shape)
+
+    def _begin(self, incoming: Tensor, outgoing: Tensor, into: list[int], out: list[int]) -> Any:
+        try:
+            return self.wire.group.alltoall_base(incoming, outgoing, into, out)
+        except RuntimeError as error:
+            raise self.wire.explain(error, self.whom) from error
+
+    @property
+    def whom(self) -> str:
+        """The ranks of the line, for messages."""
+        return f"one of the ranks {self.ranks}"
 
 
 class Shift:
@@ -200,7 +207,7 @@ class Shift:
             raise RuntimeError("a passed tensor was taken twice")
         exchange, work, self._work = self._exchange, self._work, None
         started = perf_counter()
-        exchange.wire.wait_for(work, f"one of the ranks {exchange.ranks}")
+        exchange.wire.wait_for(work, exchange.whom)
         exchange.waited_seconds += perf_counter() - started
         self._alive = None
         return self._incoming.to(exchange.wire.device).view(self._dtype).view(self._shape)

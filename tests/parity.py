@@ -1,8 +1,10 @@
-"""Runs layouts on real processes and compares their latents with what one process paints."""
+"""Runs layouts on real processes and compares their latents with plain diffusers, or with the naive oracle."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,42 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.mesh import Group
 from tests import tiny
-from tests.ranks import Place, run_ranks
+from tests.oracle import naive_pipefusion
+from tests.ranks import Place, quieten, run_ranks
 
 TOLERANCE = 1e-10  # relative, in float64: sums are reordered
 HEIGHT = 112  # 7 rows of tokens: divides by nothing
+AXES = {"ulysses": "ulysses", "ring": "ring", "tensor": "tensor", "distrifusion": "displaced"}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a layout came to under a schedule.
+
+    Attributes:
+        error: Relative error of its latents.
+        sent: Bytes by method, of all ranks together.
+        kept: Bytes of keys and values, of all ranks together.
+    """
+
+    error: float
+    sent: dict[str, int]
+    kept: int
 
 
 def differences(
     name: str, layouts: Sequence[dict[str, Any]], schedules: Sequence[dict[str, Any]], **call: Any
 ) -> dict[str, float]:
-    """Relative error of each layout under each schedule against the same schedule on one process.
+    """The relative errors of ``compare``."""
+    return {case: made.error for case, made in compare(name, layouts, schedules, **call).items()}
+
+
+def compare(
+    name: str, layouts: Sequence[dict[str, Any]], schedules: Sequence[dict[str, Any]], **call: Any
+) -> dict[str, Made]:
+    """Each layout under each schedule against plain diffusers, or the oracle where keys and values are stale.
 
     Args:
         name: A tiny pipeline.
@@ -29,32 +56,76 @@ def differences(
         call: Changes to the call's arguments.
     """
     world_size = ParallelConfig(**layouts[0]).world_size
-    [reference] = run_ranks(1, paint, name, [{}], schedules, call)
-    found = run_ranks(world_size, paint, name, list(layouts), schedules, call)[0]
-    alone = {str(schedule): reference[str(({}, schedule))] for schedule in schedules}
-    return {
-        str((layout, schedule)): relative(found[str((layout, schedule))]["latents"], alone[str(schedule)]["latents"])
-        for layout in layouts
+    right = {
+        (model, str(schedule)): expected(model, schedule, call)
+        for model in {suited(name, layout) for layout in layouts}
         for schedule in schedules
     }
+    ranks = run_ranks(world_size, paint, name, list(layouts), schedules, call)
+    found = {}
+    for layout in layouts:
+        for schedule in schedules:
+            case = str((layout, schedule))
+            error = relative(ranks[0][case]["latents"], right[suited(name, layout), str(schedule)])
+            methods = ranks[0][case]["sent"]
+            sent = {method: sum(rank[case]["sent"][method] for rank in ranks) for method in methods}
+            found[case] = Made(error, sent, sum(rank[case]["store_bytes"] for rank in ranks))
+    return found
+
+
+def expected(name: str, schedule: dict[str, Any], call: dict[str, Any]) -> np.ndarray:
+    """Latents of plain diffusers on one device, under the naive PipeFusion of ``tests/oracle.py`` if patches stream."""
+    quieten()
+    pipe = tiny.pipeline(name, dtype=torch.float64)
+    arguments = {**tiny.call_arguments(name, height=HEIGHT), **call}
+    config, oracle = ParallelConfig(**pinned(schedule, arguments["height"])), nullcontext()
+    if not config.synchronous and config.patch_rows is not None:
+        two_calls = arguments.get("true_cfg_scale", 1.0) > 1 and arguments.get("negative_prompt") is not None
+        oracle = naive_pipefusion(pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls)
+    with oracle:
+        return call_pipeline(pipe, arguments).images.numpy()
 
 
 def paint(
     place: Place, name: str, layouts: list[dict[str, Any]], schedules: Sequence[dict[str, Any]], call: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Latents and figures of every layout and schedule, on this rank."""
-    pipe = tiny.pipeline(name, dtype=torch.float64)
+    pipes = {model: tiny.pipeline(model, dtype=torch.float64) for model in {suited(name, each) for each in layouts}}
     arguments = {**tiny.call_arguments(name, height=HEIGHT), **call}
     found = {}
     for layout in layouts:
+        pipe = pipes[suited(name, layout)]
         for schedule in schedules:
             config = ParallelConfig(**layout, **pinned(schedule, arguments["height"]))
             patchpipe.parallelize(pipe, config, group=place.join(config))
-            output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+            output = call_pipeline(pipe, arguments)
+            figures = {**pipe.patchpipe.last.as_dict(), "sent": sent_by_method(pipe.patchpipe.group)}
             latents = None if output is None else output.images.numpy()
-            found[str((layout, schedule))] = {"latents": latents, **pipe.patchpipe.last.as_dict()}
+            found[str((layout, schedule))] = {"latents": latents, **figures}
             patchpipe.restore(pipe)
     return found
+
+
+def call_pipeline(pipe: Any, arguments: dict[str, Any]) -> Any:
+    """One call; ``seeds`` among the arguments gives every picture a generator of its own."""
+    seeds = arguments.get("seeds", 0)
+    single = torch.Generator().manual_seed(seeds) if isinstance(seeds, int) else None
+    generator = single or [torch.Generator().manual_seed(seed) for seed in seeds]
+    rest = {key: value for key, value in arguments.items() if key != "seeds"}
+    return pipe(**rest, generator=generator, output_type="latent")
+
+
+def sent_by_method(group: Group) -> dict[str, int]:
+    """Bytes this rank has sent, by the method that sent them; noise predictions left out."""
+    found = {method: group.lines[axis].sent_bytes for method, axis in AXES.items() if axis in group.lines}  # type: ignore[index]
+    if group.config.pipefusion > 1:
+        found["pipefusion"] = sum(channel.sent_bytes for channel in group._wires["forward"].channels)
+    return found
+
+
+def suited(name: str, layout: dict[str, Any]) -> str:
+    """The pipeline, or one with an even number of heads where two ranks are to share them."""
+    return "pixart-4" if name == "pixart" and layout.get("tensor") == 2 else name
 
 
 def pinned(schedule: dict[str, Any], height: int) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import balanced, block_cost, split_blocks
+from patchpipe.balance import balanced, block_cost, hop_share, split_blocks
 from patchpipe.models import plan_for
 from patchpipe.precheck import check_folder
 from tests import tiny
@@ -76,3 +77,17 @@ def test_configuration_files_alone_refuse_a_layout_that_cannot_fit(name: str, tm
         check_folder(folder, ParallelConfig(pipefusion=2, stage_blocks=(2, 3)))
     with pytest.raises(ValueError, match="tensor=5 does not divide"):
         check_folder(folder, ParallelConfig(tensor=5))
+
+
+def test_a_hop_weighs_more_in_smaller_stages_of_narrower_models() -> None:
+    flux, pixart = tiny.pipeline("flux").transformer, tiny.pipeline("pixart").transformer  # 32 and 48 channels
+
+    def share(model: torch.nn.Module, device: str = "cuda", **layout: int) -> float:
+        return hop_share(model, plan_for(model), ParallelConfig(**layout), torch.device(device))
+
+    # 2 bytes a channel at 4,500 operations a byte, beside 24 operations a channel² in each of the stage's two blocks
+    assert share(flux, pipefusion=2) == pytest.approx(2 * 4500 / (24 * 32 * 2))
+    assert share(flux, pipefusion=4) == pytest.approx(2 * share(flux, pipefusion=2))
+    assert share(flux, pipefusion=2) == pytest.approx(1.5 * share(pixart, pipefusion=2))
+    assert share(flux, "cpu", pipefusion=2) < share(flux, pipefusion=2)
+    assert share(flux) == 0

@@ -45,18 +45,19 @@ def start(*args: str, **kwargs: object) -> subprocess.Popen[str]:
 
 def test_generate_writes_numbered_pictures_and_a_report(model: str, tmp_path: Path) -> None:
     out, report = tmp_path / "new" / "out.png", tmp_path / "report.json"
-    layout = ["--pipefusion", "2", "--patches", "2", "--devices", "cpu", "--threads", "1"]
-    with start("generate", "red apple", "owl", "--model", model, *layout, "-o", str(out), "--json", str(report)) as run:
+    layout = ["--cfg", "2", "--pipefusion", "2", "--ulysses", "2", "--patches", "2", "--threads", "1"]
+    files = ["--devices", "cpu", "-o", str(out), "--json", str(report)]
+    with start("generate", "red apple", "owl", "--model", model, *layout, *files) as run:
         text, errors = run.communicate(timeout=100)
     assert (run.returncode, errors) == (0, "")
     assert sorted(file.name for file in out.parent.iterdir()) == ["out-1.png", "out-2.png"]
     assert Image.open(out.with_name("out-1.png")).size == (48, 64)
-    assert "pipefusion 2 · patches 2 · warm-up 1" in text
+    assert "cfg 2 · pipefusion 2 · ulysses 2 · patches 2" in text
     assert "materialised once" in text
     told = json.loads(report.read_text())
-    assert ParallelConfig(**told["config"]) == ParallelConfig(pipefusion=2, patches=2)
+    assert ParallelConfig(**told["config"]) == ParallelConfig(cfg=2, pipefusion=2, ulysses=2, patches=2)
     assert [one["prompt"] for one in told["requests"]] == ["red apple", "owl"]
-    assert len(told["ranks"]) == 2
+    assert len(told["ranks"]) == 8
 
 
 def test_compare_of_a_synchronous_run_is_identical(
@@ -135,6 +136,15 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
         (["generate", "x", "-o", "/proc/nowhere/x.png"], "cannot be written"),
         (["generate", "x", "--model", "/no/such/model"], "there is no folder /no/such/model"),
         (["generate", "x", "--devices", "tpu"], "device 'tpu' is unknown"),
+        (["generate", "x", "--cfg", "3"], "cfg=3 must be 1 or 2: there are two guidance branches"),
+        (["generate", "x", "--data", "2"], "--data 2 splits the pictures of a request, but 1 would be painted"),
+        (["generate", "x", "--tensor", "2", "--data", "2"], "data × tensor is not tested together and so refused"),
+        (["generate", "x", "--pipefusion", "99"], "pipefusion=99 is more stages than the"),
+        (["generate", "x", "--tensor", "64"], "tensor=64 does not divide the"),
+        (["generate", "x", "--pipefusion", "2", "--devices", "cpu,cpu,cpu"], "3 devices for 2 ranks"),
+        (["explain", "--pipefusion", "99"], "pipefusion=99 is more stages than the"),
+        (["explain", "--tensor", "64"], "tensor=64 does not divide the"),
+        (["info", "--tensor", "64"], "tensor=64 does not divide the"),
         (["info", "/no/such/model"], "there is no folder /no/such/model"),
         (["info", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
     ],
@@ -151,10 +161,21 @@ def test_bad_input_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_pipeline_argument_is_named(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "heigth=3"], "FluxPipeline takes no argument 'heigth': did you mean 'height'?"),
+        (["--cfg", "2", "--guidance", "1"], "cfg=2 gives the second branch of guidance ranks of its own, but this"),
+    ],
+)
+def test_what_only_the_pipeline_can_refuse_is_one_line_too(
+    options: list[str], words: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     args = ["generate", "x", "--model", model, "--devices", "cpu", "-o", str(tmp_path / "x.png")]
-    assert app(args=[*args, "--set", "heigth=3"]) == 2
-    assert "FluxPipeline takes no argument 'heigth': did you mean 'height'?" in capsys.readouterr().err
+    assert app(args=[*args, *options]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {words}")
+    assert errors.count("\n") == 1
 
 
 # -- help and tables -----------------------------------------------------------------------------
@@ -173,6 +194,18 @@ def test_every_layout_option_is_offered(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     for name in ParallelConfig().as_dict():
         assert f"--{name.replace('_', '-')}" in text
+
+
+def test_explain_shows_the_mesh_and_what_travels(capsys: pytest.CaptureFixture[str]) -> None:
+    layout = ["--cfg", "2", "--pipefusion", "2", "--ulysses", "2", "--text-rank", "1", "--output-rank", "3"]
+    assert app(args=["explain", *layout]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "cfg 2 · pipefusion 2 · ulysses 2 · patches auto · warm-up 1 · 8 ranks" in text
+    assert "rank cfg pipe ulysses holds" in text
+    assert "1 0 0 1 stage 1/2, rows 2/2 of each patch, guidance branch 1, text encoders" in text
+    assert text.count("VAE, gets the images") == 1
+    for words in ("pipefusion 1.1 MiB", "ulysses 10.1 MiB", "of keys and values"):
+        assert words in text
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

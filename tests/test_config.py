@@ -64,6 +64,9 @@ def test_it_describes_itself() -> None:
     assert ParallelConfig(cfg=2, ring=2).describe() == "cfg 2 · ring 2 · warm-up 1"
     assert ParallelConfig().describe() == "one device · warm-up 1"
     text = str(ParallelConfig(cfg=2, pipefusion=2, text_rank="spread"))
-    assert "3     1    1     stage 2/2, guidance branch 2, a text encoder, if there are as many" in text
+    assert "3     1    1     stage 2/2, guidance branch 2, text encoder 1, if any\n" in text
+    assert "0     0    0     stage 1/2, guidance branch 1, text encoder 4, if any, VAE, gets the images" in text
     assert "sends per step for FLUX.1 at 1024×1024 in bf16: pipefusion 28 MB" in text
+    text = str(ParallelConfig(pipefusion=2, tensor=2))  # 19 blocks with two sums over all tokens, 38 with one
+    assert f"tensor {(2 * 19 + 38) * 4608 // 2 * 3072 * 2 / 1e6:,.0f} MB" in text
     assert "its noise predictions alone" in str(ParallelConfig(data=2))

@@ -1,41 +1,69 @@
-"""Every parallel method and product of methods against one process: exact methods and stale ones alike.
+"""Every parallel method and product of methods against plain diffusers and the naive oracle.
 
-Synchronous schedules on one process are bit-equal to plain diffusers (law 1), patched ones are the oracle
-(law 2), so equality with one process is equality with those.
+Where every step is a warm-up step, latents are compared with those of plain diffusers on one device; where patches
+stream, with those of the naive PipeFusion of `tests/oracle.py`, which knows nothing of ranks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.axes import Mesh
 from patchpipe.models import plan_for
 from tests import parity, tiny
 from tests.ranks import run_ranks
 
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py
 SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0}]
-TWO = [{"ulysses": 2}, {"cfg": 2}, {"pipefusion": 2}]
-THREE = [{"ulysses": 3}]
-FOUR = [{"pipefusion": 2, "ulysses": 2}, {"cfg": 2, "pipefusion": 2}, {"cfg": 2, "ulysses": 2}]
-EIGHT = [{"cfg": 2, "pipefusion": 2, "ulysses": 2}]
+# Rows of three tokens, odd in number, and of PixArt three heads: few of these degrees divide them.
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [{degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring", "tensor")],
+    3: [{"pipefusion": 3}, {"ulysses": 3}, {"ring": 3}],
+    4: [
+        {"pipefusion": 2, "ulysses": 2},
+        {"pipefusion": 2, "ring": 2},
+        {"pipefusion": 2, "tensor": 2},
+        {"cfg": 2, "pipefusion": 2},
+        {"cfg": 2, "ulysses": 2},
+        {"cfg": 2, "ring": 2},
+        {"data": 2, "pipefusion": 2},
+        {"ulysses": 2, "ring": 2},
+        {"ulysses": 2, "tensor": 2},
+        {"ring": 4},
+    ],
+    8: [{"cfg": 2, "pipefusion": 2, "ulysses": 2}, {"pipefusion": 2, "ring": 2, "ulysses": 2}],
+}
 
 
-@pytest.mark.parametrize("layouts", [TWO, THREE, FOUR, EIGHT], ids=["2", "3", "4", "8"])
+@pytest.mark.parametrize("ranks", LAYOUTS)
 @pytest.mark.parametrize("name", [*MODELS, "sd35"])
-def test_layouts_paint_what_one_process_paints(name, layouts):
-    errors = parity.differences(name, layouts, SCHEDULES)
+def test_layouts_paint_what_one_device_paints(name: str, ranks: int) -> None:
+    call: dict[str, Any] = {}
+    if ranks > 3:  # patches of rows enough for four ranks, and pictures to share
+        call = {"height": 16 * 9, "num_images_per_prompt": 2, "num_inference_steps": 3}
+    errors = parity.differences(name, LAYOUTS[ranks], SCHEDULES, **call)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_data_parallel_pictures_are_those_of_one_device(name):
-    layouts = [{"data": 2}]
-    errors = parity.differences(name, layouts, SCHEDULES, num_images_per_prompt=3)
-    assert max(errors.values()) <= parity.TOLERANCE, errors
-    errors = parity.differences(name, [{"data": 2, "pipefusion": 2}], SCHEDULES, num_images_per_prompt=2)
-    assert max(errors.values()) <= parity.TOLERANCE, errors
+def test_data_parallel_pictures_are_those_of_one_device(name: str) -> None:
+    """Picture k is the same whatever the degree: of one prompt or of several, with one seed or one for each."""
+    several: dict[str, Any] = {"prompt": [tiny.PROMPT, tiny.OTHER_PROMPT, "frog"], "seeds": [5, 3, 8]}
+    if name == "flux":
+        several["negative_prompt"] = [tiny.OTHER_PROMPT] * 3
+    two: list[dict[str, int]] = [{"data": 2}]
+    for layouts, call in (
+        (two, {"num_images_per_prompt": 3}),
+        (two, several),
+        ([{"data": 3}], several),
+        ([{"data": 2, "pipefusion": 2}], several),
+    ):
+        errors = parity.differences(name, layouts, SCHEDULES[:2], **call)
+        assert max(errors.values()) <= parity.TOLERANCE, (layouts, call, errors)
 
 
 def test_ulysses_sends_what_its_formula_says():
@@ -74,24 +102,32 @@ def test_ranks_of_branches_and_pictures_send_their_predictions_alone(name, layou
         assert rank[str((layout, schedule))]["sent_bytes"] == entries // 2 * (8 * 4 * 16) * 8 * steps
 
 
-@pytest.mark.parametrize("layout", [{"pipefusion": 2}, {"pipefusion": 4}, {"cfg": 2}, {"ulysses": 2}], ids=str)
+HOLDING: dict[int, list[dict[str, int]]] = {  # how tensor divides matrices is in test_tensor.py
+    2: [{degree: 2} for degree in ("pipefusion", "cfg", "data", "ulysses", "ring", "distrifusion")],
+    4: [{"pipefusion": 4}, {"pipefusion": 2, "ring": 2}, {"cfg": 2, "pipefusion": 2}],
+}
+
+
+@pytest.mark.parametrize("ranks", HOLDING)
 @pytest.mark.parametrize("name", MODELS)
-def test_parameters_take_what_their_formula_says(name, layout, tmp_path):
-    """Blocks over stages, embedders everywhere, the head at the end; cfg, data, ulysses and ring split nothing."""
-    stages, ranks = layout.get("pipefusion", 1), ParallelConfig(**layout).world_size
-    held = run_ranks(ranks, parameter_bytes, tiny.save(name, tmp_path / name), layout)
+def test_parameters_take_what_their_formula_says(name, ranks, tmp_path):
+    """Blocks over stages, embedders everywhere, the head at the end; the other methods split none."""
+    held = run_ranks(ranks, parameter_bytes, tiny.save(name, tmp_path / name), HOLDING[ranks])
     whole = by_place(tiny.pipeline(name).transformer)
-    assert sum(own["blocks"] for own in held) == whole["blocks"] * ranks // stages
-    if name == "pixart":  # whose blocks are all alike
-        assert {own["blocks"] for own in held} == {whole["blocks"] // stages}
-    assert {own["embedders"] for own in held} == {whole["embedders"]}
-    last = [stages == 1 or rank == ranks - 1 for rank in range(ranks)]
-    assert [own["head"] for own in held] == [whole["head"] * holds for holds in last]
+    for index, layout in enumerate(HOLDING[ranks]):
+        own, stages, mesh = [rank[index] for rank in held], layout.get("pipefusion", 1), ParallelConfig(**layout)
+        assert sum(found["blocks"] for found in own) == whole["blocks"] * ranks // stages, layout
+        if name == "pixart":  # whose blocks are all alike
+            assert {found["blocks"] for found in own} == {whole["blocks"] // stages}, layout
+        assert {found["embedders"] for found in own} == {whole["embedders"]}, layout
+        last = [Mesh(mesh.mesh_shape, rank).at("pipe") == stages - 1 for rank in range(ranks)]
+        assert [found["head"] for found in own] == [whole["head"] * holds for holds in last], layout
 
 
-def parameter_bytes(place, folder, layout):
-    config = ParallelConfig(**layout)
-    return by_place(patchpipe.from_pretrained(folder, config, group=place.join(config)).transformer)
+def parameter_bytes(place, folder, layouts):
+    configs = [ParallelConfig(**layout) for layout in layouts]
+    pipes = [patchpipe.from_pretrained(folder, config, group=place.join(config)) for config in configs]
+    return [by_place(pipe.transformer) for pipe in pipes]
 
 
 def by_place(model):
@@ -103,26 +139,21 @@ def by_place(model):
     return found
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [{}, {"pipefusion": 2}, {"pipefusion": 2, "ulysses": 2}, {"ring": 2}, {"pipefusion": 2, "ring": 2}],
-    ids=str,
-)
-def test_keys_and_values_take_what_their_formula_says(layout):
+KEEPING: dict[int, list[dict[str, int]]] = {  # distrifusion, which cuts no patches, is in test_displaced.py
+    1: [{}],
+    2: [{degree: 2} for degree in ("pipefusion", "data", "ulysses", "ring", "tensor")],
+    4: [{"pipefusion": 2, other: 2} for other in ("ulysses", "ring", "tensor", "data")],
+}
+
+
+@pytest.mark.parametrize("ranks", KEEPING)
+def test_keys_and_values_take_what_their_formula_says(ranks):
     """2·p·h·L/N elements for the batch, over the heads' ranks; a ring's ranks keep all (arXiv 2405.14430, table 1)."""
     schedule = {"patches": 2, "warmup": 1}
     call = {"height": 128, "width": 64, "num_inference_steps": 2, "max_sequence_length": 8, "num_images_per_prompt": 2}
     call |= {"negative_prompt": None, "true_cfg_scale": 1.0}
-    stages, heads = layout.get("pipefusion", 1), layout.get("ulysses", 1)
     tokens, width, blocks, size, batch = 8 * 4 + 8, 32, 4, 8, 2
-    for rank in run_ranks(stages * heads * layout.get("ring", 1), parity.paint, "flux", [layout], [schedule], call):
-        kept = rank[str((layout, schedule))]["store_bytes"]
-        assert kept == 2 * tokens * width * blocks // stages // heads * size * batch
-
-
-def test_ranks_for_a_second_branch_need_one():
-    call = {"negative_prompt": None, "true_cfg_scale": 1.0}
-    with pytest.raises(AssertionError, match=r"(?s)rank 0.*cfg=2 sets ranks aside.*rank 1.*cfg=2 sets ranks aside"):
-        run_ranks(2, parity.paint, "flux", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], call)
-    with pytest.raises(AssertionError, match="cfg=2 splits the two branches of guidance, but this call has none"):
-        run_ranks(2, parity.paint, "sd3", [{"cfg": 2}], [{"patches": 2, "warmup": 1}], {"guidance_scale": 1.0})
+    for rank in run_ranks(ranks, parity.paint, "flux", KEEPING[ranks], [schedule], call):
+        for layout in KEEPING[ranks]:
+            ways = ranks // layout.get("ring", 1)
+            assert rank[str((layout, schedule))]["store_bytes"] == 2 * tokens * width * blocks // ways * size * batch

@@ -6,7 +6,7 @@ import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, balanced_rows
+from patchpipe.patches import Cut, balanced_rows, quickest
 
 
 @pytest.mark.parametrize("rows", range(1, 20))
@@ -69,10 +69,22 @@ def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str
 
 
 @pytest.mark.parametrize(
-    ("rows", "tokens_per_row", "patches"),
-    [(64, 64, 5), (24, 64, 5), (16, 16, 4), (8, 8, 4), (3, 8, 3)],
+    ("stages", "tokens", "hop", "patches"),
+    [
+        (1, 4096, 0.5, 1),
+        (2, 4608, 0.004, 2),  # a hop costs less than another patch
+        (8, 4608, 0.017, 9),  # eight of them cost more
+        (8, 4608, 0.1, 9),
+        (4, 64, 0.1, 4),  # patches would be too small
+        (4, 16384, 1.0, 8),  # as slow a link as the stage: M = N (1 + c/t)
+        (4, 16384, 9.0, 16),
+    ],
 )
-def test_the_number_chosen_for_the_user_keeps_patches_large(rows: int, tokens_per_row: int, patches: int) -> None:
-    cut = Cut.of(Rows(rows, tokens_per_row, 1), ParallelConfig(pipefusion=4))
-    assert len(cut.patches) == patches
-    assert len(Cut.of(Rows(rows, tokens_per_row, 1), ParallelConfig()).patches) == 1
+def test_as_many_patches_as_make_a_step_short(stages: int, tokens: int, hop: float, patches: int) -> None:
+    assert quickest(stages, tokens, hop) == patches
+
+
+def test_the_number_chosen_for_the_user_is_no_more_than_there_are_rows() -> None:
+    rows = Rows(3, 4096, 1)
+    assert len(Cut.of(rows, ParallelConfig(pipefusion=2), hop=1.0).patches) == 3
+    assert len(Cut.of(rows, ParallelConfig()).patches) == 1

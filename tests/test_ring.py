@@ -117,21 +117,6 @@ def test_ring_is_exact_and_sends_all_rows_but_the_next_ranks(degree):
             assert sent == [formula(name, degree, cut, place) for place in range(degree)]
 
 
-FOUR = [{"ring": 4}, {"ring": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}, {"ring": 2, "pipefusion": 2}]
-EIGHT = [{"ring": 2, "ulysses": 2, "pipefusion": 2}]
-
-
-@pytest.mark.parametrize(
-    ("layouts", "schedules"),
-    [(FOUR, [SYNCHRONOUS, COLD]), (EIGHT, [SYNCHRONOUS, WARM, COLD])],
-    ids=["4 ranks", "8 ranks"],
-)
-def test_products_with_ring_paint_what_one_process_paints(layouts, schedules):
-    cases = [(name, layout, schedule, rows(9)) for name in NAMES for layout in layouts for schedule in schedules]
-    found = errors(cases, run_ranks(ParallelConfig(**layouts[0]).world_size, paint, cases)[0])
-    assert max(found.values()) <= TOLERANCE, found
-
-
 def test_a_ring_of_lines_with_more_ranks_than_heads_and_text_rows():
     arguments = {**rows(13), "max_sequence_length": 5}
     cases = [("flux", {"ring": 2, "ulysses": 3}, COLD, arguments)]

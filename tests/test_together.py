@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 import patchpipe
 from patchpipe import ParallelConfig, RankLost
 from patchpipe.baton import Baton, Grounded
-from patchpipe.precheck import check_calls
+from patchpipe.refusals import check_calls
 from patchpipe.tracing import timeline as files
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks

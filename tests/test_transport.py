@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import struct
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +13,7 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig, RankLost
+from patchpipe.tensor import all_reduce
 from patchpipe.transport import CALLS_IN_FLIGHT
 from tests.ranks import Place, run_ranks
 
@@ -93,3 +98,64 @@ def silence(place: Place) -> Any:
 
 def test_a_wait_ends_at_its_deadline() -> None:
     assert "rank 0 did not answer within 1 s" in run_ranks(2, silence, timeout=60)[1]
+
+
+ELEMENTS = 1 << 18
+SENT_AND_RESENT = 200  # where Linux's tcp_info holds the two, as 64 bits each
+
+
+def socket_bytes() -> int:
+    """What has left this process through all its TCP connections, by the kernel's count."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name))) as copy:
+                info = copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            sent, resent = struct.unpack_from("QQ", info, SENT_AND_RESENT)
+            total += sent - resent
+        except (OSError, struct.error):  # closed meanwhile, or not a TCP connection
+            continue
+    return total
+
+
+def counted_and_left(place: Place) -> dict[str, tuple[int, int]]:
+    """For each way to send: the bytes counted, and those the kernel saw leave."""
+    group = place.join(ParallelConfig(ring=place.world_size, timeout=20.0))
+    line, size, own = group.lines["ring"], place.world_size, torch.ones(ELEMENTS)
+    to, source = group.answers((place.rank + 1) % size), group.answers((place.rank - 1) % size)
+
+    def send() -> None:
+        receive = source.expect((ELEMENTS,), torch.float32)
+        to.send(own)
+        receive.take()
+
+    ways = {
+        "send": send,
+        "spread": lambda: [line.take(receive) for receive in line.spread(own, [(ELEMENTS,)] * size).values()],
+        "all-to-all": lambda: line.all_to_all([own] * size, [(ELEMENTS,)] * size),
+        "pass on": lambda: line.pass_on(own, (ELEMENTS,)).take(),
+        "all-reduce": lambda: all_reduce(line, own.clone()),
+    }
+    found = {}
+    for name, way in ways.items():
+        group.share(0, dict)
+        before = group.traffic()[0], socket_bytes()
+        way()
+        group.drain()
+        group.share(place.world_size - 1, dict)
+        found[name] = group.traffic()[0] - before[0], socket_bytes() - before[1]
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how many bytes have left")
+def test_what_is_counted_is_what_leaves() -> None:
+    """Whatever gloo does inside, an all-reduce above all; its headers are small beside a tensor of a mebibyte."""
+    tensor = ELEMENTS * 4
+    expected = {"send": 1, "spread": 2, "all-to-all": 2, "pass on": 1, "all-reduce": 2 * 2 / 3}  # of three ranks
+    ranks = run_ranks(3, counted_and_left, timeout=60)
+    for name, times in expected.items():
+        counted = [rank[name][0] for rank in ranks]
+        assert counted == pytest.approx([times * tensor] * 3, abs=4), name
+        assert [rank[name][1] for rank in ranks] == pytest.approx(counted, rel=0.01), name

@@ -25,6 +25,8 @@ _EPILOG = """
 
   [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --compare
 
+  [green]patchpipe plan[/] --model flux.1-dev --devices 8 --device l40 --link pcie4
+
   [green]patchpipe info[/] black-forest-labs/FLUX.1-dev --pipefusion 4
 """
 

@@ -39,6 +39,8 @@ def explain(
     height: options.Height = 1024,
     width: options.Width = 1024,
     text_tokens: TextTokens = 512,
+    output_rank: options.OutputRank = 0,
+    text_rank: options.TextRank = None,
     _debug: options.Debug = False,
 ) -> None:
     """Show the mesh of a layout: who is where, who holds what, and what travels in a step."""
@@ -49,7 +51,7 @@ def explain(
     config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR)
     from patchpipe.describe import volume_of  # heavy, and not needed to refuse bad input
-    from patchpipe.explain import ranks_table, traffic
+    from patchpipe.explain import kept, ranks_table, traffic
 
     tokens = (height or 1024) // PIXELS_PER_TOKEN * ((width or 1024) // PIXELS_PER_TOKEN)
     console = Console(highlight=False)
@@ -59,8 +61,11 @@ def explain(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    sent = traffic(config, volume_of(source.path, config, tokens, text_tokens))
+    volume = volume_of(source.path, config, tokens, text_tokens)
+    sent = traffic(config, volume)
     title = f"A rank sends per step, {height}×{width} pixels, one branch"
     console.print(title if sent else "One device: nothing travels.")
     for method, sent_bytes in sent.items():
         console.print(f"  {method:14}{size(int(sent_bytes))}")
+    if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
+        console.print(f"and holds {size(int(kept(config, volume)))} of keys and values")

@@ -73,6 +73,7 @@ def generate(
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,
     parallel_vae: options.ParallelVae = False,
+    compile: options.Compile = False,
     patches: options.Patches = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,

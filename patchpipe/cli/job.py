@@ -69,7 +69,7 @@ class Job:
             raise ValueError("--compare paints picture by picture, --in-flight several at once: leave one of them out")
         if self.config.data > 1:
             raise ValueError("--data paints all pictures in one request: leave out --in-flight, or --data")
-        check_together(self.config.methods)
+        check_together(self.config.methods, self.config.compile)
 
     def traces(self) -> list[Path | None]:
         """Where the timeline of every request, or of every set of requests in flight, goes."""

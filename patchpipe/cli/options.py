@@ -31,6 +31,8 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=kwargs.pop("default", False), **kwargs)
 
 
+option = _option  # for commands with options of their own
+
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
 Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
 Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
@@ -41,9 +43,8 @@ Distrifusion = Annotated[
     int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
 ]
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
-Patches = Annotated[
-    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: one more than the stages.[/]")
-]
+Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
+Patches = Annotated[int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]")]
 Warmup = Annotated[
     str,
     _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),

@@ -25,7 +25,8 @@ from patchpipe.engine.requests import Seed
 from patchpipe.engine.results import OnProgress, Progress, Result, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
-from patchpipe.precheck import check_calls, check_folder
+from patchpipe.precheck import check_folder
+from patchpipe.refusals import check_calls
 from patchpipe.source import resolve_source
 from patchpipe.tracing.timeline import check_target
 
@@ -188,7 +189,7 @@ class Engine:
                 raise ValueError("plain diffusers runs one request at a time: give the engine config=ParallelConfig()")
             place = self._trace_place(trace)
             check_calls(calls)
-            check_together(self.config.methods)
+            check_together(self.config.methods, self.config.compile)
             own = [{name: value for name, value in call.items() if name != "seed"} for call in calls]
             asked = [self._call(arguments, call.get("seed")) for arguments, call in zip(own, calls, strict=True)]
             began = time.monotonic()

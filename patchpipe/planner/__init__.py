@@ -1,0 +1,37 @@
+"""The planner: predicts what a layout costs on a machine, and finds the best one."""
+
+from __future__ import annotations
+
+from patchpipe.planner.cost import Tokens, block_parts, block_seconds
+from patchpipe.planner.devices import Device, device_named
+from patchpipe.planner.layout import Layout
+from patchpipe.planner.links import Line, Link, link_named
+from patchpipe.planner.predict import Prediction, calibrated, predict
+from patchpipe.planner.presets import preset_named
+from patchpipe.planner.profiles import Profile
+from patchpipe.planner.schedule import Schedule
+from patchpipe.planner.system import PATCHPIPE, XDIT, System
+from patchpipe.planner.work import Block, Workload
+
+__all__ = [
+    "PATCHPIPE",
+    "XDIT",
+    "Block",
+    "Device",
+    "Layout",
+    "Line",
+    "Link",
+    "Prediction",
+    "Profile",
+    "Schedule",
+    "System",
+    "Tokens",
+    "Workload",
+    "block_parts",
+    "block_seconds",
+    "calibrated",
+    "device_named",
+    "link_named",
+    "predict",
+    "preset_named",
+]

@@ -1,0 +1,108 @@
+"""A layout on a workload: its lines of ranks, its patches and its stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from patchpipe.balance import OPERATIONS_PER_BYTE, balanced
+from patchpipe.config import ParallelConfig
+from patchpipe.patches import Cut, balanced_rows
+from patchpipe.planner.cost import Tokens, block_parts
+from patchpipe.planner.links import Line
+from patchpipe.planner.profiles import Profile
+from patchpipe.planner.system import PATCHPIPE, System
+from patchpipe.planner.work import Block, Workload
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A configuration, worked out for one workload.
+
+    Attributes:
+        workload: The request.
+        config: The configuration.
+        profile: The machine.
+        system: The program.
+    """
+
+    workload: Workload
+    config: ParallelConfig
+    profile: Profile
+    system: System = PATCHPIPE
+
+    @property
+    def parts(self) -> int:
+        """Ranks that share the rows of a patch."""
+        return self.config.distrifusion * self.config.ring * self.config.ulysses
+
+    @property
+    def batch(self) -> int:
+        """Entries of a call's batch that a rank runs."""
+        cfg = self.config.cfg if self.workload.guidance == "batch" else 1
+        return ceil(self.workload.batch / (cfg * self.config.data))
+
+    @property
+    def calls(self) -> int:
+        """Calls of the transformer in a step that a rank takes part in."""
+        return ceil(self.workload.calls / self.config.cfg) if self.workload.guidance == "calls" else 1
+
+    def line(self, axis: str) -> Line:
+        """The ranks along an axis: later axes are inside earlier ones."""
+        order = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")
+        inner = order[order.index(axis) + 1 :]
+        stride = 1
+        for name in inner:
+            stride *= getattr(self.config, name)
+        return Line(getattr(self.config, axis), stride)
+
+    @cached_property
+    def patches(self) -> tuple[int, ...]:
+        """Image tokens of each patch in streaming order."""
+        rows, text = self.workload.rows, self.workload.joint_text
+        if self.config.pipefusion == 1 and self.config.patches in (None, 1):
+            return (self.workload.image,)
+        if self.system.text_every_patch:
+            return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
+        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text, self._hop_share).patches)
+
+    @property
+    def _hop_share(self) -> float:
+        """What the program takes a hop for where the number of patches is left to it: see ``balance.hop_share``."""
+        kind = "cuda" if self.workload.itemsize == 2 else "cpu"
+        blocks = len(self.workload.blocks) / self.config.pipefusion
+        rate = OPERATIONS_PER_BYTE[kind] * self.config.tensor
+        return self.workload.itemsize * rate / (24 * self.workload.width * blocks)
+
+    @cached_property
+    def stages(self) -> tuple[tuple[Block, ...], ...]:
+        """The blocks of each stage."""
+        blocks, stages = self.workload.blocks, self.config.pipefusion
+        if self.config.stage_blocks is not None:
+            sizes = self.config.stage_blocks
+        elif self.system.even_stages:
+            size = ceil(len(blocks) / stages)
+            sizes = tuple(max(0, min(size, len(blocks) - stage * size)) for stage in range(stages))
+        else:
+            sizes = balanced_stages(self.workload, self.profile, stages)
+        starts = [sum(sizes[:stage]) for stage in range(stages)]
+        return tuple(blocks[start : start + size] for start, size in zip(starts, sizes, strict=True))
+
+    def piece(self, index: int | None) -> Tokens:
+        """What a rank computes at once: its part of one patch, or of the whole latent (``None``)."""
+        image = self.workload.image if index is None else self.patches[index]
+        carries = index in (None, 0) or self.system.text_every_patch
+        text = self.workload.joint_text if carries else 0
+        key_text = self.workload.text
+        return Tokens(ceil(image / self.parts), ceil(text / self.parts), self.workload.image, key_text, self.batch)
+
+
+def balanced_stages(workload: Workload, profile: Profile, stages: int) -> tuple[int, ...]:
+    """Blocks of each stage so that the dearest takes the least time on this device for this picture."""
+    whole = Tokens(workload.image, workload.joint_text, workload.image, workload.text)
+    known: dict[Block, float] = {}
+    for block in workload.blocks:
+        if block not in known:
+            known[block] = block_parts(block, whole, profile.device, itemsize=workload.itemsize).total
+    return balanced([known[block] for block in workload.blocks], stages)

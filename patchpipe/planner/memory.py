@@ -1,0 +1,101 @@
+"""What each rank holds, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchpipe.axes import Mesh
+from patchpipe.planner.devices import GIB
+from patchpipe.planner.layout import Layout
+from patchpipe.planner.work import Block
+
+RUNTIME = int(1.2 * GIB)  # the CUDA context, communication buffers, what the allocator cannot use
+WORKING_WIDTHS = 16  # activations of a block at once, in channels of a token: streams, queries to values, feed-forward
+DECODED_CHANNELS = 128 * 6  # of a pixel in the last, widest level of an autoencoder, several tensors of it at once
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        parameters: Its part of the transformer.
+        components: Text encoders and VAE it holds.
+        store: Keys and values it keeps from step to step.
+        working: The largest activations at once.
+        runtime: What the runtime takes.
+    """
+
+    parameters: int
+    components: int
+    store: int
+    working: int
+    runtime: int = RUNTIME
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.components + self.store + self.working + self.runtime
+
+
+def rank_memory(layout: Layout) -> tuple[RankMemory, ...]:
+    """What every rank of a layout holds."""
+    working = _working(layout)
+    ranks = []
+    for rank in range(layout.config.world_size):
+        stage = Mesh(layout.config.mesh_shape, rank).at("pipe")
+        blocks = layout.stages[stage]
+        last = stage == layout.config.pipefusion - 1
+        decoding = _decoding(layout) if layout.config.parallel_vae or rank == layout.config.output_rank else 0
+        ranks.append(
+            RankMemory(
+                stage_parameters(layout, blocks, last) * layout.workload.itemsize,
+                _components(layout, rank),
+                stored(layout, blocks),
+                max(working, decoding),
+            )
+        )
+    return tuple(ranks)
+
+
+def stage_parameters(layout: Layout, blocks: tuple[Block, ...], last: bool) -> int:
+    """Parameters of the transformer that a rank of a stage holds."""
+    tensor = layout.config.tensor
+    own = sum(block.parameters - block.split_parameters + block.split_parameters // tensor for block in blocks)
+    return own + layout.workload.embedders + (layout.workload.head if last else 0)
+
+
+def stored(layout: Layout, blocks: tuple[Block, ...]) -> int:
+    """Bytes of the keys and values a rank keeps: of all tokens, for its own blocks and heads."""
+    workload, config = layout.workload, layout.config
+    if config.synchronous or (len(layout.patches) == 1 and config.distrifusion == 1):
+        return 0
+    entries = layout.batch * layout.calls
+    elements = 0.0
+    for block in blocks:
+        for attention in block.attentions:
+            tokens = {"joint": workload.image + workload.text, "image": workload.image, "cross": 0}[attention.kind]
+            elements += 2 * tokens * attention.width / (config.ulysses * config.tensor)
+    return int(entries * elements * workload.itemsize)
+
+
+def _working(layout: Layout) -> int:
+    """Activations of a whole synchronous step, and the keys and values of all rows of own heads."""
+    workload, config, piece = layout.workload, layout.config, layout.piece(None)
+    rows = piece.batch * (piece.image + piece.text)
+    keys = piece.batch * (workload.image + workload.joint_text) / (config.ulysses * config.ring * config.tensor)
+    return int((WORKING_WIDTHS * rows + 2 * keys) * workload.width * workload.itemsize)
+
+
+def _decoding(layout: Layout) -> int:
+    size = layout.workload.pixels * DECODED_CHANNELS * layout.workload.itemsize
+    return size // layout.config.world_size if layout.config.parallel_vae else size
+
+
+def _components(layout: Layout, rank: int) -> int:
+    config = layout.config
+    held = 0
+    for part, size in layout.workload.components.items():
+        home = config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
+        held += size if rank == home or (part == "vae" and config.parallel_vae) else 0
+    return held

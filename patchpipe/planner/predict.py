@@ -1,0 +1,151 @@
+"""What a layout would do: seconds, traffic, memory and quality, without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from patchpipe.config import ParallelConfig
+from patchpipe.explain import Volume, traffic
+from patchpipe.planner.layout import Layout
+from patchpipe.planner.memory import RankMemory, rank_memory
+from patchpipe.planner.profiles import Profile
+from patchpipe.planner.schedule import Schedule, Timing
+from patchpipe.planner.system import PATCHPIPE, System
+from patchpipe.planner.work import Workload
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a layout would do.
+
+    Attributes:
+        config: The layout.
+        patches: Patches M.
+        timing: Its seconds.
+        traffic: Bytes a rank sends in a steady step, by method, all branches and pictures it runs.
+        memory: What each rank holds.
+        fresh: Mean share of the keys that are of this step.
+    """
+
+    config: ParallelConfig
+    patches: int
+    timing: Timing
+    traffic: dict[str, float]
+    memory: tuple[RankMemory, ...]
+    fresh: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps; text encoders and VAE are left out."""
+        return self.timing.seconds
+
+    @property
+    def period(self) -> float:
+        """Seconds from one steady step to the next."""
+        return self.timing.period
+
+    @property
+    def stage_seconds(self) -> tuple[float, ...]:
+        """Seconds that each stage computes in a steady step."""
+        return self.timing.stages
+
+    @property
+    def busy(self) -> float:
+        """Share of the request in which a rank computes, mean over the stages."""
+        worked = self.timing.worked
+        return sum(worked) / len(worked) / self.timing.seconds
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the rank that holds most."""
+        return max(rank.total for rank in self.memory)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no key or value is ever stale."""
+        return self.fresh == 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {
+            "config": self.config.as_dict(),
+            "layout": self.config.describe(),
+            "seconds": self.seconds,
+            "period_seconds": self.period,
+            "synchronous_seconds": self.timing.synchronous,
+            "stage_seconds": list(self.stage_seconds),
+            "patches": self.patches,
+            "busy": self.busy,
+            "fresh": self.fresh,
+            "traffic_bytes": self.traffic,
+            "memory_bytes": [rank.total for rank in self.memory],
+        }
+
+
+def predict(workload: Workload, config: ParallelConfig, profile: Profile, system: System = PATCHPIPE) -> Prediction:
+    """Predicts a request under a layout.
+
+    Args:
+        workload: The request.
+        config: The layout; ``stage_blocks`` and ``patches`` are worked out where they are ``None``.
+        profile: The machine.
+        system: The program that runs it.
+
+    Raises:
+        ValueError: The layout does not fit the model or the picture.
+    """
+    if config.pipefusion > len(workload.blocks):
+        raise ValueError(
+            f"pipefusion={config.pipefusion} is more stages than the {len(workload.blocks)} blocks of {workload.model}"
+        )
+    layout = Layout(workload, config, profile, system)
+    timing = Schedule(layout).timing
+    patches = len(layout.patches)
+    return Prediction(config, patches, timing, _traffic(layout), rank_memory(layout), fresh_share(config, patches))
+
+
+def fresh_share(config: ParallelConfig, patches: int) -> float:
+    """Mean share of the keys of a steady step that were made in this step."""
+    if config.synchronous:
+        return 1.0
+    if config.distrifusion > 1:
+        return 1 / config.distrifusion
+    return (patches + 1) / (2 * patches)
+
+
+def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
+    """A profile on which one device takes as long for a workload as it was measured to.
+
+    Args:
+        workload: What was measured.
+        profile: The machine.
+        seconds: What one device took for all steps.
+
+    Raises:
+        ValueError: The time is not above 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"a single device's {seconds} seconds must be above 0")
+    plain = dataclasses.replace(profile, slowdown=1.0)
+    return dataclasses.replace(profile, slowdown=seconds / predict(workload, ParallelConfig(), plain).seconds)
+
+
+def _traffic(layout: Layout) -> dict[str, float]:
+    entries = layout.batch * layout.calls
+    return {method: size * entries for method, size in traffic(layout.config, _volume(layout.workload)).items()}
+
+
+def _volume(workload: Workload) -> Volume:
+    image, text = workload.image, workload.joint_text
+    both = image + text
+    rows = {"image": image, "text": text, "both": both}
+    attended = [
+        both if layer.kind == "joint" else image
+        for block in workload.blocks
+        for layer in block.attentions
+        if layer.kind != "cross"
+    ]
+    summed = [rows[matrix.stream] for block in workload.blocks for matrix in block.matrices if matrix.summed]
+    return Volume(both, workload.width, sum(attended), sum(summed), workload.itemsize)

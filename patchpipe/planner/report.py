@@ -1,0 +1,153 @@
+"""A choice in words: what was asked, why the winner wins, and the command that runs it."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.planner.predict import Prediction
+from patchpipe.planner.presets import preset_named
+from patchpipe.planner.search import Choice
+from patchpipe.planner.work import Workload
+
+DEGREE_FLAGS = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
+PROMPT = "a lighthouse in a storm"
+ALIKE = 0.01  # a difference the model cannot tell
+
+
+def reasons(choice: Choice, fresh: float) -> list[str]:
+    """Why the winner wins, in lines.
+
+    Args:
+        choice: What the search found.
+        fresh: Least share of fresh keys that was asked of a winner.
+    """
+    found = [_gain(choice), _over_next(choice), _exact(choice), _stale(choice, fresh), _refused(choice)]
+    return [line for line in found if line]
+
+
+def _gain(choice: Choice) -> str:
+    best, config = choice.best, choice.best.config
+    gain = f"{choice.speed_up(best):.2f}× over one device"
+    if choice.speed_up(best) < 1 + ALIKE and config.world_size > 1:
+        gain = f"no layout here beats one device ({choice.single.seconds:.2f} s)"
+    if config.pipefusion == 1 or config.warmup == ALL_STEPS or config.warmup == 0:
+        return gain
+    warmup = min(config.warmup, choice.workload.steps)
+    spent = warmup * best.timing.synchronous
+    return f"{gain}; of its {best.seconds:.2f} s, {spent:.2f} s go to the {_steps(warmup)}, in which stages wait"
+
+
+def _steps(count: int) -> str:
+    return "synchronous step" if count == 1 else f"{count} synchronous steps"
+
+
+def _over_next(choice: Choice) -> str:
+    if len(choice.ranked) < 2:
+        return "no other layout fits" if choice.best.config.world_size > 1 else ""
+    best, second = choice.ranked[:2]
+    longer = second.seconds / best.seconds - 1
+    name = second.config.describe().rpartition(" · ")[0]
+    if longer < 0:
+        return f"the next, {name}, is faster but sees fewer fresh keys"
+    told = f"about as fast is {name}" if longer < ALIKE else f"the next, {name}, takes {longer:.0%} longer"
+    return (
+        f"{told}: it computes {second.busy:.0%} of the time and sends {megabytes(second)} MB a step, "
+        f"against {best.busy:.0%} and {megabytes(best)} MB"
+    )
+
+
+def _exact(choice: Choice) -> str:
+    if choice.best.exact:
+        return "its picture is that of one device, up to the order of sums"
+    exact = next((one for one in choice.ranked if one.exact), None)
+    if exact is None:
+        return "no method with the picture of one device fits; a pipeline with every step synchronous may (--exact)"
+    name = exact.config.describe().rpartition(" · ")[0]
+    return f"the fastest whose picture is that of one device (--exact): {name}, {exact.seconds:.2f} s"
+
+
+def _stale(choice: Choice, fresh: float) -> str:
+    faster = [one for one in choice.ranked if one.fresh < fresh and one.seconds < choice.best.seconds]
+    if not faster:
+        return ""
+    first = faster[0]
+    return (
+        f"{first.config.describe().rpartition(' · ')[0]} would take {first.seconds:.2f} s, but only {first.fresh:.0%} "
+        f"of the keys it sees are fresh (--fresh {fresh:g} asks for more)"
+    )
+
+
+def _refused(choice: Choice) -> str:
+    count = len(choice.refused)
+    return f"{count} more layout{'s' if count > 1 else ''} need more memory than a device has" if count else ""
+
+
+def megabytes(prediction: Prediction) -> str:
+    """Megabytes that a rank sends in a step, for people."""
+    sent = sum(prediction.traffic.values()) / 1e6
+    return f"{sent:,.0f}" if sent >= 10 else f"{sent:.2g}"
+
+
+def command(workload: Workload, config: ParallelConfig, asked_guidance: bool | None = None, dtype: str = "bf16") -> str:
+    """The command that runs a layout.
+
+    Args:
+        workload: The request.
+        config: The layout.
+        asked_guidance: Whether guidance was asked for; ``None`` where the model's usual one is meant.
+        dtype: In which the model is loaded.
+    """
+    preset = preset_named(workload.model)
+    words = ["patchpipe", "generate", PROMPT, "--model", preset.hub if preset else workload.model, "--dtype", dtype]
+    words += ["--steps", str(workload.steps), *_size(workload), *_guidance(workload, asked_guidance)]
+    words += ["--images", str(workload.pictures)] if workload.pictures > 1 else []
+    return shlex.join([*words, *layout_words(config)])
+
+
+def _size(workload: Workload) -> list[str]:
+    return ["--height", str(workload.height), "--width", str(workload.pixels // workload.height)]
+
+
+def _guidance(workload: Workload, asked: bool | None) -> list[str]:
+    if asked is False and workload.guidance == "batch":
+        return ["--guidance", "1"]
+    wanted = asked if asked is not None else preset_named(workload.model) is not None and workload.branches == 2
+    return ["--set", "true_cfg_scale=4", "--negative", " "] if wanted and workload.guidance == "calls" else []
+
+
+def layout_words(config: ParallelConfig) -> list[str]:
+    """The options of ``patchpipe generate`` that describe a layout."""
+    words: list[str] = []
+    for name in DEGREE_FLAGS:
+        words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
+    words += ["--patches", str(config.patches)] if config.patches is not None else []
+    words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
+    words += ["--stage-blocks", ",".join(map(str, config.stage_blocks))] if config.stage_blocks else []
+    words += ["--text-rank", str(config.text_rank)] if config.text_rank is not None else []
+    return [*words, "--parallel-vae"] if config.parallel_vae else words
+
+
+def as_dict(choice: Choice, runs: str | None) -> dict[str, Any]:
+    """The whole choice as plain data.
+
+    Args:
+        choice: What the search found.
+        runs: The command that runs the winner, if there is one.
+    """
+    workload, profile = choice.workload, choice.profile
+    return {
+        "model": workload.model,
+        "image_tokens": workload.image,
+        "text_tokens": workload.text,
+        "branches": workload.branches,
+        "steps": workload.steps,
+        "multiply_adds_per_step": workload.multiply_adds,
+        "device": profile.device.name,
+        "link": profile.link.name,
+        "one_device_seconds": choice.single.seconds,
+        "layouts": [{**one.as_dict(), "speed_up": choice.speed_up(one)} for one in choice.ranked],
+        "too_large": [one.as_dict() for one in choice.refused],
+        "command": runs,
+    }

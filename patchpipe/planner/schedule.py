@@ -1,0 +1,219 @@
+"""From blocks to seconds: what a stage does with one patch, and how patches follow one another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts
+from patchpipe.planner.layout import Layout
+from patchpipe.planner.work import Block
+
+PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
+MERGE_BYTES = 40  # read and written per element and hop to merge two parts of an attention in float32
+MERGE_OPERATIONS = 8
+STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What passes through the stages at once: a patch, or an entry of the batch in a synchronous step.
+
+    Attributes:
+        stages: Seconds on each stage, exchanges with ranks that share it included.
+        compute: Of these, seconds of computing.
+        hops: Seconds from each stage to the next; the last one from the last stage to the first.
+    """
+
+    stages: tuple[float, ...]
+    compute: tuple[float, ...]
+    hops: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The seconds of a request.
+
+    Attributes:
+        seconds: All steps.
+        synchronous: One synchronous step.
+        period: From one steady step to the next.
+        stages: Computing of each stage in a steady step.
+        worked: Computing of each stage in all steps.
+        hop: The longest hop of a patch.
+    """
+
+    seconds: float
+    synchronous: float
+    period: float
+    stages: tuple[float, ...]
+    worked: tuple[float, ...]
+    hop: float
+
+
+def play(units: list[Unit], free: list[float], ready: list[float]) -> list[float]:
+    """Sends units through the stages in order.
+
+    Args:
+        units: The units.
+        free: When each stage has done what came before; updated.
+        ready: When each unit may begin.
+
+    Returns:
+        When each unit's result is back at the first stage.
+    """
+    done = []
+    for unit, moment in zip(units, ready, strict=True):
+        for stage, seconds in enumerate(unit.stages):
+            free[stage] = max(free[stage], moment) + seconds
+            moment = free[stage] + unit.hops[stage]
+        done.append(moment)
+    return done
+
+
+def total(synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, calls: int = 1) -> Timing:
+    """Seconds of ``steps`` steps, of which ``warmup`` are synchronous.
+
+    Args:
+        synchronous: Units of one synchronous call.
+        steady: Units of one steady call: the patches.
+        warmup: Synchronous steps.
+        steps: All steps.
+        calls: Calls in a step, one after the other; a step's patch begins when it is done in every call of the last.
+    """
+    count = len(steady[0].stages)
+    once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
+    warm, streamed = min(warmup, steps), max(0, steps - warmup)
+    free, ready, ends = [0.0] * count, [0.0] * len(steady), [0.0]
+    for _ in range(min(streamed, STEADY_STEPS)):
+        done = play(steady * calls, free, ready * calls)
+        ready = [max(done[index :: len(steady)]) for index in range(len(steady))]
+        ends.append(max(done))
+    period = ends[-1] - ends[-2] if len(ends) > 1 else once
+    seconds = warm * once + ends[-1] + max(0, streamed - STEADY_STEPS) * period
+    return Timing(
+        seconds=seconds,
+        synchronous=once,
+        period=period,
+        stages=_work(steady, calls),
+        worked=_sum(_work(synchronous, calls), warm, _work(steady, calls), streamed),
+        hop=max((max(unit.hops) for unit in steady), default=0.0),
+    )
+
+
+def _work(units: list[Unit], calls: int) -> tuple[float, ...]:
+    return tuple(calls * sum(column) for column in zip(*(unit.compute for unit in units), strict=True))
+
+
+def _sum(first: tuple[float, ...], times: int, second: tuple[float, ...], others: int) -> tuple[float, ...]:
+    return tuple(times * one + others * two for one, two in zip(first, second, strict=True))
+
+
+class Schedule:
+    """The units of a layout.
+
+    Args:
+        layout: The layout.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout, self.workload, self.config = layout, layout.workload, layout.config
+        self.device, self.link = layout.profile.device, layout.profile.link
+        self._known: dict[tuple[Block, Tokens, bool], tuple[float, float]] = {}
+
+    @cached_property
+    def timing(self) -> Timing:
+        """The seconds of the request."""
+        warmup = self.workload.steps if self.config.warmup == "all" else self.config.warmup
+        streams = len(self.layout.patches) > 1 or self.config.distrifusion > 1
+        whole = self._synchronous()
+        if not streams:
+            return total(whole, whole, 0, self.workload.steps, self.layout.calls)
+        steady = [self._unit(self.layout.piece(index), True) for index in range(len(self.layout.patches))]
+        return total(whole, steady, warmup, self.workload.steps, self.layout.calls)
+
+    def _synchronous(self) -> list[Unit]:
+        """One synchronous call: the batch at once, or its entries one after the other where stages can overlap."""
+        piece = self.layout.piece(None)
+        if self.layout.system.entries_overlap and self.config.pipefusion > 1 and piece.batch > 1:
+            entry = Tokens(piece.image, piece.text, piece.keys, piece.key_text)
+            return [self._unit(entry, False)] * piece.batch
+        return [self._unit(piece, False)]
+
+    def _unit(self, piece: Tokens, steady: bool) -> Unit:
+        times, compute = [], []
+        outside = OUTSIDE_OPERATIONS * self.device.launch * self.layout.profile.slowdown
+        for blocks in self.layout.stages:
+            spent = [self._block(block, piece, steady) for block in blocks]
+            computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
+            if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
+                exchanged = self.link.exposed(exchanged, computed)
+            times.append(outside + computed + exchanged)
+            compute.append(outside + computed)
+        return Unit(tuple(times), tuple(compute), self._hops(piece))
+
+    def _hops(self, piece: Tokens) -> tuple[float, ...]:
+        """Activations from stage to stage, and the small prediction back to the first."""
+        workload, stages, line = self.workload, self.config.pipefusion, self.layout.line("pipefusion")
+        if self.config.world_size == 1:
+            return (0.0,)
+        rows = piece.batch * (piece.image + piece.text)
+        size = rows * workload.width * workload.itemsize / self.config.tensor
+        back = piece.batch * piece.image * PREDICTION_CHANNELS * workload.itemsize
+        return (self.link.send(size, line),) * (stages - 1) + (self.link.send(back, line),)
+
+    def _block(self, block: Block, piece: Tokens, steady: bool) -> tuple[float, float]:
+        """Seconds that a block computes, and that it is held up by ranks that share it."""
+        key = (block, piece, steady)
+        if key not in self._known:
+            parts = self._computed(block, piece)
+            self._known[key] = parts.total, self._exchanged(block, piece, parts)
+        return self._known[key]
+
+    def _computed(self, block: Block, piece: Tokens) -> BlockSeconds:
+        tensor, itemsize = self.config.tensor, self.workload.itemsize
+        parts = block_parts(block, piece, self.device, tensor=tensor, itemsize=itemsize)
+        slowdown, merging = self.layout.profile.slowdown, 0.0
+        hops = self.config.ring - 1
+        if hops:
+            elements = piece.batch * (piece.image + piece.text) * block.width / tensor
+            once = elements * MERGE_BYTES / self.device.bandwidth + MERGE_OPERATIONS * self.device.launch
+            merging = hops * once * block.self_attentions
+        return BlockSeconds(slowdown * (parts.attention + merging), slowdown * parts.other)
+
+    def _exchanged(self, block: Block, piece: Tokens, parts: BlockSeconds) -> float:
+        rows = piece.batch * (piece.image + piece.text)
+        activation = rows * block.width / self.config.tensor * self.workload.itemsize
+        return block.self_attentions * (
+            self._ulysses(activation) + self._ring(activation, parts.attention / max(1, block.self_attentions))
+            + self._displaced(activation)
+        ) + self._sums(block, piece)  # fmt: skip
+
+    def _ulysses(self, activation: float) -> float:
+        """Queries, keys, values and the result, each exchanged before anything goes on."""
+        ranks = self.config.ulysses
+        sent = activation * (ranks - 1) / ranks
+        return 4 * self.link.all_to_all(sent, self.layout.line("ulysses")) if ranks > 1 else 0.0
+
+    def _ring(self, activation: float, attention: float) -> float:
+        """Keys and values of a neighbour arrive while those at hand are attended to."""
+        ranks = self.config.ring
+        if ranks == 1:
+            return 0.0
+        hop = self.link.send(2 * activation, self.layout.line("ring"))
+        return (ranks - 1) * self.link.exposed(hop, attention / ranks)
+
+    def _displaced(self, activation: float) -> float:
+        ranks = self.config.distrifusion
+        return self.link.all_gather(2 * activation, self.layout.line("distrifusion")) if ranks > 1 else 0.0
+
+    def _sums(self, block: Block, piece: Tokens) -> float:
+        if self.config.tensor == 1:
+            return 0.0
+        summed = [matrix for matrix in block.matrices if matrix.summed]
+        sizes = [piece.of(matrix.stream) * matrix.outputs * self.workload.itemsize for matrix in summed]
+        if self.layout.system.sums is not None:
+            rows = piece.batch * (piece.image + piece.text)
+            sizes = [rows * block.width * self.workload.itemsize] * self.layout.system.sums
+        line = self.layout.line("tensor")
+        return sum(self.link.all_reduce(size, line) for size in sizes if size)

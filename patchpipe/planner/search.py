@@ -1,0 +1,205 @@
+"""Every layout that the program would accept for a workload, and which of them is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any, Literal
+
+from patchpipe.balance import balanced
+from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
+from patchpipe.planner.devices import GIB
+from patchpipe.planner.layout import balanced_stages
+from patchpipe.planner.predict import Prediction, predict
+from patchpipe.planner.profiles import Profile
+from patchpipe.planner.work import Workload
+
+FRESH = (
+    0.5  # DistriFusion at 1/8: FID against the one-device pictures 19.8; PipeFusion, over 1/2: 3.1 (arXiv 2405.14430)
+)
+HEADROOM = 0.95  # of a device's memory: allocators leave gaps
+PLACEMENTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"text_rank": "spread"},
+    {"parallel_vae": True},
+    {"text_rank": "spread", "parallel_vae": True},
+)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a layout must be like.
+
+    Attributes:
+        exact: Only methods whose picture is that of one device, up to the order of sums.
+        fresh: Least mean share of fresh keys of a layout that may win; others are listed after those that may.
+        memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
+        warmup: Synchronous steps, or ``"all"``.
+        methods: Methods that may be used; ``None`` allows all.
+    """
+
+    exact: bool = False
+    fresh: float = FRESH
+    memory: int | None = None
+    warmup: int | Literal["all"] = 1
+    methods: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fresh <= 1:
+            raise ValueError(f"fresh={self.fresh} must be a share between 0 and 1")
+        if self.memory is not None and self.memory <= 0:
+            raise ValueError(f"memory={self.memory} must be above 0")
+        unknown = [name for name in self.methods or () if name not in DEGREES]
+        if unknown:
+            raise ValueError(f"method {unknown[0]!r} is unknown: use {', '.join(DEGREES)}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search found.
+
+    Attributes:
+        single: One device, whether or not the model fits it.
+        ranked: Layouts that fit, the best first.
+        refused: Layouts that do not fit the memory.
+    """
+
+    workload: Workload
+    profile: Profile
+    single: Prediction
+    ranked: tuple[Prediction, ...]
+    refused: tuple[Prediction, ...]
+
+    @property
+    def best(self) -> Prediction:
+        """The winner."""
+        return self.ranked[0]
+
+    def speed_up(self, prediction: Prediction) -> float:
+        """Over one device."""
+        return self.single.seconds / prediction.seconds
+
+
+def search(workload: Workload, devices: int, profile: Profile, wishes: Wishes | None = None) -> Choice:
+    """Ranks every layout of so many devices.
+
+    Args:
+        workload: The request.
+        devices: Ranks.
+        profile: The machine.
+        wishes: What a layout must be like.
+
+    Raises:
+        ValueError: No layout of so many devices is allowed, or none fits the memory.
+    """
+    if devices < 1:
+        raise ValueError(f"devices={devices} must be 1 or more")
+    wanted = wishes or Wishes()
+    memory = int(HEADROOM * profile.device.memory) if wanted.memory is None else wanted.memory
+    found = [
+        _best_patches(workload, degrees, profile, wanted, memory) for degrees in _degrees(workload, devices, wanted)
+    ]
+    if not found:
+        raise ValueError(
+            f"no tested layout of {workload.model} uses exactly {devices} devices for {workload.rows.count} token rows"
+            f"{' with exact methods alone' if wanted.exact else ''}: ask for another number of devices"
+        )
+    fitting = [one for one in found if one.bytes <= memory]
+    if not fitting:
+        raise ValueError(_too_large(workload, devices, found, memory))
+    ranked = sorted(fitting, key=lambda one: (one.fresh < wanted.fresh, one.seconds))
+    refused = sorted((one for one in found if one.bytes > memory), key=lambda one: one.seconds)
+    return Choice(workload, profile, predict(workload, ParallelConfig(), profile), tuple(ranked), tuple(refused))
+
+
+def _too_large(workload: Workload, devices: int, found: list[Prediction], memory: int) -> str:
+    least = min(found, key=lambda one: one.bytes)
+    return (
+        f"{workload.model} does not fit {devices} devices of {memory / GIB:.1f} GiB: the least any layout needs is "
+        f"{least.bytes / GIB:.1f} GiB ({least.config.describe()}); use more devices, larger ones, or a smaller picture"
+    )
+
+
+def _degrees(workload: Workload, devices: int, wishes: Wishes) -> Iterator[dict[str, int]]:
+    """Degrees that multiply to the devices and that the program accepts for this model and picture."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for chosen in product(sizes, repeat=len(DEGREES)):
+        degrees = dict(zip(DEGREES, chosen, strict=True))
+        if prod(chosen) == devices and _fits(workload, degrees, wishes) and _accepted(degrees):
+            yield degrees
+
+
+def _accepted(degrees: dict[str, int]) -> bool:
+    try:
+        ParallelConfig(**degrees)  # type: ignore[arg-type]
+    except ValueError:
+        return False
+    return True
+
+
+def _fits(workload: Workload, degrees: dict[str, int], wishes: Wishes) -> bool:
+    used = [name for name in DEGREES if degrees[name] > 1]
+    if wishes.methods is not None and not set(used) <= set(wishes.methods):
+        return False
+    parts = degrees["distrifusion"] * degrees["ring"] * degrees["ulysses"]
+    fewest_patches = degrees["pipefusion"]
+    return (
+        degrees["cfg"] <= workload.branches
+        and workload.pictures % degrees["data"] == 0
+        and degrees["pipefusion"] <= len(workload.blocks)
+        and parts * fewest_patches <= workload.rows.count
+        and workload.heads % (degrees["ulysses"] * degrees["tensor"]) == 0
+        and (degrees["tensor"] == 1 or (workload.tensor and _matrices_divide(workload, degrees["tensor"])))
+        and not (wishes.exact and degrees["distrifusion"] > 1)
+    )
+
+
+def _matrices_divide(workload: Workload, tensor: int) -> bool:
+    matrices = {matrix for block in workload.blocks for matrix in block.matrices if matrix.split}
+    return all((one.inputs if one.summed else one.outputs) % tensor == 0 for one in matrices)
+
+
+def _best_patches(
+    workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes, memory: int
+) -> Prediction:
+    """The fastest number of patches, then the first placement of encoders and VAE that fits."""
+    tried = [predict(workload, config, profile) for config in _configs(workload, degrees, profile, wishes)]
+    best = min(tried, key=lambda one: one.seconds)
+    if best.bytes <= memory:
+        return best
+    placed = [predict(workload, config, profile) for config in _placements(best.config, workload)]
+    return next((one for one in placed if one.bytes <= memory), min(placed, key=lambda one: one.bytes))
+
+
+def _placements(config: ParallelConfig, workload: Workload) -> Iterator[ParallelConfig]:
+    """Other homes for text encoders and VAE; then ever fewer blocks on the last stage, whose rank has the encoders."""
+    for place in PLACEMENTS if config.world_size > 1 else PLACEMENTS[:1]:
+        yield replace(config, **place)
+    stages, blocks = config.pipefusion, len(workload.blocks)
+    if stages == 1:
+        return
+    for last in range(blocks // stages, 0, -1):
+        others = balanced([1.0] * (blocks - last), stages - 1)
+        yield replace(config, stage_blocks=(*others, last), parallel_vae=True)
+
+
+def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
+    stages = degrees["pipefusion"]
+    if stages == 1:
+        yield ParallelConfig(**degrees, warmup=wishes.warmup)  # type: ignore[arg-type]
+        return
+    blocks = balanced_stages(workload, profile, stages) if len(set(workload.blocks)) > 1 else None
+    if wishes.exact or wishes.warmup == ALL_STEPS:
+        yield ParallelConfig(**degrees, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)  # type: ignore[arg-type]
+        return
+    for patches in _patch_counts(workload, degrees):
+        yield ParallelConfig(**degrees, patches=patches, warmup=wishes.warmup, stage_blocks=blocks)  # type: ignore[arg-type]
+
+
+def _patch_counts(workload: Workload, degrees: dict[str, int]) -> list[int]:
+    """From as many patches as stages to four times as many, as far as there are rows for every rank of a patch."""
+    stages, most = degrees["pipefusion"], workload.rows.count // (degrees["ring"] * degrees["ulysses"])
+    counts = {*range(stages, 2 * stages + 1), 2 * stages + stages // 2, 3 * stages, 4 * stages}
+    return sorted(count for count in counts if count <= most)

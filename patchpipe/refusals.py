@@ -1,0 +1,118 @@
+"""What several places refuse, in the same words: before processes start, when ranks meet, when a request begins."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+from patchpipe.config import ParallelConfig
+from patchpipe.models.plan import ModelPlan
+
+
+def no_guidance(plan: ModelPlan) -> ValueError:
+    """The error for ranks of a second branch of guidance in a request that has but one."""
+    remedy = "true_cfg_scale above 1 and a negative_prompt" if plan.guidance == "calls" else "guidance_scale above 1"
+    return ValueError(
+        f"cfg=2 gives the second branch of guidance ranks of its own, but this request has one branch only: set "
+        f"{remedy}, or cfg=1"
+    )
+
+
+def check_guidance(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], plan: ModelPlan, config: ParallelConfig
+) -> None:
+    """Refuses a request without guidance where ``cfg=2``, by its arguments alone: no rank has begun anything yet.
+
+    Of pipelines that name their arguments otherwise nothing is known here; the transformer's calls tell later.
+
+    Args:
+        call: The pipeline's ``__call__``, bound.
+        args: Its arguments by position.
+        kwargs: Its arguments by name.
+        plan: The plan of the pipeline's transformer.
+        config: The layout.
+
+    Raises:
+        ValueError: The request has no second branch.
+    """
+    if config.cfg == 1:
+        return
+    try:
+        bound = inspect.signature(call).bind(*args, **kwargs)
+    except TypeError:
+        return  # the pipeline itself says it best
+    bound.apply_defaults()
+    given = bound.arguments
+    scale = given.get("true_cfg_scale" if plan.guidance == "calls" else "guidance_scale")
+    negative = [given[name] for name in ("negative_prompt", "negative_prompt_embeds") if name in given]
+    lacks_negative = plan.guidance == "calls" and negative and all(value is None for value in negative)
+    if lacks_negative or (isinstance(scale, (int, float)) and scale <= 1):
+        raise no_guidance(plan)
+
+
+def check_calls(
+    calls: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int] | None = None,
+    bars: Sequence[Callable[..., Any]] | None = None,
+) -> None:
+    """Refuses what cannot be a set of calls in flight together.
+
+    Raises:
+        ValueError: There are none, lengths differ, or calls share a generator, whose draws would then mix.
+        TypeError: A call is no mapping of arguments.
+    """
+    if not calls:
+        raise ValueError("there are no calls: give one dict of the pipeline's arguments for each")
+    for name, entries in (("seeds", seeds), ("bars", bars)):
+        if entries is not None and len(entries) != len(calls):
+            raise ValueError(f"{len(entries)} {name} for {len(calls)} calls: give one for each")
+    owners: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise TypeError(f"call {number + 1} is a {type(call).__name__}: give a dict of the pipeline's arguments")
+        given = call.get("generator")
+        for generator in given if isinstance(given, (list, tuple)) else [given]:
+            if generator is not None and owners.setdefault(id(generator), number) != number:
+                raise ValueError(
+                    f"calls {owners[id(generator)] + 1} and {number + 1} share a generator: give each its own, or "
+                    f"what they draw would mix"
+                )
+
+
+def no_tensor_plan(plan: ModelPlan, degree: int) -> ValueError:
+    """The error for a model whose matrices nobody has said how to split."""
+    return ValueError(
+        f"tensor={degree} is not supported for {plan.model}, whose plan does not say how its matrices split: "
+        f"use tensor=1, for example with pipefusion={degree}"
+    )
+
+
+def heads_of(plan: ModelPlan, heads: int) -> str:
+    """What they are called in messages."""
+    return f"the {heads} attention heads of {plan.model}"
+
+
+def check_divisible(degree: int, sizes: Mapping[int, str]) -> None:
+    """Refuses a degree of tensor parallelism that does not divide what it splits.
+
+    Args:
+        degree: Ranks that share every matrix.
+        sizes: What is split, each size with its name.
+
+    Raises:
+        ValueError: It does not divide all of them; names the nearest degrees that do.
+    """
+    for size, what in sizes.items():
+        if size % degree:
+            raise ValueError(f"tensor={degree} does not divide {what}: use tensor={_nearest(degree, sizes)}")
+
+
+def _nearest(degree: int, sizes: Mapping[int, str]) -> str:
+    """The nearest degrees that divide every size, on either side."""
+    common = gcd(*sizes)
+    possible = [number for number in range(1, common + 1) if common % number == 0]
+    below = max(number for number in possible if number < degree)
+    above = min((number for number in possible if number > degree), default=None)
+    return str(below) if above is None else f"{below} or {above}"

@@ -1,0 +1,272 @@
+"""The planner's choices, as Python and as a command: what is allowed, what wins, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import patchpipe.cli.generate
+from patchpipe import ParallelConfig
+from patchpipe.cli import app
+from patchpipe.combinations import check_combination
+from patchpipe.config import DEGREES
+from patchpipe.models.plan import Rows
+from patchpipe.planner import Profile, Workload, predict
+from patchpipe.planner.presets import crossed, preset_named
+from patchpipe.planner.report import command, reasons
+from patchpipe.planner.search import Choice, Wishes, search
+from patchpipe.planner.workloads import Asked, workload_for
+from tests import tiny
+
+PCIE = Profile.named("l40", "pcie4")
+FLUX = preset_named("flux.1-dev").workload(1024, 1024)  # type: ignore[union-attr]
+SD3 = preset_named("sd3-medium").workload(1024, 1024)  # type: ignore[union-attr]
+MACHINE = ["--device", "l40", "--link", "pcie4"]
+
+
+@pytest.fixture(scope="module")
+def flux() -> Choice:
+    return search(FLUX, 8, PCIE)
+
+
+@pytest.fixture(scope="module")
+def sd3() -> Choice:
+    return search(SD3, 4, PCIE)
+
+
+# -- what is allowed -----------------------------------------------------------------------------
+
+
+def test_every_layout_uses_all_devices_and_is_accepted(flux: Choice, sd3: Choice) -> None:
+    for choice, devices in ((flux, 8), (sd3, 4)):
+        for one in (*choice.ranked, *choice.refused):
+            assert one.config.world_size == devices
+            assert ParallelConfig(**one.config.as_dict()) == one.config
+            check_combination(frozenset(name for name in DEGREES if getattr(one.config, name) > 1))
+            assert one.config.pipefusion <= len(choice.workload.blocks)
+            parts = one.config.ring * one.config.ulysses * one.config.distrifusion
+            assert (one.config.patches or 1) * parts <= choice.workload.rows.count
+
+
+def test_layouts_are_ranked_by_seconds_and_each_is_there_once(flux: Choice) -> None:
+    trusted = [one for one in flux.ranked if one.fresh >= 0.5]
+    assert [one.seconds for one in trusted] == sorted(one.seconds for one in trusted)
+    assert list(flux.ranked[: len(trusted)]) == trusted
+    degrees = [tuple(getattr(one.config, name) for name in DEGREES) for one in flux.ranked]
+    assert len(set(degrees)) == len(degrees)
+
+
+def test_cfg_needs_two_branches_and_data_needs_pictures(flux: Choice, sd3: Choice) -> None:
+    assert all(one.config.cfg == 1 and one.config.data == 1 for one in flux.ranked)
+    assert any(one.config.cfg == 2 for one in sd3.ranked)
+    several = search(dataclasses.replace(SD3, pictures=2), 2, PCIE)
+    assert any(one.config.data == 2 for one in several.ranked)
+
+
+def test_exact_leaves_nothing_stale() -> None:
+    choice = search(FLUX, 4, PCIE, Wishes(exact=True))
+    assert all(one.exact for one in choice.ranked)
+    assert all(one.config.synchronous for one in choice.ranked if one.config.pipefusion > 1)
+    assert choice.best.config.distrifusion == 1
+
+
+def test_stale_layouts_are_listed_last_unless_wished() -> None:
+    ethernet = Profile.named("a100", "nvlink3")
+    careful = search(FLUX, 8, ethernet)
+    assert careful.ranked[-1].config.distrifusion == 8
+    careless = search(FLUX, 8, ethernet, Wishes(fresh=0.0))
+    assert [one.seconds for one in careless.ranked] == sorted(one.seconds for one in careless.ranked)
+
+
+def test_heads_and_rows_limit_the_degrees() -> None:
+    workload = Workload(
+        "made up", (crossed(96),) * 6, heads=3, rows=Rows(4, 4, 1), text=8, joint=False, steps=8, branches=2
+    )
+    for devices in (2, 3, 4, 6):
+        for one in search(workload, devices, PCIE).ranked:
+            assert workload.heads % (one.config.ulysses * one.config.tensor) == 0
+            assert (one.config.patches or 1) * one.config.ring * one.config.ulysses <= 4
+    with pytest.raises(ValueError, match="no tested layout of made up uses exactly 7 devices for 4 token rows"):
+        search(workload, 7, PCIE)
+
+
+def test_no_better_number_of_patches_or_split_was_overlooked(flux: Choice) -> None:
+    best = flux.best
+    for patches in range(best.config.pipefusion, 33):
+        other = predict(FLUX, dataclasses.replace(best.config, patches=patches), PCIE)
+        assert other.seconds >= best.seconds * 0.999
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def test_a_model_too_large_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        ValueError, match=r"does not fit 2 devices of 4.0 GiB: the least any layout needs is \d+"
+    ) as info:
+        search(FLUX, 2, PCIE, Wishes(memory=4 * 2**30))
+    assert "use more devices" in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_memory_turns_layouts_down() -> None:
+    roomy, tight = search(FLUX, 8, PCIE), search(FLUX, 8, PCIE, Wishes(memory=16 * 2**30))
+    assert len(tight.ranked) < len(roomy.ranked)
+    assert all(one.bytes <= 16 * 2**30 for one in tight.ranked)
+    assert all(one.bytes > 16 * 2**30 for one in tight.refused)
+
+
+def test_the_rank_with_the_text_encoder_gets_fewer_blocks_where_it_must() -> None:
+    workload = workload_for("qwen-image", Asked())
+    best = search(workload, 4, Profile.named("rtx4090", "pcie4")).best
+    blocks = best.config.stage_blocks
+    assert blocks is not None
+    assert sum(blocks) == 60
+    assert blocks[-1] < blocks[0]
+
+
+# -- words ---------------------------------------------------------------------------------------
+
+
+def test_reasons_name_the_next_and_the_exact(flux: Choice) -> None:
+    text = "\n".join(reasons(flux, 0.5))
+    assert f"{flux.speed_up(flux.best):.2f}× over one device" in text
+    assert "--exact" in text
+    assert "MB a step" in text
+
+
+def read_back(words: str, tmp_path: Path) -> Any:
+    """What ``patchpipe generate`` would run."""
+    jobs: list[Any] = []
+    with mock.patch.object(patchpipe.cli.generate, "run", jobs.append):
+        assert app(args=[*shlex.split(words)[1:], "-o", str(tmp_path / "out.png")]) == 0
+    return jobs[0]
+
+
+def test_the_command_runs_the_layout_that_was_predicted(flux: Choice, sd3: Choice, tmp_path: Path) -> None:
+    for choice in (flux, sd3, search(FLUX, 2, PCIE, Wishes(exact=True, memory=22 * 2**30))):
+        for one in choice.ranked:
+            job = read_back(command(choice.workload, one.config), tmp_path)
+            assert job.config == one.config
+            assert job.arguments["num_inference_steps"] == choice.workload.steps
+            assert (job.arguments["height"], job.arguments["width"]) == (1024, 1024)
+
+
+def test_the_command_guides_as_asked(tmp_path: Path) -> None:
+    unguided = workload_for("sd3-medium", Asked(guidance=False))
+    assert read_back(command(unguided, ParallelConfig(), False), tmp_path).arguments["guidance_scale"] == 1
+    qwen = read_back(command(workload_for("qwen-image", Asked()), ParallelConfig()), tmp_path)
+    assert qwen.arguments["true_cfg_scale"] == 4
+    assert "negative_prompt" in qwen.arguments
+
+
+def test_auto_takes_the_winner(flux: Choice, tmp_path: Path) -> None:
+    config = ParallelConfig.auto("flux.1-dev", 8, device="l40", link="pcie4", height=1024, width=1024, steps=28)
+    assert config == flux.best.config
+    file = tmp_path / "mine.json"
+    PCIE.save(file)
+    assert ParallelConfig.auto("flux.1-dev", 8, profile=file) == config
+    assert ParallelConfig.auto("flux.1-dev", 8, profile=PCIE, exact=True).pipefusion == 1
+    with pytest.raises(ValueError, match="the link is missing: name a card and a link"):
+        ParallelConfig.auto("flux.1-dev", 8, device="l40")
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def test_plan_prints_layouts_reasons_and_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    assert app(args=["plan", "--model", "flux.1-dev", "--devices", "8", *MACHINE, "--steps", "28", "--top", "3"]) == 0
+    text = capsys.readouterr().out
+    assert "Layouts, 3 of " in text
+    assert "over one device" in text
+    assert "patchpipe generate 'a lighthouse in a storm' --model black-forest-labs/FLUX.1-dev" in text
+    assert "fresh keys" in text
+
+
+def test_plan_writes_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "new" / "plan.json"
+    args = ["plan", "--model", "sd3-medium", "--devices", "4", *MACHINE]
+    assert app(args=[*args, "--json", str(file)]) == 0
+    capsys.readouterr()
+    assert app(args=[*args, "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == json.loads(file.read_text())
+    best = told["layouts"][0]
+    assert ParallelConfig(**best["config"]).world_size == 4
+    assert best["seconds"] * best["speed_up"] == pytest.approx(told["one_device_seconds"])
+    assert len(best["memory_bytes"]) == 4
+
+
+def test_plan_reads_a_folder_and_calibrates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tiny.save("pixart", tmp_path / "pixart")
+    args = [
+        "plan",
+        "--model",
+        str(folder),
+        "--devices",
+        "2",
+        *MACHINE,
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--json",
+        "-",
+    ]
+    assert app(args=[*args, "--single", "7.5"]) == 0
+    assert json.loads(capsys.readouterr().out)["one_device_seconds"] == pytest.approx(7.5)
+
+
+def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--model", "cogvideox-5b", "--height", "480", "--width", "720", "--devices", "2", *MACHINE]
+    assert app(args=args) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "CogVideoXTransformer3DModel has no plan yet" in text
+    assert "Run it" not in text
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--device", "l41", "--link", "pcie4"], "device 'l41' is unknown: use l40, l40s"),
+        (["--device", "l40", "--link", "token-ring"], "link 'token-ring' is unknown: use pcie3"),
+        (["--device", "l40"], "the link is missing: name a card and a link"),
+        ([*MACHINE, "--model", "no-such-model"], "known without a download are flux.1-dev"),
+        ([*MACHINE, "--model", "flux.1-dev", "--memory", "3"], "the least any layout needs"),
+        ([*MACHINE, "--devices", "0"], "devices=0 must be 1 or more"),
+        ([*MACHINE, "--steps", "0"], "steps=0 must be 1 or more"),
+        ([*MACHINE, "--fresh", "2"], "fresh=2.0 must be a share"),
+        ([*MACHINE, "--single", "-1"], "must be above 0"),
+        ([*MACHINE, "--dtype", "int3"], "dtype 'int3' is unknown"),
+        ([*MACHINE, "--height", "100"], "no multiple of the 16"),
+        (["--profile", "none.json"], "there is no profile none.json"),
+    ],
+)
+def test_plan_refuses_in_one_line(args: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(args=["plan", *args]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_profile_measures_and_plan_reads_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    assert app(args=["profile", "--device", "cpu", "--threads", "1", "-o", str(file)]) == 0
+    assert "GB/s" in capsys.readouterr().out
+    found = Profile.load(file)
+    assert found.dtype == "fp32"
+    assert found.device.rate > 1e8
+    assert found.link.bandwidth > 1e6
+    assert app(args=["plan", "--devices", "2", "--profile", str(file), "--json", "-"]) == 0
+    assert "--dtype fp32" in json.loads(capsys.readouterr().out)["command"]
+    assert app(args=["profile", "--ranks", "1"]) == 2
+    assert "a link has two ends" in capsys.readouterr().err
