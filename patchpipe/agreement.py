@@ -42,8 +42,7 @@ def agree(
         RankLost: A rank did not show up in time.
     """
     trouble = f"{type(problem).__name__}: {problem}" if problem else None
-    store.set(f"{topic}/{rank}", json.dumps([what, trouble], sort_keys=True, default=str))
-    told = [json.loads(read(store, f"{topic}/{other}", other, timeout)) for other in range(world_size)]
+    told = gather(store, topic, rank, world_size, [what, trouble], timeout)
     for other, (theirs, _) in enumerate(told):
         known = {key: value for key, value in told[0][0].items() if key in theirs}
         difference = first_difference(known, {key: theirs[key] for key in known})
@@ -66,6 +65,12 @@ def attempt(compute: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return compute(), None
     except Exception as error:
         return None, error
+
+
+def gather(store: dist.Store, topic: str, rank: int, world_size: int, what: Any, timeout: float) -> list[Any]:
+    """What every rank tells of a topic, by rank; see ``agree``."""
+    store.set(f"{topic}/{rank}", json.dumps(what, sort_keys=True, default=str))
+    return [json.loads(read(store, f"{topic}/{other}", other, timeout)) for other in range(world_size)]
 
 
 def first_difference(ours: Any, theirs: Any, name: str = "") -> tuple[str, Any, Any] | None:

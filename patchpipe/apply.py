@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from torch import nn
 
 from patchpipe.agreement import attempt
 from patchpipe.balance import split_blocks
+from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.flights import Flights, Refused
 from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group, meet
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
-from patchpipe.refusals import check_guidance
+from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
 from patchpipe.stage import Stage
@@ -64,6 +67,7 @@ class Attachment:
         self.runner = Runner(model, plan, config, group, stage)
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
+        self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
         self.graphs: Mapping[str, int] = {}
 
@@ -72,12 +76,19 @@ class Attachment:
         """What the last request did on this rank."""
         return self.runner.last
 
+    @property
+    def stats(self) -> Sequence[RequestStats]:
+        """The same for every request of the last `together`, in order."""
+        return self.runner.stats
+
     @contextmanager
     def serving(self) -> Iterator[Request]:
         """The extent of a request, for a denoising loop of one's own around ``pipe.transformer``."""
-        traced = nullcontext() if self._tracing is None else self._tracing.request()
-        with traced, self.runner.serving() as request:
+        with self._traced(), self.runner.serving() as request:
             yield request
+
+    def _traced(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._tracing is None else self._tracing.request()
 
     @contextmanager
     def tracing(self, path: str | Path) -> Iterator[None]:
@@ -95,7 +106,7 @@ class Attachment:
         if self._tracing is not None:
             raise ValueError("the pipeline is being traced already: end the outer `with …tracing(…)` first")
         place = self.group.share(self.config.output_rank, lambda: str(check_target(Path(path))))
-        self._tracing = Tracing(Path(place), self.group, lambda: self.runner.last, self._about)
+        self._tracing = Tracing(Path(place), self.group, lambda: self.runner.stats, self._about)
         try:
             yield
         finally:
@@ -151,7 +162,8 @@ class Attachment:
         if not hasattr(pipe, "encode_prompt"):
             return
         if config.text_rank != SPREAD:
-            self._set(pipe, "encode_prompt", self._on_owner(pipe.encode_prompt, config.encoder_rank(), "text"))
+            self._encode = pipe.encode_prompt
+            self._set(pipe, "encode_prompt", self._on_owner(self._encode, config.encoder_rank(), "text"))
             return
         for name, part in pipe.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
@@ -179,16 +191,98 @@ class Attachment:
         try:
             self._align(kwargs.get("generator"))
             with self.serving():
-                try:
-                    output = materialise_tree(original(self._pipe, *args, **kwargs), "the pipeline's output")
-                except _OutputElsewhere:
-                    output = None
+                output = self._paint(self._pipe, original, args, kwargs)
         except Exception as error:
             self.group.report_failure(f"{type(error).__name__}: {error}")
             if self.last is not before and self.last.touched:
                 self.group.close()  # peers that wait for this rank must not wait for the deadline
             raise
+        return output
+
+    def _paint(self, pipe: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        try:
+            output = materialise_tree(original(pipe, *args, **kwargs), "the pipeline's output")
+        except _OutputElsewhere:
+            return None
         return output if self.group.output else None
+
+    def together(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        *,
+        seeds: Sequence[int] | None = None,
+        bars: Sequence[Callable[..., Any]] | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Runs several calls of the pipeline in flight together; every rank calls it alike.
+
+        Each paints what it would paint alone. A stage that has nothing to do for one of them works for another: with
+        every step synchronous, as many calls as there are stages keep all stages busy. Keys and values, and what the
+        pipeline keeps of a call, are in memory once for each call.
+
+        Args:
+            calls: The arguments of each call, by name. They may differ in everything.
+            seeds: What each call seeds the default generator with, where it uses that one in place of a
+                ``generator``, as ``torch.manual_seed`` before the call alone would; ``None`` draws seeds from it.
+            bars: What stands in for the pipeline's ``progress_bar`` in each call; ``None`` shows a bar for each.
+            return_exceptions: Whether a call that is refused gives its error in place of an output. Otherwise one
+                refused call refuses all of them, before anything is painted.
+
+        Returns:
+            What each call gives: the pipeline's output on the output rank, ``None`` on the others.
+
+        Raises:
+            ValueError: A call is refused (also ``TypeError``), two calls share a generator, or the layout is not
+                tested so. The pipeline stays usable.
+            PatchpipeError: A rank failed.
+        """
+        _, problem = attempt(lambda: self._check_together(calls, seeds, bars))
+        self.group.agree({"calls in flight together": len(calls)}, problem)
+        for call in calls:
+            self._warn_if_synchronous(dict(call))
+        original, flights = type(self._pipe).__mro__[1].__call__, Flights(self.runner, self.group, seeds, len(calls))
+
+        def paint(number: int, call: Mapping[str, Any]) -> Any:
+            check_guidance(partial(original, self._pipe), (), call, self.runner.plan, self.config)
+            self._align(call.get("generator"))
+            return self._paint(self._copy(number, None if bars is None else bars[number]), original, (), call)
+
+        try:
+            with self._traced():
+                return flights.run([partial(paint, *entry) for entry in enumerate(calls)], return_exceptions)
+        except Refused as refused:
+            raise refused.error from refused.error.__cause__
+        except BaseException as error:
+            self.group.report_failure(f"{type(error).__name__}: {error}")
+            self.group.close()
+            raise
+
+    def _check_together(
+        self, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None, bars: Sequence[Callable[..., Any]] | None
+    ) -> None:
+        check_calls(calls, seeds, bars)
+        check_together(self.config.methods, self.config.compile)
+        if getattr(self._pipe.transformer, "is_cache_enabled", False):
+            raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
+
+    def _copy(self, number: int, bar: Callable[..., Any] | None) -> Any:
+        """The pipeline once more, with the same models but its own scheduler, for one of several calls in flight.
+
+        Pipelines keep the guidance strength, the number of steps and the like on themselves during a call.
+        """
+        copied = copy.copy(self._pipe)
+        own = vars(copied)
+        for name, value in vars(self._pipe).items():
+            own[name] = _bound_to(copied, value, self._pipe)
+        if self._encode is not None:
+            encode = _bound_to(copied, self._encode, self._pipe)
+            own["encode_prompt"] = self._on_owner(encode, self.config.encoder_rank(), "text")
+        if "scheduler" in own:
+            own["scheduler"] = copy.deepcopy(own["scheduler"])
+        own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "position": number}
+        if bar is not None:
+            own["progress_bar"] = bar
+        return copied
 
     def _warn_if_synchronous(self, kwargs: dict[str, Any]) -> None:
         steps, warmup = kwargs.get("num_inference_steps"), self.config.warmup
@@ -304,6 +398,11 @@ def restore(pipe: Any) -> Any:
         raise ValueError("the pipeline is not parallel")
     attachment.detach()
     return pipe
+
+
+def _bound_to(copied: Any, value: Any, original: Any) -> Any:
+    """A method bound to the original, bound to its copy; anything else as it is."""
+    return value.__func__.__get__(copied) if getattr(value, "__self__", None) is original else value
 
 
 def _device_of(pipe: Any) -> torch.device:

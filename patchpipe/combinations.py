@@ -17,6 +17,15 @@ TESTED: tuple[Methods, ...] = (
     frozenset({"data", "distrifusion"}),
 )
 
+TOGETHER: tuple[Methods, ...] = (  # what requests in flight together are tested with
+    frozenset({"pipefusion", "cfg"}),
+    frozenset({"pipefusion", "ulysses"}),
+    frozenset({"pipefusion", "ring"}),
+    frozenset({"pipefusion", "tensor"}),
+    frozenset({"pipefusion", "data"}),
+    frozenset({"distrifusion"}),
+)
+
 COMPILED: tuple[Methods, ...] = (  # the same for blocks that are compiled
     frozenset({"pipefusion", "cfg"}),
     frozenset({"pipefusion", "ulysses"}),
@@ -35,11 +44,33 @@ def check_combination(used: Methods) -> None:
     Raises:
         ValueError: The product is not tested; names the nearest that is.
     """
-    if any(used <= tested for tested in TESTED):
+    _check(used, TESTED, "together and so refused")
+
+
+def check_together(used: Methods, compiled: bool = False) -> None:
+    """Refuses requests in flight together under a product of methods for which nothing tests them.
+
+    Args:
+        used: The methods with a degree above 1.
+        compiled: Whether blocks are compiled.
+
+    Raises:
+        ValueError: The product is not tested so; names the nearest that is.
+    """
+    if compiled:
+        raise ValueError(
+            "compile=True is not tested with requests in flight together and so refused: use compile=False, or paint "
+            "them one after the other"
+        )
+    _check(used, TOGETHER, "with requests in flight together and so refused (paint them one after the other, or)")
+
+
+def _check(used: Methods, known: tuple[Methods, ...], how: str) -> None:
+    if any(used <= tested for tested in known):
         return
-    nearest = max((used & tested for tested in TESTED), key=lambda common: (len(common), sorted(common)))
+    nearest = max((used & tested for tested in known), key=lambda common: (len(common), sorted(common)))
     raise ValueError(
-        f"{' × '.join(sorted(used))} is not tested together and so refused: the nearest that is tested is "
+        f"{' × '.join(sorted(used))} is not tested {how}: the nearest that is tested is "
         f"{' × '.join(sorted(nearest))}; leave out {', '.join(sorted(used - nearest))}"
     )
 

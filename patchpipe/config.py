@@ -80,7 +80,7 @@ class ParallelConfig:
             _at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
             raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
-        check_combination(frozenset(name for name in DEGREES if getattr(self, name) > 1))
+        check_combination(self.methods)
         if self.distrifusion > 1 and (self.pipefusion > 1 or self.patches not in (None, 1) or self.patch_rows):
             raise ValueError(
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
@@ -144,6 +144,11 @@ class ParallelConfig:
 
         wishes = {"exact": exact, "memory": None if memory is None else int(memory * 2**30), "warmup": warmup}
         return best_config(model, devices, device, link, profile, wishes, asked)
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods in use."""
+        return frozenset(name for name in DEGREES if getattr(self, name) > 1)
 
     @property
     def world_size(self) -> int:

@@ -1,4 +1,4 @@
-"""What goes from stage to stage in one request, with receives posted before they can be met.
+"""What goes from stage to stage, call after call, with receives posted before they can be met.
 
 gloo moves nothing before the receive is posted. So a stage posts those of a whole call when the call begins, and
 that of the next call's first patch too: it travels while this call's last patch is computed. Both sides work out from
@@ -7,7 +7,7 @@ the calls so far what the next one begins with; where they guessed wrong, an emp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -31,16 +31,16 @@ class Hops:
 
     def __init__(self, group: Group, text: str, width: int, dtype: torch.dtype) -> None:
         self._group, self._text, self._width, self._dtype = group, text, width, dtype
-        self._after: dict[int, Shapes | None] = {}  # by guidance branch: how the call after its last one began
-        self._branch: int | None = None  # of the last call
+        self._after: dict[Hashable, Shapes | None] = {}  # how the call after its last one began
+        self._key: Hashable = None  # of the last call
         self._guess: Shapes | None = None  # how the next call begins
         self._ahead: Receives = {}  # posted for it
 
-    def begin(self, branch: int, parts: Sequence[tuple[int, Patch]], text_rows: int) -> list[Receives]:
+    def begin(self, key: Hashable, parts: Sequence[tuple[int, Patch]], text_rows: int) -> list[Receives]:
         """Posts what a call will receive, and what the next one will first.
 
         Args:
-            branch: The call's guidance branch.
+            key: The call's request and guidance branch.
             parts: What runs one after the other: entries of the batch, and this rank's rows of a patch.
             text_rows: Text rows in joint attention.
 
@@ -51,10 +51,10 @@ class Hops:
         if self._guess != shapes[0]:
             self._use_up()
         posted = [self._ahead or self._expect(shapes[0]), *map(self._expect, shapes[1:])]
-        if self._branch is not None:
+        if self._key is not None:
             # The whole latent of a synchronous step is large, and the call after a warm-up step seldom is another.
-            self._after[self._branch] = None if parts[0][1].whole else shapes[0]
-        self._branch, self._guess = branch, self._after.get(branch)
+            self._after[self._key] = None if parts[0][1].whole else shapes[0]
+        self._key, self._guess = key, self._after.get(key)
         self._ahead = self._expect(self._guess) if self._guess else {}
         return posted
 

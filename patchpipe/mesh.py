@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patchpipe.agreement import agree, read
+from patchpipe.agreement import agree, gather, read
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
@@ -58,6 +58,7 @@ class Group:
         self._strips: list[WireRows] = []
         self.recorder: Recorder | None = None
         self._requests = 0
+        self._in_flight = 1
         self._agreements = 0
         if self.world_size > 1:
             assert store is not None
@@ -120,7 +121,7 @@ class Group:
         """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
         for wire in self._all_wires:
             for channel in wire.channels:
-                channel.next_call()
+                channel.next_call(self._in_flight)
 
     def drain(self) -> None:
         """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
@@ -225,11 +226,19 @@ class Group:
         elif problem is not None:
             raise problem
 
+    def tell_all(self, what: Any) -> list[Any]:
+        """What every rank tells, by rank; plain data."""
+        if self._store is None:
+            return [what]
+        self._agreements += 1
+        return gather(self._store, f"told/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
+
     # -- failure ---------------------------------------------------------------------------------
 
-    def begin_request(self) -> None:
-        """From here on, failures are those of a new request; all ranks count alike."""
+    def begin_requests(self, in_flight: int = 1) -> None:
+        """From here on, failures are those of a new request, or of several together; all ranks count alike."""
         self._requests += 1
+        self._in_flight = in_flight
 
     @property
     def _failure_key(self) -> str:
@@ -285,6 +294,11 @@ class Group:
             return None
         except (RuntimeError, ValueError):
             return None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ranks can no longer talk."""
+        return self.world_size > 1 and self._control is None
 
     def close(self) -> None:
         """Closes the connections; peers that wait for this rank see it at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -50,6 +50,35 @@ def check_guidance(
     lacks_negative = plan.guidance == "calls" and negative and all(value is None for value in negative)
     if lacks_negative or (isinstance(scale, (int, float)) and scale <= 1):
         raise no_guidance(plan)
+
+
+def check_calls(
+    calls: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int] | None = None,
+    bars: Sequence[Callable[..., Any]] | None = None,
+) -> None:
+    """Refuses what cannot be a set of calls in flight together.
+
+    Raises:
+        ValueError: There are none, lengths differ, or calls share a generator, whose draws would then mix.
+        TypeError: A call is no mapping of arguments.
+    """
+    if not calls:
+        raise ValueError("there are no calls: give one dict of the pipeline's arguments for each")
+    for name, entries in (("seeds", seeds), ("bars", bars)):
+        if entries is not None and len(entries) != len(calls):
+            raise ValueError(f"{len(entries)} {name} for {len(calls)} calls: give one for each")
+    owners: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        if not isinstance(call, Mapping):
+            raise TypeError(f"call {number + 1} is a {type(call).__name__}: give a dict of the pipeline's arguments")
+        given = call.get("generator")
+        for generator in given if isinstance(given, (list, tuple)) else [given]:
+            if generator is not None and owners.setdefault(id(generator), number) != number:
+                raise ValueError(
+                    f"calls {owners[id(generator)] + 1} and {number + 1} share a generator: give each its own, or "
+                    f"what they draw would mix"
+                )
 
 
 def no_tensor_plan(plan: ModelPlan, degree: int) -> ValueError:

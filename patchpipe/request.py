@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -84,11 +85,49 @@ class RequestStats:
         return {**self.__dict__, "reasons": list(self.reasons), "touched": self.touched}
 
 
-class Request:
-    """One call of the pipeline. Also the lazy latent's way to the other ranks."""
+class Traffic:
+    """What one request sends and waits for, counted while it is at work.
 
-    def __init__(self, config: ParallelConfig, plan: ModelPlan, model: nn.Module, group: Group) -> None:
-        self.config, self.plan, self.model, self.group = config, plan, model, group
+    Args:
+        group: The ranks.
+
+    Attributes:
+        sent_bytes: Bytes so far.
+        waited_seconds: Seconds so far.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.sent_bytes, self.waited_seconds = 0, 0.0
+        self._group, self._since = group, group.traffic()
+
+    def resume(self) -> None:
+        """Counts from here on."""
+        self._since = self._group.traffic()
+
+    def pause(self) -> None:
+        """What follows is another request's."""
+        sent, waited = self._group.traffic()
+        self.sent_bytes += sent - self._since[0]
+        self.waited_seconds += waited - self._since[1]
+
+
+class Request:
+    """One call of the pipeline. Also the lazy latent's way to the other ranks.
+
+    Args:
+        config: The layout.
+        plan: The model's plan.
+        model: The transformer.
+        group: The ranks.
+        number: Its place among the requests in flight together.
+    """
+
+    def __init__(
+        self, config: ParallelConfig, plan: ModelPlan, model: nn.Module, group: Group, number: int = 0
+    ) -> None:
+        self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
+        self.traffic = Traffic(group)
+        self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
         self.holder = group.first  # whether this rank holds the values of the lazy latent
         self.stats = RequestStats(stages=config.pipefusion)
         self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
@@ -134,6 +173,22 @@ class Request:
                 torch.cuda.set_rng_state(states[1].cpu(), cuda)
 
     # -- calls -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Names the guidance branch of the calls inside."""
+        outer, self.context = self.context, name
+        try:
+            yield
+        finally:
+            self.context = outer
+
+    def count(self, synchronous: bool) -> None:
+        """Counts a call of the transformer."""
+        if synchronous:
+            self.stats.steps_synchronous += 1
+        else:
+            self.stats.steps_patched += 1
 
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
         """The cut of this request's latent; a latent of another shape starts afresh."""
@@ -197,13 +252,12 @@ class Request:
         self._texts.append(text)
         return len(self._texts) - 1
 
-    def finish(self, sent_bytes: int, waited_seconds: float) -> RequestStats:
+    def finish(self) -> None:
         """Ends the request: keys, values and lazy tensors are let go, the figures stay."""
         self.stats.store_bytes = sum(branch.bytes for branch in self._branches.values())
         self.stats.seconds = perf_counter() - self._started
-        self.stats.sent_bytes, self.stats.waited_seconds = sent_bytes, waited_seconds
+        self.stats.sent_bytes, self.stats.waited_seconds = self.traffic.sent_bytes, self.traffic.waited_seconds
         self._branches.clear()
         self._texts.clear()
         self.memo.clear()
         self._last = None
-        return self.stats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +69,8 @@ class Runner:
     def __init__(self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage) -> None:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
         self.request: Request | None = None
-        self.last = RequestStats()
-        self._branch_name: str | None = None
+        self.stats = [RequestStats()]  # of the requests served last, or being served
+        self._open = False
         self._dtype = _matrix_dtype(model)
         self._hops = self._new_hops()
         self._signature = inspect.signature(type(model).forward)
@@ -80,21 +80,47 @@ class Runner:
     @contextmanager
     def serving(self) -> Iterator[Request]:
         """The extent of one request; whatever it kept is gone afterwards."""
-        if self.request is not None:
+        with self.open(), self.serving_one() as request:
+            yield request
+            self.settle()
+
+    @contextmanager
+    def open(self, requests: int = 1) -> Iterator[None]:
+        """The extent of one request, or of several in flight together."""
+        if self._open:
             raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
-        self.group.begin_request()
-        self.request = Request(self.config, self.plan, self.model, self.group)
-        self.last = self.request.stats
+        self._open = True
+        self.group.begin_requests(requests)
+        self.stats = [RequestStats() for _ in range(requests)]
         self._hops = self._new_hops()
-        sent, waited = self.group.traffic()
         try:
-            yield self.request
-            self._hops.end()
-            self.group.drain()
+            yield
         finally:
-            now_sent, now_waited = self.group.traffic()
-            self.last = self.request.finish(now_sent - sent, now_waited - waited)
-            self.request = None
+            self.request, self._open = None, False
+
+    def settle(self) -> None:
+        """Waits until nothing of them is under way."""
+        self._hops.end()
+        self.group.drain()
+
+    @contextmanager
+    def serving_one(self, number: int = 0) -> Iterator[Request]:
+        """The extent of one of the requests; whatever it kept is gone afterwards."""
+        request = self.request = Request(self.config, self.plan, self.model, self.group, number)
+        self.stats[number] = request.stats
+        request.traffic.resume()
+        try:
+            yield request
+        finally:
+            request.traffic.pause()
+            request.finish()
+            if self.request is request:  # else another's turn goes on while this one is given up
+                self.request = None
+
+    @property
+    def last(self) -> RequestStats:
+        """What the last request did on this rank."""
+        return self.stats[-1]
 
     def _new_hops(self) -> Hops:
         return Hops(self.group, self.plan.text, self.plan.width(self.model), self._dtype)
@@ -102,15 +128,8 @@ class Runner:
     @contextmanager
     def branch(self, name: str, original: AbstractContextManager[Any] | None = None) -> Iterator[None]:
         """Names the guidance branch of the calls inside, as diffusers' ``cache_context`` does."""
-        outer, self._branch_name = self._branch_name, name
-        try:
-            if original is None:
-                yield
-            else:
-                with original:
-                    yield
-        finally:
-            self._branch_name = outer
+        with original or nullcontext(), nullcontext() if self.request is None else self.request.naming(name):
+            yield
 
     # -- one call --------------------------------------------------------------------------------
 
@@ -129,11 +148,22 @@ class Runner:
         inputs = self.plan.bind(self._signature, args, kwargs)
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
-        branch = self.request.branch_for(inputs, self._branch_name)
+        branch = self.request.branch_for(inputs, self.request.context)
         prediction = self._call(inputs, cut, branch)
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses what ``forward`` would refuse of a request's first call, before anything is sent.
+
+        Raises:
+            ValueError: An input the plan does not cover, or a latent that cannot be cut or shared as configured.
+        """
+        assert self.request is not None
+        inputs = self.plan.bind(self._signature, args, kwargs)
+        self.request.cut_for(inputs)
+        share_batch(inputs[self.plan.latent].shape[0], 0, self.plan, self.config)
 
     def _recut(self, inputs: dict[str, Any], cut: Cut) -> None:
         """A lazy latent that was reshaped since it was cut is gathered, on every rank alike."""
@@ -152,9 +182,9 @@ class Runner:
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             text_rows=self.plan.text_rows(inputs),
-            where=Where(branch.calls, branch.index, synchronous),
+            where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
-        self._count(synchronous)
+        self.request.count(synchronous)
         self.group.next_call()
         branch.calls += 1
         answers = Answers(call, self.plan, self.model, self.group, self._dtype)
@@ -165,21 +195,14 @@ class Runner:
             answers.patch if self.group.first else None, self.request,
         )  # fmt: skip
 
-    def _count(self, synchronous: bool) -> None:
-        if synchronous:
-            self.last.steps_synchronous += 1
-        else:
-            self.last.steps_patched += 1
-
     def _stream(self, call: Call, answers: Answers, displaced: Displaced | None) -> None:
         """Runs every patch of this rank's share of a call through this stage."""
         share = call.share_of(self.group.mesh)
         if share is None:
             return
         parts = self._parts(call, share)
-        expected = self._hops.begin(
-            call.where.branch, [(part.share.size, part.piece) for part in parts], call.text_rows
-        )
+        sizes = [(part.share.size, part.piece) for part in parts]
+        expected = self._hops.begin((call.where.request, call.where.branch), sizes, call.text_rows)
         made: list[Tensor] = []
         for part, receives in zip(parts, expected, strict=True):
             result = self._run(call, part, receives, displaced)

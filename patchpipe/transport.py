@@ -18,7 +18,9 @@ from torch import Tensor
 from patchpipe.tracing.recorder import Recorder, span
 
 Explain = Callable[[Exception, str], Exception]
-CALLS_IN_FLIGHT = 3  # of the transformer: each waits for the answers of the last step, two calls at most
+CALLS_IN_FLIGHT = (
+    3  # of the transformer, for each request: it waits for the answers of the last step, two calls at most
+)
 
 
 class Wire:
@@ -238,10 +240,10 @@ class Channel:
         self._sends.append((work, staged))
         return staged.nbytes
 
-    def next_call(self) -> None:
+    def next_call(self, requests: int = 1) -> None:
         """Lets go of what was sent some calls ago, which has long arrived: memory must not grow with the steps."""
         self._calls.append(len(self._sends) - sum(self._calls))
-        while len(self._calls) > CALLS_IN_FLIGHT:
+        while len(self._calls) > CALLS_IN_FLIGHT * requests:
             for _ in range(self._calls.popleft()):
                 self._finish_send()
 

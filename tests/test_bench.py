@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench import emulated_device
+from bench import emulated_device, together
 from bench.contenders import known
 from bench.emulated import Run, extrapolated, merged, summary
 from bench.emulated_device import Costs, EmulatedDevice
@@ -48,6 +48,18 @@ def test_ratios_are_taken_within_a_round() -> None:
     machine = {"cpu": "a CPU", "torch": "2", "cores": 2, "python": "3"}
     figures = {"command": "x", "machine": machine, "bound": 2.0, "steps": 20, "rows": [ours.as_dict()]}
     assert "| pipefusion | 3 | 6.0 | 2.00× (1.25-2.00) | 100% | 0.5 s / 0.5 s | 0 MB / 0 MB |" in table(figures)
+
+
+def test_requests_together_are_compared_with_those_in_turn_of_the_same_round() -> None:
+    def entries(*seconds: float) -> list[dict[str, float]]:
+        return [{"seconds": one, "waited": 0.25} for one in seconds]
+
+    rank = {together.SERIAL: entries(10, 24, 9), together.TOGETHER: entries(5, 16, 6)}
+    row = together.row_of("all", [rank, rank], requests=2, steps=8)
+    assert row.ratios == [2.0, 1.5, 1.5]
+    assert (row.ideal, row.waited[together.TOGETHER]) == (2.0, [0.25, 0.25])
+    assert together.ideal(1, requests=2, ranks=2, steps=8) == pytest.approx((1 + 3.5) / (0.5 + 3.5))
+    assert together.ideal(1, requests=4, ranks=2, steps=8) == together.ideal(1, requests=2, ranks=2, steps=8)
 
 
 def test_unknown_contenders_are_refused() -> None:

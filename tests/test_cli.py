@@ -72,6 +72,19 @@ def test_compare_of_a_synchronous_run_is_identical(
     assert Image.open(out).width > 2 * 96
 
 
+def test_pictures_in_flight_are_painted_in_sets(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report, trace = tmp_path / "out.png", tmp_path / "report.json", tmp_path / "run.json"
+    layout = ["--pipefusion", "2", "--warmup", "all", "--devices", "cpu", "--threads", "1", "--in-flight", "2"]
+    files = ["-o", str(out), "--json", str(report), "--trace", str(trace)]
+    assert app(args=["generate", "red apple", "owl", "red heart", "--model", model, *layout, *files]) == 0
+    assert "2 in flight together" in capsys.readouterr().out
+    told = json.loads(report.read_text())
+    assert (told["in_flight"], [one["prompt"] for one in told["requests"]]) == (2, ["red apple", "owl", "red heart"])
+    made = sorted(file.name for file in tmp_path.iterdir())
+    assert made == ["out-1.png", "out-2.png", "out-3.png", "report.json", "run-1.json", "run-2.json"]
+    assert json.loads((tmp_path / "run-1.json").read_text())["otherData"]["requests"] == 2
+
+
 def test_killed_worker_ends_the_command_with_one_line(model: str, tmp_path: Path) -> None:
     out = tmp_path / "never.png"
     args = ["generate", "owl", "--model", model, "--pipefusion", "2", "--steps", "900", "--devices", "cpu"]
@@ -107,6 +120,10 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
         (["generate"], "Missing argument"),
         (["genarate", "x"], "No such command 'genarate'"),
         (["generate", "x", "--pipefusion", "two"], "--pipefusion"),
+        (["generate", "x", "--in-flight", "0"], "--in-flight 0 must be 1 or more"),
+        (["generate", "x", "--in-flight", "2", "--compare"], "--in-flight several at once: leave one of them out"),
+        (["generate", "x", "y", "--in-flight", "2", "--data", "2"], "leave out --in-flight, or --data"),
+        (["generate", "x", "--in-flight", "2", "--cfg", "2", "--ulysses", "2"], "nearest that is tested is"),
         (["generate", "x", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
         (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, or "all"'),
         (["generate", "x", "--patch-rows", "1;2"], "--patch-rows 1;2 must be whole numbers"),

@@ -103,6 +103,38 @@ def test_cut_prompt_is_told(engine: Engine, caplog: pytest.LogCaptureFixture) ->
     assert any("truncated" in text for text in texts)
 
 
+def test_calls_together_give_what_each_gives_alone(engine: Engine, tmp_path: Path) -> None:
+    calls = [{**CALL, "seed": 1}, {**CALL, "seed": 2, "height": 96, "num_inference_steps": 3}]
+    steps: list[Progress] = []
+    results = engine.generate_together(calls, on_progress=steps.append, trace=tmp_path / "both.json")
+    assert [pixels(one.images) for one in results] == [pixels(engine(**call)) for call in calls]
+    assert [one.seed for one in results] == [1, 2]
+    assert [one.stats["steps_patched"] for one in results] == [2 * 3, 2 * 2]  # two branches of guidance
+    for number, total in ((0, 4), (1, 3)):
+        seen = [(one.step, one.total) for one in steps if one.call == number]
+        assert seen == [(step, total) for step in range(1, total + 1)]
+    assert (tmp_path / "both.json").exists()
+    fresh = [engine.together([CALL, CALL]) for _ in range(2)]
+    assert len({pixels(images)[0] for both in fresh for images in both}) == 4
+
+
+@pytest.mark.parametrize(
+    ("calls", "kind", "words"),
+    [
+        ([CALL, {**CALL, "promt": "x"}], TypeError, "no argument 'promt': did you mean 'prompt'"),
+        ([CALL, {**CALL, "prompt": 3}], ValueError, "request 2 of 2: `prompt` has to be of type"),
+        ([], ValueError, "there are no calls"),
+    ],
+)
+def test_a_wrong_call_among_several_leaves_the_engine_usable(
+    engine: Engine, calls: list[dict[str, Any]], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        engine.together(calls)
+    assert not engine.closed
+    assert engine.together([{**CALL, "seed": 0}])
+
+
 def test_description_names_every_rank(engine: Engine) -> None:
     text = engine.describe()
     assert "FluxPipeline" in text

@@ -25,6 +25,10 @@ EPILOG = """
 
   [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --compare -o sheet.png
 
+  Bit-equal to one device, and both processes busy: two pictures at once:
+
+  [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --warmup all --in-flight 2
+
   A model of your own, four GPUs, bf16:
 
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --pipefusion 4 --dtype bf16 --steps 28 \
@@ -48,6 +52,7 @@ def generate(
     json_file: options.JsonFile = None,
     trace: options.Trace = None,
     images: options.Images = 1,
+    in_flight: options.InFlight = 1,
     seed: options.Seed = 0,
     height: options.Height = None,
     width: options.Width = None,
@@ -97,6 +102,7 @@ def generate(
     job = Job(
         prompts=tuple(prompts),
         images=images,
+        in_flight=in_flight,
         seed=seed,
         arguments=arguments,
         model=source,

@@ -14,6 +14,7 @@ from patchpipe.cli import pictures
 from patchpipe.cli.compare import Comparison, compare
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
+from patchpipe.combinations import check_together
 from patchpipe.config import ParallelConfig
 from patchpipe.files import check_writable, numbered, write_text
 from patchpipe.tracing.timeline import check_target
@@ -30,6 +31,7 @@ class Job:
 
     prompts: tuple[str, ...]
     images: int
+    in_flight: int
     seed: int
     arguments: dict[str, Any]
     model: str
@@ -46,9 +48,11 @@ class Job:
     trace: Path | None
 
     def __post_init__(self) -> None:
-        for name in ("images", "rounds"):
+        for name in ("images", "rounds", "in_flight"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be 1 or more")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
+        if self.in_flight > 1:
+            self._check_in_flight()
         if self.config.data > 1 and self.compare:
             raise ValueError("--compare paints picture by picture, --data several at once: leave one of them out")
         if self.trace is not None and self.compare:
@@ -60,9 +64,16 @@ class Job:
                 f"give more prompts, or --images {self.config.data}"
             )
 
+    def _check_in_flight(self) -> None:
+        if self.compare:
+            raise ValueError("--compare paints picture by picture, --in-flight several at once: leave one of them out")
+        if self.config.data > 1:
+            raise ValueError("--data paints all pictures in one request: leave out --in-flight, or --data")
+        check_together(self.config.methods, self.config.compile)
+
     def traces(self) -> list[Path | None]:
-        """Where the timeline of every request goes."""
-        count = 1 if self.config.data > 1 else len(self.prompts) * self.images
+        """Where the timeline of every request, or of every set of requests in flight, goes."""
+        count = 1 if self.config.data > 1 else -(-len(self.prompts) * self.images // self.in_flight)
         return [None] * count if self.trace is None else list(numbered(self.trace, count))
 
     def requests(self) -> Iterator[tuple[str, int]]:
@@ -151,6 +162,10 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
 
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
     asked = list(job.requests())
+    if job.in_flight > 1:
+        sets = [asked[at : at + job.in_flight] for at in range(0, len(asked), job.in_flight)]
+        placed = zip(sets, job.traces(), strict=True)
+        return [painted for one, trace in placed for painted in _paint_together(engine, view, job, one, trace)]
     if job.config.data == 1:
         places = zip(asked, job.traces(), strict=True)
         return [_paint(engine, view, job, prompt, seed, trace) for (prompt, seed), trace in places]
@@ -171,6 +186,21 @@ def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int, trace: 
     picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
     view.painted(prompt, seed, result)
     return Painted(prompt, seed, picture, result)
+
+
+def _paint_together(
+    engine: Engine, view: View, job: Job, asked: list[tuple[str, int]], trace: Path | None
+) -> list[Painted]:
+    calls = [{**job.arguments, "prompt": prompt, "seed": seed} for prompt, seed in asked]
+    with view.painting_together([prompt for prompt, _ in asked]) as on_progress:
+        results = engine.generate_together(calls, on_progress=on_progress, trace=trace)
+    painted = []
+    for (prompt, seed), result in zip(asked, results, strict=True):
+        picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
+        view.painted(prompt, seed, result)
+        painted.append(Painted(prompt, seed, picture, result))
+    view.together(len(asked), results[0].seconds)
+    return painted
 
 
 def _write(job: Job, painted: list[Painted]) -> list[Path]:
@@ -209,6 +239,7 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
         "model": job.model,
         "config": job.config.as_dict(),
         "arguments": job.arguments,
+        "in_flight": job.in_flight,
         "ranks": [dataclasses.asdict(rank) for rank in engine.ranks],
         "start_seconds": engine.start_seconds,
         "files": [str(file) for file in files],

@@ -93,6 +93,14 @@ Settings = Annotated[
     list[str] | None,
     _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
 ]
+InFlight = Annotated[
+    int,
+    _option(
+        _PICTURE,
+        "Pictures painted at once: what one leaves idle of the stages works for another. Same pictures, more memory.",
+        default=True,
+    ),
+]
 Images = Annotated[int, _option(_PICTURE, "Pictures for each prompt.", "-n", "--images", default=True)]
 
 Out = Annotated[Path, _option(_OUTPUT, "Picture to write; several are numbered.", "-o", "--output", default=True)]

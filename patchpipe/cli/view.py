@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,14 +45,20 @@ class View:
     @contextlib.contextmanager
     def painting(self, prompt: str) -> Iterator[Callable[[Progress], None]]:
         """A progress bar while the block runs; gives what to call after each step."""
+        with self.painting_together([prompt]) as on_progress:
+            yield on_progress
+
+    @contextlib.contextmanager
+    def painting_together(self, prompts: Sequence[str]) -> Iterator[Callable[[Progress], None]]:
+        """The same with a bar for each of several pictures that are painted at once."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with ProgressDisplay(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         ) as display:
-            task = display.add_task(escape(_shorten(prompt)), total=None)
+            tasks = [display.add_task(escape(_shorten(prompt)), total=None) for prompt in prompts]
 
             def on_progress(progress: Progress) -> None:
-                display.update(task, completed=progress.step, total=progress.total)
+                display.update(tasks[progress.call], completed=progress.step, total=progress.total)
 
             yield on_progress
 
@@ -87,6 +93,11 @@ class View:
         details = [f"seed {seed}", *_describe_stats(result.stats)]
         line = f"[green]✓[/] {escape(_shorten(prompt))}  [bold]{result.seconds:.2f} s[/]"
         self.console.print(f"{line}  [dim]{' · '.join(details)}[/]")
+
+    def together(self, pictures: int, seconds: float) -> None:
+        """How long several pictures in flight took."""
+        if pictures > 1:
+            self.console.print(f"  [dim]{pictures} in flight together, {seconds / pictures:.2f} s a picture[/]")
 
     def comparison(self, comparison: Comparison) -> None:
         """Times, speed-up and likeness of every pair."""

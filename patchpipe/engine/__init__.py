@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from patchpipe.engine.engine import Engine, Progress, Result
+from patchpipe.engine.engine import Engine
 from patchpipe.engine.messages import RankInfo
+from patchpipe.engine.results import Progress, Result
 
 __all__ = ["Engine", "Progress", "RankInfo", "Result"]

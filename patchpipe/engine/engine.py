@@ -9,21 +9,24 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from patchpipe.combinations import check_together
 from patchpipe.config import ParallelConfig
 from patchpipe.engine import requests
 from patchpipe.engine.devices import choose_devices, dtype_name, threads_per_rank
 from patchpipe.engine.failures import from_death
-from patchpipe.engine.messages import Call, Done, RankInfo, Ready, Start, Step
+from patchpipe.engine.messages import Call, CallTogether, Done, RankInfo, Ready, Start, Step
 from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import Seed
+from patchpipe.engine.results import OnProgress, Progress, Result, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
 from patchpipe.precheck import check_folder
+from patchpipe.refusals import check_calls
 from patchpipe.source import resolve_source
 from patchpipe.tracing.timeline import check_target
 
@@ -31,43 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 _START = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a request is.
-
-    Attributes:
-        step: Turns of the pipeline's loop that are over.
-        total: How many there will be, where the pipeline tells.
-        seconds: Since the request began.
-    """
-
-    step: int
-    total: int | None
-    seconds: float
-
-
-OnProgress = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a request came to.
-
-    Attributes:
-        images: The pictures (or frames) of the pipeline's output.
-        seconds: How long the request took, as the caller saw it.
-        stats: What the run was like: materialisations, patches, synchronous and patched steps.
-        output: The pipeline's whole output.
-        seed: The seed used, also where none was given; ``None`` where a generator was.
-    """
-
-    images: Any
-    seconds: float
-    stats: Mapping[str, Any]
-    output: Any
-    seed: int | list[int] | None
 
 
 class Engine:
@@ -174,20 +140,75 @@ class Engine:
             RankLost: A worker died or fell silent; the engine is closed.
         """
         with self._lock:
-            arguments = self._named(args, kwargs)
-            if self.closed:
-                raise PatchpipeError("the engine is closed: make a new one")
+            self._check_open()
             place = self._trace_place(trace)
-            requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
-            if seed is None and arguments.get("generator") is None:
-                seed = requests.fresh_seed()
-            encoded, global_seed = requests.encode(arguments, seed, self._arguments)
+            call, used = self._call(self._named(args, kwargs), seed, place)
             began = time.monotonic()
-            done = self._run(encoded, global_seed, on_progress, place)
+            done = self._run(call, on_progress)
             seconds = time.monotonic() - began
-        output = done.output
-        used = seed if seed is None or isinstance(seed, int) else list(seed)
-        return Result(requests.pictures(output), seconds, dict(done.stats), output, used)
+        return result_of(done.output, seconds, done.stats, used)
+
+    def together(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        *,
+        on_progress: OnProgress | None = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> list[Any]:
+        """Runs several calls in flight together and returns the pictures of each; see ``generate_together``."""
+        return [one.images for one in self.generate_together(calls, on_progress=on_progress, trace=trace)]
+
+    def generate_together(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        *,
+        on_progress: OnProgress | None = None,
+        trace: str | os.PathLike[str] | None = None,
+    ) -> list[Result]:
+        """Runs the pipeline several times at once: what one call leaves idle of the stages works for another.
+
+        Every call gives what it gives alone. Keys and values are in memory once for each.
+
+        Args:
+            calls: The arguments of each call by name, ``seed`` among them if it is to have one.
+            on_progress: Called after each step of each call; ``Progress.call`` tells which.
+            trace: File (``NAME.json``) for the timeline of all of them.
+
+        Returns:
+            What each call came to, in order. ``seconds`` is the time all of them took.
+
+        Raises:
+            ValueError: A call is wrong, and nothing is painted; the engine stays usable.
+            TypeError: The pipeline takes no such argument; the engine stays usable.
+            RankFailed: A worker failed; the engine is closed.
+            RankLost: A worker died or fell silent; the engine is closed.
+        """
+        with self._lock:
+            self._check_open()
+            if self.config is None:
+                raise ValueError("plain diffusers runs one request at a time: give the engine config=ParallelConfig()")
+            place = self._trace_place(trace)
+            check_calls(calls)
+            check_together(self.config.methods, self.config.compile)
+            own = [{name: value for name, value in call.items() if name != "seed"} for call in calls]
+            asked = [self._call(arguments, call.get("seed")) for arguments, call in zip(own, calls, strict=True)]
+            began = time.monotonic()
+            done = self._run(CallTogether(_START, tuple(call for call, _ in asked), place), on_progress)
+            seconds = time.monotonic() - began
+        made = zip(done.output, done.stats, asked, strict=True)
+        return [result_of(output, seconds, stats, used) for output, stats, (_, used) in made]
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise PatchpipeError("the engine is closed: make a new one")
+
+    def _call(self, arguments: dict[str, Any], seed: Seed, trace: str | None = None) -> tuple[Call, Seed]:
+        """The message that asks for one call, whose request is not numbered yet, and the seed it uses."""
+        requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
+        if seed is None and arguments.get("generator") is None:
+            seed = requests.fresh_seed()
+        encoded, global_seed = requests.encode(arguments, seed, self._arguments)
+        return Call(_START, global_seed, encoded, trace), seed
 
     @property
     def closed(self) -> bool:
@@ -262,18 +283,16 @@ class Engine:
             raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
         return str(check_target(Path(trace)))
 
-    def _run(
-        self, arguments: dict[str, Any], seed: int, on_progress: OnProgress | None, trace: str | None = None
-    ) -> Done:
+    def _run(self, call: Call | CallTogether, on_progress: OnProgress | None) -> Done:
         def on_step(rank: int, step: Step) -> None:
             if on_progress is not None and rank == self._output_rank:
-                on_progress(Progress(step.step, step.total, step.seconds))
+                on_progress(Progress(step.step, step.total, step.seconds, step.call))
 
         try:
             self._check_alive()
             self._request += 1
             for worker in self._workers.members:
-                _send(worker, Call(self._request, seed, arguments, trace))
+                _send(worker, replace(call, request=self._request))
             outcome = self._watch(Done, "painting", self._silence, on_step).run()
         except BaseException:
             self._abandon()

@@ -80,13 +80,23 @@ class Call:
 
 
 @dataclass(frozen=True)
+class CallTogether:
+    """Parent to worker: run these in flight together; what they tell and give is of one request."""
+
+    request: int
+    calls: tuple[Call, ...]
+    trace: str | None = None
+
+
+@dataclass(frozen=True)
 class Step:
-    """Worker to parent: one turn of the pipeline's loop is over."""
+    """Worker to parent: one turn of the pipeline's loop is over; ``call`` tells which one's, of several in flight."""
 
     request: int
     step: int
     total: int | None
     seconds: float
+    call: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,11 +109,14 @@ class Warned:
 
 @dataclass(frozen=True)
 class Done:
-    """Worker to parent: the request is over; only the output rank sends an output."""
+    """Worker to parent: the request is over; only the output rank sends an output.
+
+    Of calls in flight together, ``output`` and ``stats`` are lists.
+    """
 
     request: int
     output: Any
-    stats: Mapping[str, Any]
+    stats: Any
     seconds: float
 
 

@@ -11,11 +11,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from patchpipe.engine.bar import StepBar
-from patchpipe.engine.messages import Call, Channel, Close, Done, Failed, RankInfo, Ready, Start, Step, Warned
+from patchpipe.engine.messages import (
+    Call,
+    CallTogether,
+    Channel,
+    Close,
+    Done,
+    Failed,
+    RankInfo,
+    Ready,
+    Start,
+    Step,
+    Warned,
+)
 from patchpipe.engine.oom import out_of_memory
 
 _START = 0
@@ -105,9 +117,12 @@ class Server:
         if self._group is not None:
             self._group.close()
 
-    def _answer(self, call: Call) -> Done | Failed:
+    def _answer(self, call: Call | CallTogether) -> Done | Failed:
         began, before = time.monotonic(), self._last()
         try:
+            if isinstance(call, CallTogether):
+                output, stats = self._run_together(call, began), [dict(one.as_dict()) for one in self._attachment.stats]
+                return Done(call.request, output, stats, time.monotonic() - began)
             output = self._run(call, began)
             return Done(call.request, output, self._stats(), time.monotonic() - began)
         except Exception as error:
@@ -118,17 +133,36 @@ class Server:
 
         from patchpipe.engine.requests import decode, portable
 
+        self._pipe.progress_bar = self._bar(call.request, began)
+        torch.manual_seed(call.seed)
+        with self._warnings(call.request), self._traced(call.trace):
+            return portable(self._pipe(**decode(call.arguments)))
+
+    def _run_together(self, asked: CallTogether, began: float) -> list[Any]:
+        from patchpipe.engine.requests import decode, portable
+
+        calls, seeds = [decode(call.arguments) for call in asked.calls], [call.seed for call in asked.calls]
+        bars = [self._bar(asked.request, began, number) for number in range(len(calls))]
+        with self._warnings(asked.request), self._traced(asked.trace):
+            return [portable(output) for output in self._attachment.together(calls, seeds=seeds, bars=bars)]
+
+    def _bar(self, request: int, began: float, call: int = 0) -> Callable[..., StepBar]:
+        """What stands in for the progress bar of one call."""
+
         def bar(iterable: Any = None, total: int | None = None) -> StepBar:
             return StepBar(tell, began, iterable, total)
 
         def tell(step: int, total: int | None, seconds: float) -> None:
-            self._channel.send(Step(call.request, step, total, seconds))
+            self._channel.send(Step(request, step, total, seconds, call))
 
-        self._pipe.progress_bar = bar
-        torch.manual_seed(call.seed)
-        traced = contextlib.nullcontext() if call.trace is None else self._pipe.patchpipe.tracing(call.trace)
-        with self._warnings(call.request), traced:
-            return portable(self._pipe(**decode(call.arguments)))
+        return bar
+
+    def _traced(self, trace: str | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if trace is None else self._attachment.tracing(trace)
+
+    @property
+    def _attachment(self) -> Any:
+        return self._pipe.patchpipe
 
     @contextlib.contextmanager
     def _warnings(self, request: int) -> Iterator[None]:
@@ -218,8 +252,9 @@ class Server:
         """Whether the request failed before any rank can have waited for another in the transformer."""
         if self._start.config is None:
             return True  # one process that shares nothing with others
-        last = self._last()
-        return last is before or getattr(last, "touched", True) is False
+        if self._group.closed:
+            return False
+        return self._last() is before or not any(one.touched for one in self._attachment.stats)
 
     def _failed(self, request: int, error: Exception, clean: bool) -> Failed:
         advice = out_of_memory(error, self._start.rank, self._start.device)

@@ -99,19 +99,21 @@ def _draw_rank(picture: _Picture, row: int, track: Track) -> None:
     for event in picture.visible(track.events, "encode", "materialise", "decode"):
         _bar(picture, row, event, OTHER, NAMES.get(event.kind, ""), ink=INK)
     for event in picture.visible(track.events, "compute"):
-        _bar(picture, row, event, *_look(event), pale=event.where is not None and event.where.branch > 0)
+        pale = event.where is not None and event.where.branch > 0
+        _bar(picture, row, event, *_look(event, picture.timeline.about.get("requests", 1) > 1), pale=pale)
     for event in picture.visible(track.events, "latent"):
         _bar(picture, row, event, LATENT)
     for event in picture.visible(track.events, "wait"):
         _wait(picture, row, event)
 
 
-def _look(event: Event) -> tuple[str, str]:
-    """Colour and label of a run through the stage."""
+def _look(event: Event, several: bool) -> tuple[str, str]:
+    """Colour and label of a run through the stage; the label tells the request where there are several in flight."""
+    request = f"{event.where.request + 1}" if several and event.where is not None else ""
     if event.where is None or event.where.warmup:
-        return WARMUP, "warm-up"
+        return WARMUP, f"request {request}" if request else "warm-up"
     patch = event.where.patch or 0
-    return COLOURS[patch % len(COLOURS)], str(patch + 1)
+    return COLOURS[patch % len(COLOURS)], f"{request}·{patch + 1}" if request else str(patch + 1)
 
 
 def _bar(
@@ -221,6 +223,8 @@ def _legend(figure: Any, timeline: Timeline) -> None:
     )  # fmt: skip
     patches = sorted({where.patch or 0 for _, _, where in timeline.computes() if not where.warmup})
     handles = [Patch(color=WARMUP, label="warm-up, whole latent")]
+    if about.get("requests", 1) > 1:
+        handles[0].set_label("warm-up, whole latent; labels tell request·patch")
     for place, colour in enumerate(COLOURS):
         same = [str(patch + 1) for patch in patches if patch % len(COLOURS) == place]
         handles += [Patch(color=colour, label=f"patch {', '.join(same)}")] if same else []

@@ -28,12 +28,14 @@ class Where:
         branch: The guidance branch's place among the request's.
         warmup: Whether the call is synchronous.
         patch: The patch's index; ``None`` for the whole latent.
+        request: The request's place among those in flight together.
     """
 
     step: int
     branch: int
     warmup: bool
     patch: int | None = None
+    request: int = 0
 
 
 @dataclass(frozen=True)

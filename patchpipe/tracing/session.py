@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ class Tracing:
     Args:
         path: The file of the first request; later ones are numbered from 2.
         group: The ranks.
-        stats: Tells what the last request did on this rank.
+        stats: Tells what the last request, or the last ones together, did on this rank.
         about: What the timeline says of the pipeline.
     """
 
-    def __init__(self, path: Path, group: Group, stats: Callable[[], RequestStats], about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, group: Group, stats: Callable[[], Sequence[RequestStats]], about: Mapping[str, Any]
+    ) -> None:
         self.path, self.group, self._stats, self._about = path, group, stats, dict(about)
         self._requests = 0
 
@@ -90,7 +92,7 @@ class Tracing:
             "stage": self.group.stage,
             "device": str(self.group.device),
             "uncertainty_ns": offset.uncertainty,
-            "sent_bytes": self._stats().sent_bytes,
+            "sent_bytes": sum(one.sent_bytes for one in self._stats()),
             "events": pack(recorder.events(), offset.nanoseconds),
         }
 
@@ -103,7 +105,8 @@ class Tracing:
             "patchpipe": __version__,
             "steps": 1 + max((where.step for where in places), default=-1),
             "branches": 1 + max((where.branch for where in places), default=0),
-            "patches": self._stats().patches,
+            "patches": max(one.patches for one in self._stats()),
+            "requests": len(self._stats()),
             **told,
         }
         try:

@@ -43,7 +43,7 @@ class Timeline:
     Attributes:
         tracks: What each rank did, by rank; of a request that failed, those that are known.
         about: Plain data on the request: ``layout``, ``layout_text``, ``pipeline``, ``model``, ``steps``,
-            ``patches``, ``branches``, and ``error`` if it failed.
+            ``patches``, ``branches``, ``requests`` in flight together, and ``error`` if it failed.
     """
 
     tracks: tuple[Track, ...]
@@ -79,9 +79,9 @@ def check_target(path: Path) -> Path:
 def write(timeline: Timeline, path: Path) -> None:
     """Writes the file whole or not at all; moments in it are microseconds since the first event."""
     zero, _ = timeline.span_ns
-    branches = timeline.about.get("branches", 1)
+    counts = timeline.about.get("branches", 1), timeline.about.get("requests", 1)
     events = [entry for track in timeline.tracks for entry in _head(track)]
-    events += [_entry(event, track.rank, zero, branches) for track in timeline.tracks for event in track.events]
+    events += [_entry(event, track.rank, zero, *counts) for track in timeline.tracks for event in track.events]
     ranks = [{name: value for name, value in _plain(track).items() if name != "events"} for track in timeline.tracks]
     about = {"format": FORMAT, "version": VERSION, **timeline.about, "ranks": ranks}
     text = json.dumps({"displayTimeUnit": "ms", "otherData": about, "traceEvents": events}, default=str)
@@ -144,25 +144,27 @@ def _head(track: Track) -> list[dict[str, Any]]:
     ]
 
 
-def _entry(event: Event, rank: int, zero: int, branches: int) -> dict[str, Any]:
-    """One event as Chrome's format has it; people count steps, patches and branches from 1."""
+def _entry(event: Event, rank: int, zero: int, branches: int, requests: int) -> dict[str, Any]:
+    """One event as Chrome's format has it; people count steps, patches, branches and requests from 1."""
     args = dict(event.details)
     if event.where is not None:
         where = event.where
         args |= {"step": where.step + 1, "branch": where.branch + 1, "warmup": where.warmup}
         args |= {} if where.patch is None else {"patch": where.patch + 1}
-    entry = {"name": _name(event, branches), "cat": event.kind, "pid": rank, "tid": 0, "args": args}
+        args |= {} if requests == 1 else {"request": where.request + 1}
+    entry = {"name": _name(event, branches, requests), "cat": event.kind, "pid": rank, "tid": 0, "args": args}
     moment = {"ts": (event.start_ns - zero) / 1000}
     if event.kind == "send":
         return {**entry, "ph": "i", "s": "t", **moment}
     return {**entry, "ph": "X", **moment, "dur": (event.end_ns - event.start_ns) / 1000}
 
 
-def _name(event: Event, branches: int) -> str:
+def _name(event: Event, branches: int, requests: int) -> str:
     if event.kind == "compute" and event.where is not None:
         patch = "whole latent" if event.where.patch is None else f"patch {event.where.patch + 1}"
         branch = f" · branch {event.where.branch + 1}" if branches > 1 else ""
-        return f"step {event.where.step + 1} · {patch}{branch}"
+        request = f"request {event.where.request + 1} · " if requests > 1 else ""
+        return f"{request}step {event.where.step + 1} · {patch}{branch}"
     channel = event.details.get("channel")
     return event.kind if channel is None else f"{event.kind}: {channel}"
 
@@ -181,8 +183,8 @@ def _event(entry: dict[str, Any]) -> Event:
     args = dict(entry["args"])
     where = None
     if "step" in args:
-        patch = args.pop("patch", None)
+        patch, request = args.pop("patch", None), args.pop("request", 1) - 1
         place = (args.pop("step") - 1, args.pop("branch") - 1, args.pop("warmup"))
-        where = Where(*place, patch=None if patch is None else patch - 1)
+        where = Where(*place, patch=None if patch is None else patch - 1, request=request)
     start = round(entry["ts"] * 1000)
     return Event(entry["cat"], start, start + round(entry.get("dur", 0) * 1000), where, args)

@@ -1,0 +1,54 @@
+"""What the engine tells its caller: progress, and what a request came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from patchpipe.engine.requests import Seed, pictures
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is.
+
+    Attributes:
+        step: Turns of the pipeline's loop that are over.
+        total: How many there will be, where the pipeline tells.
+        seconds: Since the request began.
+        call: Which call it is, of several in flight together.
+    """
+
+    step: int
+    total: int | None
+    seconds: float
+    call: int = 0
+
+
+OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a request came to.
+
+    Attributes:
+        images: The pictures (or frames) of the pipeline's output.
+        seconds: How long the request took, as the caller saw it.
+        stats: What the run was like: materialisations, patches, synchronous and patched steps.
+        output: The pipeline's whole output.
+        seed: The seed used, also where none was given; ``None`` where a generator was.
+    """
+
+    images: Any
+    seconds: float
+    stats: Mapping[str, Any]
+    output: Any
+    seed: int | list[int] | None
+
+
+def result_of(output: Any, seconds: float, stats: Mapping[str, Any], seed: Seed) -> Result:
+    """A request's result, from what a worker gave."""
+    used = seed if seed is None or isinstance(seed, int) else list(seed)
+    return Result(pictures(output), seconds, dict(stats), output, used)
