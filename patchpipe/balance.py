@@ -6,7 +6,6 @@ from functools import cache
 from itertools import accumulate
 from math import inf
 
-import torch
 from torch import nn
 
 from patchpipe.config import ParallelConfig
@@ -19,21 +18,20 @@ ROUNDING = 1e-9  # of sums of costs
 
 # Operations a device does while its link moves a byte: a card of 90 TFLOP/s on PCIe 4.0 (20 GB/s), a core of 80 GFLOP/s
 # beside processes on the same host (2 GB/s). Fixed, so that the same call paints the same picture wherever it runs.
-OPERATIONS_PER_BYTE = {"cuda": 4500.0, "cpu": 40.0}
+OPERATIONS_PER_BYTE = {"nccl": 4500.0, "gloo": 40.0}
 
 
-def hop_share(model: nn.Module, plan: ModelPlan, config: ParallelConfig, device: torch.device) -> float:
+def hop_share(model: nn.Module, plan: ModelPlan, config: ParallelConfig, backend: str) -> float:
     """Time a patch takes from stage to stage as a share of the time it takes in a stage, on a nominal device.
 
-    A channel of a token is two bytes on the way, four on a CPU. A block is taken for twelve square matrices, which is
-    the same on every rank, whatever it holds.
+    A channel of a token is two bytes on the way, four on a CPU. A block is taken for twelve square matrices. All of it
+    is the same on every rank, whatever it holds and computes on.
     """
     if config.pipefusion == 1:
         return 0.0
-    size = 2 if device.type == "cuda" else 4
-    rate = OPERATIONS_PER_BYTE.get(device.type, OPERATIONS_PER_BYTE["cuda"])
+    size = 2 if backend == "nccl" else 4
     blocks = len(plan.blocks_of(model)) / config.pipefusion
-    return size * rate * config.tensor / (24 * plan.width(model) * blocks)
+    return size * OPERATIONS_PER_BYTE[backend] * config.tensor / (24 * plan.width(model) * blocks)
 
 
 def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:
