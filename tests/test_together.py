@@ -112,6 +112,8 @@ def test_law_6_every_layout_that_may_fly_together_is_tested() -> None:
     assert wrong == [[]] * 4
     with pytest.raises(ValueError, match=r"requests in flight together .* nearest that is tested is distrifusion"):
         patchpipe.combinations.check_together(frozenset({"cfg", "distrifusion"}))
+    with pytest.raises(ValueError, match="compile=True is not tested with requests in flight together"):
+        patchpipe.combinations.check_together(frozenset({"pipefusion"}), compiled=True)
 
 
 # -- what requests share, and must not --------------------------------------------------------------
@@ -271,10 +273,11 @@ def test_law_7_a_failing_request_ends_all_of_them_everywhere(dies: bool) -> None
 def test_an_interrupt_leaves_no_request_running() -> None:
     config = ParallelConfig(patches=2)
     pipe = patchpipe.parallelize(tiny.pipeline("flux"), config)
-    call = {**tiny.call_arguments("flux"), "output_type": "latent"}
+    call, struck = {**tiny.call_arguments("flux"), "output_type": "latent"}, []
 
     def interrupt(*_: Any) -> None:
-        if pipe.patchpipe.runner.request.stats.steps_patched == 2:
+        if pipe.patchpipe.runner.request.stats.steps_patched == 2 and not struck:
+            struck.append(True)  # a second one would end the wait for the requests' threads
             signal.raise_signal(signal.SIGINT)  # which Python answers in its main thread
 
     hook = pipe.transformer.transformer_blocks[0].register_forward_pre_hook(interrupt)
