@@ -49,8 +49,10 @@ types: setup ## check types
 
 check: lint types test ## everything CI runs
 
-bench: setup ## measure against one device; writes bench/results
-	$(BIN)/python -m bench.loopback $(ARGS)
+bench: setup ## measure every method against one device; writes bench/results and the docs
+	for shape in flux sd3 pixart; do $(BIN)/python -m bench.loopback --shape $$shape $(ARGS) || exit 1; done
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench.plot
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
