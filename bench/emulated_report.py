@@ -10,6 +10,10 @@ from bench.rounds import load
 Row = dict[str, Any]
 SUMMARY = "emulated"
 SEQUENCE = ("ulysses", "ring")
+COLUMNS = (
+    "layout", "patches", "dilation", "seconds", "planner", "busy by rank", "a patch on the card", "own code a patch",
+    "nothing hidden",
+)  # fmt: skip
 WORKLOADS = [(model, pixels) for model in ("pixart", "sd3", "flux") for pixels in (1024, 2048)]
 NAMES = {"pixart": "PixArt-α", "sd3": "SD3-medium", "flux": "FLUX.1-dev"}
 # Times that PipeFusion is faster than the best other method on 8×L40: arXiv 2405.14430, section 5.
@@ -81,8 +85,8 @@ def table(figures: Row) -> str:
         f"{NAMES[figures['model']]}, {figures['pixels']} px, {figures['ranks']} × {figures['card'].upper()}; "
         f"{about['cores']} cores of {about['cpu']}. Seconds are the card's own, dilation taken out.",
         "",
-        "| layout | patches | dilation | seconds | planner | busy by rank | a patch on the card | own code a patch | nothing hidden |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| {' | '.join(COLUMNS)} |",
+        "| --- " * len(COLUMNS) + "|",
         *map(_row, figures["rows"]),
     ]
     return "\n".join(lines) + "\n"
