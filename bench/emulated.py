@@ -50,8 +50,8 @@ STEPS = {"pipefusion": 6, "distrifusion": 8}  # really run; others are the same 
 ALIKE = {"pipefusion": 2, "distrifusion": 5}  # steps after which all are alike: DistriFusion's sends pile up first
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
-PERIOD = {"pipefusion": 1.2, "distrifusion": 2.0, "ring": 12.0, "ulysses2 ring": 20.0}
-OTHER_STEPS, OTHER_PERIOD = 1, 6.0
+PERIOD = {"pipefusion": 1.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0}
+OTHER_PERIOD = 5.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
 TIMEOUT = 240.0
 
@@ -77,7 +77,7 @@ class Run:
     options: dict[str, Any] = field(default_factory=dict)
     contended: bool = True
     dilation: float = 1.0
-    steps: int = OTHER_STEPS
+    steps: int = 1
     predicted: float = 0.0
 
     @property
@@ -105,8 +105,9 @@ class Run:
         if self.config.pipefusion > 1:
             options["stage_blocks"] = balanced_stages(workload, self.profile, self.config.pipefusion)
         found = predict(workload, ParallelConfig(**options), self.profile)
-        dilation = max(1.0, round(PERIOD.get(self.kind, OTHER_PERIOD) / found.period, 1))
-        steps = STEPS.get(self.kind, OTHER_STEPS)
+        steps = max(STEPS.get(self.kind, 1), model.fewest)
+        period = PERIOD.get(self.kind, OTHER_PERIOD) / (1 if self.kind in STEPS else steps)
+        dilation = max(1.0, round(period / found.period, 1))
         return replace(self, options=options, dilation=dilation, steps=steps, predicted=found.seconds)
 
 

@@ -28,6 +28,7 @@ class Model:
         steps: Steps of the published runs.
         seconds: What one L40 is published to take for them, by pixels; what is missing, the planner predicts.
         channels: Of a head in the tiny model.
+        fewest: Steps that its pipeline can run; PixArt's takes one step for a distilled model.
         build: Makes the tiny model's pipeline and the arguments of its call.
     """
 
@@ -35,6 +36,7 @@ class Model:
     steps: int
     seconds: dict[int, float]
     channels: int
+    fewest: int
     build: Callable[[Workload, int], tuple[Any, dict[str, Any]]]
 
     @property
@@ -119,7 +121,7 @@ def _rows(count: int) -> torch.Tensor:
 
 # Seconds of one L40: xDiT's documentation, performance pages of each model; 20 and 28 steps.
 MODELS = {
-    "pixart": Model("pixart-alpha", 20, {1024: 2.8, 2048: 21.6}, 4, _pixart),
-    "sd3": Model("sd3-medium", 20, {1024: 3.92}, 4, _sd3),
-    "flux": Model("flux.1-dev", 28, {1024: 18.36, 2048: 105.7}, 8, _flux),
+    "pixart": Model("pixart-alpha", 20, {1024: 2.8, 2048: 21.6}, 4, 2, _pixart),
+    "sd3": Model("sd3-medium", 20, {1024: 3.92}, 4, 1, _sd3),
+    "flux": Model("flux.1-dev", 28, {1024: 18.36, 2048: 105.7}, 8, 1, _flux),
 }
