@@ -21,17 +21,23 @@ ROUNDING = 1e-9  # of sums of costs
 OPERATIONS_PER_BYTE = {"nccl": 4500.0, "gloo": 40.0}
 
 
-def hop_share(model: nn.Module, plan: ModelPlan, config: ParallelConfig, backend: str) -> float:
+def hop_share(width: int, blocks: int, config: ParallelConfig, backend: str) -> float:
     """Time a patch takes from stage to stage as a share of the time it takes in a stage, on a nominal device.
 
     A channel of a token is two bytes on the way, four on a CPU. A block is taken for twelve square matrices. All of it
     is the same on every rank, whatever it holds and computes on.
+
+    Args:
+        width: Channels of a token.
+        blocks: Blocks of the model.
+        config: The layout.
+        backend: How the ranks talk, ``"nccl"`` or ``"gloo"``.
     """
     if config.pipefusion == 1:
         return 0.0
     size = 2 if backend == "nccl" else 4
-    blocks = len(plan.blocks_of(model)) / config.pipefusion
-    return size * OPERATIONS_PER_BYTE[backend] * config.tensor / (24 * plan.width(model) * blocks)
+    operations = 24 * width * blocks / (config.pipefusion * config.tensor)
+    return size * OPERATIONS_PER_BYTE[backend] / operations
 
 
 def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:

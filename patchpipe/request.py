@@ -196,7 +196,8 @@ class Request:
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
             rows = self.plan.grid.rows(self.model, shape, inputs)
-            hop = hop_share(self.model, self.plan, self.config, self.group.backend)
+            width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
+            hop = hop_share(width, blocks, self.config, self.group.backend)
             self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), hop), spatial
             self._check_shares(self._cut)
             self._branches.clear()

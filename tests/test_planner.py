@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
@@ -268,7 +267,7 @@ def test_presets_are_the_classes_they_stand_for(name: str) -> None:
     assert [block.self_attentions for block in built.blocks] == [block.self_attentions for block in workload.blocks]
     assert preset.heads == model.config.num_attention_heads
     for config in (ParallelConfig(pipefusion=4), ParallelConfig(pipefusion=2, tensor=2)):
-        share = hop_share(model, plan, config, torch.device("cuda"))
+        share = hop_share(plan.width(model), len(plan.blocks_of(model)), config, "nccl")
         assert Layout(workload, config, NOTHING_LOST)._hop_share == pytest.approx(share)
     for ours, theirs in zip(workload.blocks[:-1], built.blocks[:-1], strict=True):
         assert sum(matrix.summed for matrix in ours.matrices) == sum(matrix.summed for matrix in theirs.matrices)

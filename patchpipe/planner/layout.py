@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import OPERATIONS_PER_BYTE, balanced
+from patchpipe.balance import balanced, hop_share
 from patchpipe.config import ParallelConfig
 from patchpipe.patches import Cut, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
@@ -70,10 +70,8 @@ class Layout:
     @property
     def _hop_share(self) -> float:
         """What the program takes a hop for where the number of patches is left to it: see ``balance.hop_share``."""
-        kind = "cuda" if self.workload.itemsize == 2 else "cpu"
-        blocks = len(self.workload.blocks) / self.config.pipefusion
-        rate = OPERATIONS_PER_BYTE[kind] * self.config.tensor
-        return self.workload.itemsize * rate / (24 * self.workload.width * blocks)
+        backend = "nccl" if self.workload.itemsize == 2 else "gloo"
+        return hop_share(self.workload.width, len(self.workload.blocks), self.config, backend)
 
     @cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
