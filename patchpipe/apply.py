@@ -19,8 +19,9 @@ from patchpipe.balance import split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
+from patchpipe.joining import meet
 from patchpipe.lazy import materialise_tree
-from patchpipe.mesh import Group, meet
+from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.refusals import check_calls, check_guidance

@@ -20,7 +20,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo import maybe_mark_dynamic
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -39,7 +39,7 @@ _at_work: ContextVar[CompiledBlock] = ContextVar("the compiled block at work")
 # -- what the compiler calls but does not look into ----------------------------------------------
 
 
-@torch.library.custom_op("patchpipe::attend", mutates_args=("order",))
+@library.custom_op("patchpipe::attend", mutates_args=("order",))
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, order: Tensor, path: str,
     dropout: float, causal: bool, scale: float | None, grouped: bool,
@@ -58,7 +58,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_rest: Any) -> Tensor:
     return query.new_empty(batch, rows, heads, value.shape[-1]).transpose(1, 2)
 
 
-@torch.library.custom_op("patchpipe::hooked", mutates_args=("order",))
+@library.custom_op("patchpipe::hooked", mutates_args=("order",))
 def _hooked(rows: Tensor, order: Tensor, path: str, width: int) -> Tensor:
     """The module at ``path`` of the block at work, with its hook.
 

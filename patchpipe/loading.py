@@ -21,7 +21,8 @@ from patchpipe.balance import split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import UnsupportedModel
-from patchpipe.mesh import Group, meet
+from patchpipe.joining import meet
+from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.source import Source, resolve_source

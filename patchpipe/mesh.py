@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from time import sleep
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patchpipe.agreement import agree, gather, read
+from patchpipe.agreement import agree, gather
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
@@ -318,122 +316,6 @@ class _Explained:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError) and not isinstance(error, PatchpipeError):
             raise self.group.explain(error, self.peer) from error
-
-
-def join(
-    config: ParallelConfig,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    store: dist.Store | None = None,
-    device: torch.device | str | None = None,
-    about: Mapping[str, Any] | None = None,
-    problem: Exception | None = None,
-) -> Group:
-    """Joins the group this process belongs to.
-
-    No connection is made before all ranks have told what they were started with, so that none waits in vain.
-
-    Args:
-        config: The layout.
-        rank: This rank; ``None`` reads the environment that ``torchrun`` sets.
-        world_size: Number of ranks; likewise.
-        store: Where the ranks meet; ``None`` takes ``torchrun``'s.
-        device: Where this rank computes; ``None`` takes the CUDA device of its local rank, else the CPU.
-        about: What else all ranks must have alike, by name.
-        problem: Why this rank cannot go on, if it cannot; raised once the others know.
-
-    Raises:
-        ValueError: The number of processes does not fit the layout, or the ranks have different layouts.
-        RankFailed: Another rank has a problem.
-        RankLost: A rank did not show up in time.
-    """
-    if rank is None or world_size is None:
-        rank, world_size = _place_from_environment()
-    place, scoped = _device_for(device), None
-    if world_size > 1:
-        scoped = _meeting_point(store, rank, config.timeout)
-        what = {"config": config.as_dict(), **(about or {})}
-        agree(scoped, "layout", rank, world_size, what, config.timeout, problem)
-    elif problem is not None:
-        raise problem
-    if world_size != config.world_size:
-        raise ValueError(
-            f"the layout needs {config.world_size} ranks ({config.describe()}) but {world_size} "
-            f"were started: use `torchrun --nproc-per-node {config.world_size}` or change the layout"
-        )
-    if scoped is None:
-        return Group(config, 0, place, None, "gloo")
-    return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
-
-
-def meet(
-    config: ParallelConfig,
-    group: Group | None,
-    device: torch.device | str | None,
-    about: Mapping[str, Any],
-    problem: Exception | None,
-) -> Group:
-    """The ranks of a pipeline, once all of them know that they were started alike and can go on.
-
-    Args:
-        config: The layout.
-        group: Ranks that have joined before; ``None`` joins those ``torchrun`` started.
-        device: See ``join``.
-        about: See ``join``.
-        problem: See ``join``.
-
-    Raises:
-        ValueError: As for ``join``; or the group was joined for another layout.
-    """
-    if group is None:
-        return join(config, device=device, about=about, problem=problem)
-    group.agree({"config": config.as_dict(), **about}, problem)
-    if group.config != config:
-        raise ValueError(
-            f"the group was joined for another layout ({group.config.describe()}) than the pipeline's "
-            f"({config.describe()}): join with the same configuration"
-        )
-    return group
-
-
-def _meeting_point(store: dist.Store | None, rank: int, timeout: float) -> dist.Store:
-    store = store or _store_from_environment(timedelta(seconds=timeout))
-    number = store.add(f"patchpipe/groups/{rank}", 1)  # ranks make their groups in the same order
-    return dist.PrefixStore(f"patchpipe/{number}", store)
-
-
-def _place_from_environment() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _store_from_environment(timeout: timedelta) -> dist.Store:
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    return store
-
-
-def _device_for(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
-def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: int, device: torch.device) -> str:
-    """NCCL where every rank has a CUDA device of its own; two ranks on one device cannot use it."""
-    if config.backend != "auto":
-        if config.backend == "nccl" and device.type != "cuda":
-            raise ValueError(f"backend='nccl' needs CUDA devices but rank {rank} computes on {device}: use 'gloo'")
-        return config.backend
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
-    store.set(f"device/{rank}", f"{socket.gethostname()}/{uuid}" if uuid else "cpu")
-    seen = [read(store, f"device/{other}", other, config.timeout).decode() for other in range(world_size)]
-    return "nccl" if "cpu" not in seen and len(set(seen)) == world_size else "gloo"
 
 
 def process_group(

@@ -18,9 +18,7 @@ from torch import Tensor
 from patchpipe.tracing.recorder import Recorder, span
 
 Explain = Callable[[Exception, str], Exception]
-CALLS_IN_FLIGHT = (
-    3  # of the transformer, for each request: it waits for the answers of the last step, two calls at most
-)
+CALLS_IN_FLIGHT = 3  # of the transformer, for each request: it waits for the last step's answers, two calls at most
 
 
 class Wire:

@@ -23,7 +23,8 @@ import transformers
 from tqdm import tqdm
 
 from patchpipe import ParallelConfig
-from patchpipe.mesh import Group, join
+from patchpipe.joining import join
+from patchpipe.mesh import Group
 
 PRELOAD = ["torch", "diffusers", "transformers", "patchpipe.loading", "tests.tiny", "tests.ranks"]
 PR_SET_PDEATHSIG = 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig, RankFailed
-from patchpipe.mesh import join
+from patchpipe.joining import join
 from tests.ranks import Place, run_ranks
 
 

@@ -13,7 +13,7 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.mesh import join
+from patchpipe.joining import join
 from patchpipe.models import plan_for
 from patchpipe.request import Request
 from tests import tiny

@@ -204,8 +204,8 @@ class Server:
         from torch.distributed import TCPStore
 
         from patchpipe.config import ParallelConfig
+        from patchpipe.joining import join
         from patchpipe.loading import from_pretrained
-        from patchpipe.mesh import join
 
         start = self._start
         assert start.config is not None
