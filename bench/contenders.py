@@ -1,4 +1,8 @@
-"""The ways to run one pipeline that a bench compares: same weights, same threads, same pipeline code."""
+"""The ways to run one pipeline that a bench compares: same weights, same threads, same pipeline code.
+
+``plain-beside`` is plain diffusers on every rank at once, each with a picture of its own: what ranks cost each other by
+merely working at the same time, which no parallel method can undo.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from tests.ranks import Place
 
-PLAIN, THEIRS = "plain", "diffusers-ulysses"
+PLAIN, BESIDE, THEIRS = "plain", "plain-beside", "diffusers-ulysses"
 COMPILED = "+compiled"
 OURS = ("pipefusion", "ulysses", "ring", "tensor", "distrifusion")
-EVERY = (PLAIN, *OURS, THEIRS)
+EVERY = (PLAIN, BESIDE, *OURS, THEIRS)
 TIMEOUT = 600.0
 
 

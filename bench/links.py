@@ -28,7 +28,7 @@ from bench.loopback import show
 from bench.network import Network
 from bench.predicted import Forecast, forecast, profile_of, workload_of
 from bench.rounds import bound, rows_of, save, take_turns
-from bench.shapes import SHAPES
+from bench.shapes import SHAPES, STEPS
 from tests.ranks import Place
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
@@ -88,8 +88,8 @@ def main(
     shape: Annotated[str, typer.Option(help="flux or pixart.")] = "flux",
     link: Annotated[str, typer.Option(help="pcie, nvlink or 25gbe.")] = "pcie",
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; one more is not timed.")] = 2,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; one more is not timed.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
 ) -> None:
     """Measures over shaped links between two hosts of one thread; needs root."""
     if (shape, link) not in CARDS:

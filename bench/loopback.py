@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.contenders import OURS, PLAIN, THEIRS, known
+from bench.contenders import BESIDE, OURS, PLAIN, THEIRS, known
 from bench.rounds import Row, bound, rows_of, save, take_turns
 from bench.shapes import SHAPES, STEPS
 from tests.ranks import run_ranks
@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Measures, prints a table and writes bench/results."""
     theirs = [THEIRS] if shape == "flux" else []  # the other classes have no plan of diffusers' own for it
-    names = [PLAIN, *(name for name in known(method or [*OURS, *theirs]) if name != PLAIN)]
+    names = [PLAIN, *(name for name in known([BESIDE, *(method or [*OURS, *theirs])]) if name != PLAIN)]
     rows = rows_of(run_ranks(ranks, take_turns, shape, names, rounds, steps, timeout=3600))
     limit = bound(steps, ranks)
     show(f"{shape}, {steps} steps, {ranks} ranks of one thread", rows, limit)

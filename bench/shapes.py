@@ -17,7 +17,8 @@ from diffusers import (
 from patchpipe.demo import MODEL_DIR, call_defaults
 from tests import tiny
 
-WIDTH, HEADS, BLOCKS, STEPS = 512, 8, 10, 20
+WIDTH, HEADS, BLOCKS, STEPS = 512, 8, 6, 20
+SIDE = 48  # rows of the picture, and tokens of a row: 768 pixels, an autoencoder of eight, patches of two
 Build = Callable[[], tuple[Any, dict[str, Any]]]
 
 
@@ -47,9 +48,9 @@ def bundled() -> tuple[Any, dict[str, Any]]:
 
 
 def flux() -> tuple[Any, dict[str, Any]]:
-    """3 dual-stream and 7 single-stream blocks."""
+    """2 dual-stream and 4 single-stream blocks; FLUX.1 itself has 19 and 38."""
     transformer = lambda: FluxTransformer2DModel(  # noqa: E731
-        in_channels=16, num_layers=3, num_single_layers=BLOCKS - 3, attention_head_dim=WIDTH // HEADS,
+        in_channels=16, num_layers=BLOCKS // 3, num_single_layers=BLOCKS - BLOCKS // 3, attention_head_dim=WIDTH // HEADS,
         num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, pooled_projection_dim=16,
         axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
@@ -73,7 +74,7 @@ def flux_real() -> tuple[Any, dict[str, Any]]:
 def sd3() -> tuple[Any, dict[str, Any]]:
     """Joint blocks; the text is CLIP's 32 tokens and T5's 64."""
     transformer = lambda: SD3Transformer2DModel(  # noqa: E731
-        sample_size=64, patch_size=2, in_channels=4, num_layers=BLOCKS, attention_head_dim=WIDTH // HEADS,
+        sample_size=2 * SIDE, patch_size=2, in_channels=4, num_layers=BLOCKS, attention_head_dim=WIDTH // HEADS,
         num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, caption_projection_dim=WIDTH,
         pooled_projection_dim=32, out_channels=4, pos_embed_max_size=96,
     )  # fmt: skip
@@ -84,7 +85,7 @@ def pixart() -> tuple[Any, dict[str, Any]]:
     """Self-attention over the image, cross-attention to 64 tokens of text."""
     transformer = lambda: PixArtTransformer2DModel(  # noqa: E731
         num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=8,
-        num_layers=BLOCKS, cross_attention_dim=WIDTH, sample_size=64, patch_size=2, caption_channels=tiny.WIDTH,
+        num_layers=BLOCKS, cross_attention_dim=WIDTH, sample_size=2 * SIDE, patch_size=2, caption_channels=tiny.WIDTH,
         use_additional_conditions=False,
     )  # fmt: skip
     unguided = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
@@ -99,14 +100,15 @@ def _pipeline(name: str, transformer: Callable[[], Any]) -> Any:
 
 
 def _call(**settings: Any) -> dict[str, Any]:
-    """512 pixels with an autoencoder of eight and patches of two: 32 rows of 32 tokens."""
-    return {"prompt": "red apple", "height": 512, "width": 512, "num_inference_steps": STEPS, **settings}
+    """A square picture."""
+    pixels = 16 * SIDE
+    return {"prompt": "red apple", "height": pixels, "width": pixels, "num_inference_steps": STEPS, **settings}
 
 
 SHAPES = {
     "bundled": Shape(bundled, image=64, text=32, width=256, blocks=9),
-    "flux": Shape(flux, image=1024, text=64),
+    "flux": Shape(flux, image=SIDE * SIDE, text=64),
     "flux-real": Shape(flux_real, image=4096, text=512, width=3072, blocks=57),
-    "sd3": Shape(sd3, image=1024, text=96),
-    "pixart": Shape(pixart, image=1024),
+    "sd3": Shape(sd3, image=SIDE * SIDE, text=96),
+    "pixart": Shape(pixart, image=SIDE * SIDE),
 }

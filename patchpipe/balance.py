@@ -10,6 +10,7 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.patches import PatchCosts
 
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
 NOMINAL_IMAGE_TOKENS = 4096
@@ -19,10 +20,13 @@ ROUNDING = 1e-9  # of sums of costs
 # Operations a device does while its link moves a byte: a card of 90 TFLOP/s on PCIe 4.0 (20 GB/s), a core of 80 GFLOP/s
 # beside processes on the same host (2 GB/s). Fixed, so that the same call paints the same picture wherever it runs.
 OPERATIONS_PER_BYTE = {"nccl": 4500.0, "gloo": 40.0}
+# Tokens that take as long as what a patch costs beside them: on an L40 by published times of FLUX.1 in patches (see the
+# planner's profiles), on a core by `python -m bench.one_device`.
+TOKENS_OF_A_PATCH = {"nccl": 128.0, "gloo": 16.0}
 
 
-def hop_share(width: int, blocks: int, config: ParallelConfig, backend: str) -> float:
-    """Time a patch takes from stage to stage as a share of the time it takes in a stage, on a nominal device.
+def patch_costs(width: int, blocks: int, config: ParallelConfig, backend: str) -> PatchCosts:
+    """What a patch costs beside the compute of its tokens, on a nominal device.
 
     A channel of a token is two bytes on the way, four on a CPU. A block is taken for twelve square matrices. All of it
     is the same on every rank, whatever it holds and computes on.
@@ -34,10 +38,10 @@ def hop_share(width: int, blocks: int, config: ParallelConfig, backend: str) -> 
         backend: How the ranks talk, ``"nccl"`` or ``"gloo"``.
     """
     if config.pipefusion == 1:
-        return 0.0
+        return PatchCosts()
     size = 2 if backend == "nccl" else 4
     operations = 24 * width * blocks / (config.pipefusion * config.tensor)
-    return size * OPERATIONS_PER_BYTE[backend] / operations
+    return PatchCosts(size * OPERATIONS_PER_BYTE[backend] / operations, TOKENS_OF_A_PATCH[backend])
 
 
 def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patchpipe.combinations import check_combination, check_compiled
 
 if TYPE_CHECKING:
+    from patchpipe.patches import PatchCosts
     from patchpipe.planner.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
@@ -25,8 +26,8 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes the number whose step is the shortest:
-            more patches than stages hide the hops between stages, fewer are cheaper to compute (see
+        patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
+            shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
             ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
@@ -178,13 +179,13 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    def patches_for(self, rows: int, tokens: int, hop: float = 0.0) -> int:
+    def patches_for(self, rows: int, tokens: int, costs: PatchCosts) -> int:
         """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
 
         Args:
             rows: Token rows.
             tokens: Tokens, of image and text.
-            hop: Time a patch takes from stage to stage, as a share of the time it takes in a stage.
+            costs: What a patch costs beside its tokens.
 
         Raises:
             ValueError: More patches were asked for than there are rows.
@@ -194,7 +195,7 @@ class ParallelConfig:
         if self.patches is None:
             from patchpipe.patches import quickest
 
-            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), hop)
+            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), costs)
             return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
             raise ValueError(

@@ -9,8 +9,21 @@ from patchpipe.axes import shares
 from patchpipe.config import ParallelConfig
 from patchpipe.models.plan import Rows
 
-TOKENS_OF_A_PATCH = 32  # what a patch costs beside its tokens, in tokens: calls, and smaller matrices
+USUAL_STEPS = 20  # of a request; its own number is not known when its first call is cut
 MOST_PATCHES_OF_A_STAGE = 4
+
+
+@dataclass(frozen=True)
+class PatchCosts:
+    """What a patch costs beside the compute of its tokens.
+
+    Attributes:
+        hop: Time it takes from stage to stage, as a share of the time its tokens take in a stage.
+        tokens: The rest, calls and the weights read anew, in tokens that take as long to compute.
+    """
+
+    hop: float = 0.0
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,21 +76,21 @@ class Cut:
     row_bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0, hop: float = 0.0) -> Cut:
+    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0, costs: PatchCosts | None = None) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
 
         Args:
             rows: Token rows of the picture.
             config: The layout.
             text: Text tokens that ride with the first patch.
-            hop: Time a patch takes from stage to stage, as a share of the time it takes in a stage.
+            costs: What a patch costs; nothing, if not given.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
         if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
             return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
-        count = config.patches_for(rows.count, rows.count * rows.tokens + text, hop)
+        count = config.patches_for(rows.count, rows.count * rows.tokens + text, costs or PatchCosts())
         sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
         if sum(sizes) != rows.count:
             raise ValueError(
@@ -139,26 +152,27 @@ class Cut:
         )
 
 
-def quickest(stages: int, tokens: float, hop: float) -> int:
-    """Number of patches M whose steady step is the shortest: ``max(M·t, N·(t + c))``.
+def quickest(stages: int, tokens: float, costs: PatchCosts) -> int:
+    """Number of patches M that makes a usual request the shortest: steps of ``max(M·t, N·(t + c))``, and the fill.
 
     With as many patches as stages every stage waits N times for a hop c in each step; every further patch costs what
-    a patch costs beside its tokens.
+    a patch costs beside its tokens. Once in a request the last stage waits for N - 1 others to run a first patch.
 
     Args:
         stages: Pipeline stages N.
         tokens: Tokens of a step that a rank computes.
-        hop: Time c that a patch takes from stage to stage, as a share of the time t it takes in a stage.
+        costs: Of a patch: the hop is c, and the rest is part of t.
     """
     if stages == 1:
         return 1
 
-    def period(patches: int) -> float:
+    def request(patches: int) -> float:
         compute = tokens / patches
-        stage = compute + TOKENS_OF_A_PATCH
-        return max(patches * stage, stages * (stage + hop * compute))
+        stage, hop = compute + costs.tokens, costs.hop * compute
+        period = max(patches * stage, stages * (stage + hop))
+        return USUAL_STEPS * period + (stages - 1) * (stage + hop)
 
-    return min(range(stages, MOST_PATCHES_OF_A_STAGE * stages + 1), key=period)
+    return min(range(stages, MOST_PATCHES_OF_A_STAGE * stages + 1), key=request)
 
 
 def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchpipe.balance import hop_share
+from patchpipe.balance import patch_costs
 from patchpipe.config import ParallelConfig
 from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
@@ -197,8 +197,8 @@ class Request:
         if self._cut is None or self._latent_shape != spatial:
             rows = self.plan.grid.rows(self.model, shape, inputs)
             width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
-            hop = hop_share(width, blocks, self.config, self.group.backend)
-            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), hop), spatial
+            costs = patch_costs(width, blocks, self.config, self.group.backend)
+            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs), spatial
             self._check_shares(self._cut)
             self._branches.clear()
             self.memo.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import balanced, block_cost, hop_share, split_blocks
+from patchpipe.balance import balanced, block_cost, patch_costs, split_blocks
 from patchpipe.models import plan_for
 from patchpipe.precheck import check_folder
 from tests import tiny
@@ -90,7 +90,7 @@ def test_a_hop_weighs_more_in_smaller_stages_of_narrower_models() -> None:
     flux, pixart = tiny.pipeline("flux").transformer, tiny.pipeline("pixart").transformer  # 32 and 48 channels
 
     def share(model: torch.nn.Module, backend: str = "nccl", **layout: int) -> float:
-        return hop_share(plan_for(model).width(model), 4, ParallelConfig(**layout), backend)
+        return patch_costs(plan_for(model).width(model), 4, ParallelConfig(**layout), backend).hop
 
     # 2 bytes a channel at 4,500 operations a byte, beside 24 operations a channel² in each of the stage's two blocks
     assert share(flux, pipefusion=2) == pytest.approx(2 * 4500 / (24 * 32 * 2))

@@ -6,7 +6,7 @@ import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, balanced_rows, quickest
+from patchpipe.patches import Cut, PatchCosts, balanced_rows, quickest
 
 
 @pytest.mark.parametrize("rows", range(1, 20))
@@ -69,22 +69,27 @@ def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str
 
 
 @pytest.mark.parametrize(
-    ("stages", "tokens", "hop", "patches"),
+    ("stages", "tokens", "hop", "beside", "patches"),
     [
-        (1, 4096, 0.5, 1),
-        (2, 4608, 0.004, 2),  # a hop costs less than another patch
-        (8, 4608, 0.017, 9),  # eight of them cost more
-        (8, 4608, 0.1, 9),
-        (4, 64, 0.1, 4),  # patches would be too small
-        (4, 16384, 1.0, 8),  # as slow a link as the stage: M = N (1 + c/t)
-        (4, 16384, 9.0, 16),
+        (1, 4096, 0.5, 16, 1),
+        (2, 1088, 0.003, 16, 2),  # a hop costs less than another patch
+        (2, 4608, 0.004, 128, 2),
+        (2, 4608, 0.004, 16, 4),  # further ones are cheap, and the last stage waits for less
+        (8, 4608, 0.017, 128, 8),
+        (8, 4608, 0.1, 128, 9),
+        (8, 4608, 0.3, 128, 10),
+        (4, 64, 0.1, 128, 4),  # patches would be too small
+        (4, 16384, 1.0, 128, 8),  # as slow a link as the stage: M = N (1 + c/t)
+        (4, 16384, 9.0, 128, 16),
     ],
 )
-def test_as_many_patches_as_make_a_step_short(stages: int, tokens: int, hop: float, patches: int) -> None:
-    assert quickest(stages, tokens, hop) == patches
+def test_as_many_patches_as_make_a_request_short(
+    stages: int, tokens: int, hop: float, beside: float, patches: int
+) -> None:
+    assert quickest(stages, tokens, PatchCosts(hop, beside)) == patches
 
 
 def test_the_number_chosen_for_the_user_is_no_more_than_there_are_rows() -> None:
     rows = Rows(3, 4096, 1)
-    assert len(Cut.of(rows, ParallelConfig(pipefusion=2), hop=1.0).patches) == 3
+    assert len(Cut.of(rows, ParallelConfig(pipefusion=2), costs=PatchCosts(hop=1.0)).patches) == 3
     assert len(Cut.of(rows, ParallelConfig()).patches) == 1

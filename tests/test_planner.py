@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 
 from bench.planner import PATCHES, choices, compare, read_rows
 from patchpipe import ParallelConfig
-from patchpipe.balance import hop_share
+from patchpipe.balance import patch_costs
 from patchpipe.describe import describe_model, volume_of
 from patchpipe.explain import traffic
 from patchpipe.models import plan_for
@@ -267,8 +267,8 @@ def test_presets_are_the_classes_they_stand_for(name: str) -> None:
     assert [block.self_attentions for block in built.blocks] == [block.self_attentions for block in workload.blocks]
     assert preset.heads == model.config.num_attention_heads
     for config in (ParallelConfig(pipefusion=4), ParallelConfig(pipefusion=2, tensor=2)):
-        share = hop_share(plan.width(model), len(plan.blocks_of(model)), config, "nccl")
-        assert Layout(workload, config, NOTHING_LOST)._hop_share == pytest.approx(share)
+        costs = patch_costs(plan.width(model), len(plan.blocks_of(model)), config, "nccl")
+        assert Layout(workload, config, NOTHING_LOST)._patch_costs == costs
     for ours, theirs in zip(workload.blocks[:-1], built.blocks[:-1], strict=True):
         assert sum(matrix.summed for matrix in ours.matrices) == sum(matrix.summed for matrix in theirs.matrices)
 

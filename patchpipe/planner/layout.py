@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import balanced, hop_share
+from patchpipe.balance import balanced, patch_costs
 from patchpipe.config import ParallelConfig
-from patchpipe.patches import Cut, balanced_rows
+from patchpipe.patches import Cut, PatchCosts, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
 from patchpipe.planner.links import Line
 from patchpipe.planner.profiles import Profile
@@ -65,13 +65,13 @@ class Layout:
             return (self.workload.image,)
         if self.system.text_every_patch:
             return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
-        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text, self._hop_share).patches)
+        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text, self._patch_costs).patches)
 
     @property
-    def _hop_share(self) -> float:
-        """What the program takes a hop for where the number of patches is left to it: see ``balance.hop_share``."""
+    def _patch_costs(self) -> PatchCosts:
+        """What the program takes a patch for where the number of patches is left to it: see ``balance.patch_costs``."""
         backend = "nccl" if self.workload.itemsize == 2 else "gloo"
-        return hop_share(self.workload.width, len(self.workload.blocks), self.config, backend)
+        return patch_costs(self.workload.width, len(self.workload.blocks), self.config, backend)
 
     @cached_property
     def stages(self) -> tuple[tuple[Block, ...], ...]:
