@@ -27,7 +27,7 @@ from bench.contenders import PLAIN, Contender, known
 from bench.loopback import show
 from bench.network import Network
 from bench.predicted import Forecast, forecast, profile_of, workload_of
-from bench.rounds import bound, rows_of, save, take_turns
+from bench.rounds import bound, keep_freed_memory, rows_of, save, take_turns
 from bench.shapes import SHAPES, STEPS
 from tests.ranks import Place
 
@@ -139,6 +139,7 @@ def told(said: Forecast) -> str:
 def measured_layer_seconds(shape: str) -> float:
     """Seconds of one layer of one step on one core of this machine."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     contender = Contender(PLAIN, shape, Place(0, 1, None), steps=2)
     seconds = []
     for _ in range(3):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import patchpipe
-from bench.rounds import FEW_STEPS, save
+from bench.rounds import FEW_STEPS, keep_freed_memory, save
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.loading import DTYPES
@@ -38,6 +38,7 @@ def main(
     """Measures, prints a table and writes bench/results."""
     quieten()
     torch.set_num_threads(1)
+    keep_freed_memory()
     counts = [int(text) for text in patches.split(",")]
     pipe, call = build(shape, device, dtype)
     found: dict[int, list[float]] = {count: [] for count in (0, *counts)}  # 0: plain diffusers

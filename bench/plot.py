@@ -66,8 +66,8 @@ def draw(found: list[tuple[str, dict[str, Any]]], out: Path) -> Path:
 
 
 def _panel(axis: Any, title: str, figures: dict[str, Any]) -> None:
-    rows = [row for row in figures["rows"] if row["name"] != "plain"]
-    plain = median(next(row["seconds"] for row in figures["rows"] if row["name"] == "plain"))
+    rows = [row for row in figures["rows"] if row["name"] not in (PLAIN, BESIDE)]
+    plain = median(next(row["seconds"] for row in figures["rows"] if row["name"] == PLAIN))
     for place, row in enumerate(rows):
         name = row["name"].partition(":")[0]
         axis.bar(place, row["speedup"], BAR, color=COLOURS[name])

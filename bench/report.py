@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from bench import emulated_report
+from bench.contenders import BESIDE, COMPILED
 from bench.one_device import cells
 from bench.planner import predictions
 from bench.rounds import load
@@ -42,7 +43,27 @@ def _text(name: str) -> str | None:
         return emulated_report.table(figures)
     if "patches_of_one" in figures:
         return patches_of_one(figures)
+    if "layouts" in figures:
+        return compiled(figures)
     return predictions(figures) if "choices" in figures else table(figures)
+
+
+def compiled(figures: dict[str, Any]) -> str:
+    """Eager and compiled blocks on one rank and on several, in Markdown."""
+    lines = ["```bash", figures["command"], "```", "", f"{figures['machine']['cpu']}, {figures['steps']} steps.", ""]
+    lines += ["| ranks | method | patches | seconds | beside plain on one rank (spread) | beside itself, eager |"]
+    lines += ["| --- " * 6 + "|"]
+    for layout in figures["layouts"]:
+        eager: dict[str, float] = {}
+        for row in layout["rows"]:
+            seconds = median(row["seconds"])
+            name, compiled, _ = row["name"].partition(COMPILED)
+            eager.setdefault(name, seconds)
+            beside = f"{eager[name] / seconds:.2f}×" if compiled else ""
+            lines.append(
+                f"| {layout['ranks']} | {row['name']} | {row['patches']} | {seconds:.1f} | {_speedup(row)} | {beside} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def patches_of_one(figures: dict[str, Any]) -> str:
@@ -73,16 +94,31 @@ def table(figures: dict[str, Any]) -> str:
     columns += ["predicted"] if "link" in figures else []
     lines += ["", f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     lines += [_row(row, limit) for row in figures["rows"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _busy_ranks(figures["rows"], limit)
+
+
+def _busy_ranks(rows: list[dict[str, Any]], limit: float) -> str:
+    """What ranks that merely work at the same time lose, and what is left of the bound then."""
+    beside = next((row["speedup"] for row in rows if row["name"] == BESIDE), None)
+    found = [row["speedup"] for row in rows if row["name"].startswith("pipefusion")]
+    if beside is None or not found:
+        return ""
+    return (
+        f"\nBoth ranks busy with pictures of their own run at {beside:.2f}× of one alone; of the bound that this leaves, "
+        f"PipeFusion reaches {max(found) / limit / beside:.0%}.\n"
+    )
+
+
+def _speedup(row: dict[str, Any]) -> str:
+    return f"{row['speedup']:.2f}× ({min(row['ratios']):.2f}-{max(row['ratios']):.2f})"
 
 
 def _row(row: dict[str, Any], limit: float) -> str:
     share = f"{row['speedup'] / limit:.0%}" if row["name"].startswith("pipefusion") else ""
-    spread = f"{min(row['ratios']):.2f}-{max(row['ratios']):.2f}"
     waited = " / ".join(f"{seconds:.1f} s" for seconds in row["waited"])
     sent = " / ".join(f"{size / 1e6:.0f} MB" for size in row["sent_bytes"])
     return (
-        f"| {row['name']} | {row['patches']} | {median(row['seconds']):.1f} | {row['speedup']:.2f}× ({spread}) | "
+        f"| {row['name']} | {row['patches']} | {median(row['seconds']):.1f} | {_speedup(row)} | "
         f"{share} | {waited} | {sent} |{_predicted(row)}"
     )
 

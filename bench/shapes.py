@@ -50,9 +50,9 @@ def bundled() -> tuple[Any, dict[str, Any]]:
 def flux() -> tuple[Any, dict[str, Any]]:
     """2 dual-stream and 4 single-stream blocks; FLUX.1 itself has 19 and 38."""
     transformer = lambda: FluxTransformer2DModel(  # noqa: E731
-        in_channels=16, num_layers=BLOCKS // 3, num_single_layers=BLOCKS - BLOCKS // 3, attention_head_dim=WIDTH // HEADS,
-        num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, pooled_projection_dim=16,
-        axes_dims_rope=(16, 24, 24),
+        in_channels=16, num_layers=BLOCKS // 3, num_single_layers=BLOCKS - BLOCKS // 3,
+        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH,
+        pooled_projection_dim=16, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
     return _pipeline("flux", transformer), _call(max_sequence_length=64)
 

@@ -72,6 +72,17 @@ def test_compare_of_a_synchronous_run_is_identical(
     assert Image.open(out).width > 2 * 96
 
 
+def test_compiled_stages_paint_the_same_picture(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, report = tmp_path / "sheet.png", tmp_path / "report.json"
+    args = ["generate", "red apple", "--model", model, "--devices", "cpu", "--threads", "1", "--pipefusion", "2"]
+    files = ["-o", str(out), "--json", str(report)]
+    assert app(args=[*args, "--warmup", "all", "--compile", "--compare", *files]) == 0
+    assert "compiled" in capsys.readouterr().out
+    told = json.loads(report.read_text())
+    assert told["config"]["compile"] is True
+    assert told["requests"][0]["psnr"] is None or told["requests"][0]["psnr"] > 60  # None: identical
+
+
 def test_pictures_in_flight_are_painted_in_sets(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report, trace = tmp_path / "out.png", tmp_path / "report.json", tmp_path / "run.json"
     layout = ["--pipefusion", "2", "--warmup", "all", "--devices", "cpu", "--threads", "1", "--in-flight", "2"]

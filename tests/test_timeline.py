@@ -106,10 +106,10 @@ FILLED = Timeline(
 )  # fmt: skip
 
 
-def test_steady_state_lasts_from_the_warm_up_to_the_drain() -> None:
-    assert steady_state(FILLED) == (50, 70)
+def test_steady_state_lasts_from_the_fill_to_the_drain() -> None:
+    assert steady_state(FILLED) == (60, 70)  # the second stage waits for its first patch until 60
     first, second = busy(FILLED)
-    assert (first.steady, second.steady) == (1.0, 0.5)  # the second stage waits while the pipe fills
+    assert (first.steady, second.steady) == (1.0, 1.0)
     assert (first.request, second.request) == (0.5, 0.6)
     assert second.waited == {"stream": pytest.approx(10e-9)}
     assert first.chosen is None
@@ -205,7 +205,7 @@ def test_a_picture_shows_what_the_timeline_holds(tmp_path: Path) -> None:
     draw(FILLED, tmp_path / "x.svg")
     draw(Timeline(FILLED.tracks[1:], {**FILLED.about, "error": "KeyError: 'boom'"}), tmp_path / "part.png")
     assert "<svg" in (tmp_path / "x.svg").read_text()
-    assert {"warm-up", "1", "2", "step 1", "step 2", " drain", "VAE", "100.0% busy", "50.0% busy"} <= texts(FILLED)
+    assert {"warm-up, fill", "1", "2", "step 1", "step 2", " drain", "VAE", "100.0% busy"} <= texts(FILLED)
     shown = texts(FILLED, (2, 2))  # from 50 to 90
     assert {"step 2", "50.0% busy", "75.0% busy", "shown here\n60.0% whole request"} <= shown
     assert not {"step 1", "VAE"} & shown

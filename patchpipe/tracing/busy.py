@@ -52,22 +52,21 @@ def busy(timeline: Timeline, chosen: Stretch | None = None) -> tuple[Busy, ...]:
 
 
 def steady_state(timeline: Timeline) -> Stretch | None:
-    """From the end of the last warm-up step on any rank to the start of the drain.
+    """From the end of the fill to the start of the drain.
 
-    Without a warm-up it begins with the first patch. The drain starts when the first stage is done with its last
-    patch, after which nothing enters the pipe. The fill after the warm-up, while later stages wait for their first
-    patch, is counted in. ``None`` where every step is synchronous.
+    The pipe is full when every stage has begun with its first patch after the warm-up. The drain starts when the first
+    stage is done with its last patch, after which nothing enters the pipe. ``None`` where every step is synchronous,
+    or where there are so few steps that the pipe is never full.
     """
-    warmup, streamed, first_stage = [], [], []
+    begun: dict[int, int] = {}
+    entered = []
     for track, event, where in timeline.computes():
-        if where.warmup:
-            warmup.append(event.end_ns)
-        else:
-            streamed.append(event.start_ns)
-            first_stage += [event.end_ns] if track.stage == 0 else []
-    if not first_stage:
+        if not where.warmup:
+            begun[track.rank] = min(event.start_ns, begun.get(track.rank, event.start_ns))
+            entered += [event.end_ns] if track.stage == 0 else []
+    if not entered:
         return None
-    start, stop = max(warmup, default=min(streamed)), max(first_stage)
+    start, stop = max(begun.values()), max(entered)
     return (start, stop) if stop > start else None
 
 

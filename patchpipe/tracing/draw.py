@@ -182,7 +182,7 @@ def _number(picture: _Picture, shown: Sequence[tuple[int, int]]) -> None:
 
 
 def _mark_steady(picture: _Picture) -> None:
-    """A line under the rows from the end of the warm-up to the start of the drain, and the phases' names."""
+    """A line under the rows while the pipe is full, and the phases' names."""
     steady = steady_state(picture.timeline)
     if steady is None:
         return
@@ -193,7 +193,8 @@ def _mark_steady(picture: _Picture) -> None:
     picture.axis.hlines(rows - 0.48, picture.at(low), picture.at(high), color=INK, linewidth=1.5, zorder=2)
     begin, end = picture.window
     look = {"va": "top", "fontsize": 8, "color": INK}
-    for name, start, stop in (("warm-up", begin, low), ("steady state", low, high)):
+    warmup = any(where.warmup for _, _, where in picture.timeline.computes())
+    for name, start, stop in (("warm-up, fill" if warmup else "fill", begin, low), ("steady state", low, high)):
         if picture.fits(name, start, stop):
             picture.axis.text(picture.at((start + stop) / 2), rows - 0.42, name, ha="center", **look)
     if high < end:  # short, but nothing stands to its right
