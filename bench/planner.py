@@ -1,6 +1,7 @@
 """The planner's predictions against published latencies of xDiT and PipeFusion.
 
 python -m bench.planner
+python -m bench.planner --held-out    # rows that nothing in the planner was fitted to
 
 A group is one model at one resolution on one kind of card and link. Its single-device time calibrates the compute rate;
 every other row is predicted as xDiT runs it: see ``patchpipe.planner.system.XDIT``. No parameter belongs to a row.
@@ -27,6 +28,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.planner import XDIT, Profile, Workload, calibrated, predict, preset_named
 
 DATA = Path(__file__).parent / "data" / "published-latency.csv"
+HELD_OUT = DATA.with_name("published-latency-held-out.csv")
 PATCHES = (2, 4, 8, 16, 32)  # that the paper searched
 SINGLE, BEST, BEST_SEQUENCE = "single", "best", "best sequence parallel"
 _DEGREE = re.compile(r"([a-z]+)(\d+)")
@@ -234,11 +236,12 @@ def predictions(figures: dict[str, Any]) -> str:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Table of published times.")] = DATA,
-    write: Annotated[bool, typer.Option(help="Write bench/results/planner.json.")] = True,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Rows that nothing was fitted to.")] = False,
+    data: Annotated[Path | None, typer.Option(help="A table of published times of your own.")] = None,
+    write: Annotated[bool, typer.Option(help="Write bench/results, unless the table is your own.")] = True,
 ) -> None:
     """Predicts, prints a table and writes bench/results."""
-    rows = read_rows(data)
+    rows = read_rows(data or (HELD_OUT if held_out else DATA))
     figures = summary(compare(rows))
     table = Table("model", "resolution", "devices", "layout", "published s", "predicted s", "error", "as")
     for row in figures["rows"]:
@@ -251,8 +254,9 @@ def main(
     console.print(f"median error {figures['median_error']:.1%}, worst {figures['worst_error']:.1%}")
     for choice in figures["choices"]:
         console.print(f"{' '.join(choice['group'])}: best {choice['published']}, predicted {choice['predicted']}")
-    if write:
-        save("planner", "python -m bench.planner", figures)
+    if write and data is None:
+        suffix = ("-held-out", " --held-out") if held_out else ("", "")
+        save(f"planner{suffix[0]}", f"python -m bench.planner{suffix[1]}", figures)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from bench.contenders import BESIDE, PLAIN
 from bench.rounds import IMAGES, load
 
 SHAPES = {"flux": "FLUX-shaped", "sd3": "SD3-shaped", "pixart": "PixArt-shaped"}

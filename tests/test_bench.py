@@ -19,7 +19,7 @@ from bench.emulated_models import MODELS
 from bench.emulated_report import fastest
 from bench.links import CARDS, ulysses_bytes
 from bench.network import Network
-from bench.report import table
+from bench.report import compiled, table
 from bench.rounds import bound, rows_of
 from patchpipe import ParallelConfig
 from patchpipe.planner import Line, Profile, block_seconds, link_named, predict
@@ -48,6 +48,24 @@ def test_ratios_are_taken_within_a_round() -> None:
     machine = {"cpu": "a CPU", "torch": "2", "cores": 2, "python": "3"}
     figures = {"command": "x", "machine": machine, "bound": 2.0, "steps": 20, "rows": [ours.as_dict()]}
     assert "| pipefusion | 3 | 6.0 | 2.00× (1.25-2.00) | 100% | 0.5 s / 0.5 s | 0 MB / 0 MB |" in table(figures)
+
+
+def test_what_busy_ranks_cost_each_other_is_told() -> None:
+    figures = [{"plain": [{"seconds": 10.0, "waited": 0, "sent_bytes": 0, "patches": 1}]} for _ in range(2)]
+    for name, seconds in (("plain-beside", 12.5), ("pipefusion", 6.25)):
+        for rank in figures:
+            rank[name] = [{"seconds": seconds, "waited": 0, "sent_bytes": 0, "patches": 1}]
+    rows = [row.as_dict() for row in rows_of(figures)]
+    about = {"machine": {"cpu": "a core", "torch": "2"}, "command": "measure", "steps": 20, "bound": 2.0, "rows": rows}
+    assert "at 0.80× of one alone; of the bound that this leaves, PipeFusion reaches 100%." in table(about)
+
+
+def test_compiled_blocks_are_compared_with_themselves() -> None:
+    row = {"patches": 3, "speedup": 1.5, "ratios": [1.5]}
+    rows = [{**row, "name": "pipefusion:3", "seconds": [6.0]}, {**row, "name": "pipefusion:3+compiled", "seconds": [4.0]}]
+    layout = {"ranks": 2, "bound": 1.9, "rows": rows}
+    text = compiled({"machine": {"cpu": "a core"}, "command": "measure", "steps": 8, "layouts": [layout]})
+    assert "| 2 | pipefusion:3+compiled | 3 | 4.0 | 1.50× (1.50-1.50) | 1.50× |" in text
 
 
 def test_requests_together_are_compared_with_those_in_turn_of_the_same_round() -> None:
