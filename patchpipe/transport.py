@@ -7,7 +7,7 @@ has left. On gloo, CUDA tensors go through host memory, so that ranks may share 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from time import perf_counter
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from patchpipe.tracing.recorder import Recorder, span
 
 Explain = Callable[[Exception, str], Exception]
+EXCHANGE_TAG = 1  # apart from the tensors of channels, whose receives may be posted long before
 CALLS_IN_FLIGHT = 3  # of the transformer, for each request: it waits for the last step's answers, two calls at most
 
 
@@ -173,14 +174,37 @@ class Exchange:
 
     def _begin(self, incoming: Tensor, outgoing: Tensor, into: list[int], out: list[int]) -> Any:
         try:
+            if self.wire.backend == "gloo":
+                return self._begin_in_pairs(incoming.split(into), outgoing.split(out))
             return self.wire.group.alltoall_base(incoming, outgoing, into, out)
         except RuntimeError as error:
             raise self.wire.explain(error, self.whom) from error
+
+    def _begin_in_pairs(self, incoming: Sequence[Tensor], outgoing: Sequence[Tensor]) -> Works:
+        """The same by sends and receives, which go both ways at once: gloo's all-to-all takes the ways in turn."""
+        incoming[self.index].copy_(outgoing[self.index])
+        peers = [(self.index + step) % self.size for step in range(1, self.size)]
+        group = self.wire.group
+        receives = [group.recv([incoming[peer]], peer, EXCHANGE_TAG) for peer in peers if incoming[peer].numel()]
+        sends = [group.send([outgoing[peer]], peer, EXCHANGE_TAG) for peer in peers if outgoing[peer].numel()]
+        return Works([*receives, *sends])
 
     @property
     def whom(self) -> str:
         """The ranks of the line, for messages."""
         return f"one of the ranks {self.ranks}"
+
+
+class Works:
+    """Several operations waited for as one."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self, timeout: timedelta) -> None:
+        """Waits for all of them, each until the deadline."""
+        for work in self._works:
+            work.wait(timeout)
 
 
 class Shift:

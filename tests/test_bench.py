@@ -62,7 +62,10 @@ def test_what_busy_ranks_cost_each_other_is_told() -> None:
 
 def test_compiled_blocks_are_compared_with_themselves() -> None:
     row = {"patches": 3, "speedup": 1.5, "ratios": [1.5]}
-    rows = [{**row, "name": "pipefusion:3", "seconds": [6.0]}, {**row, "name": "pipefusion:3+compiled", "seconds": [4.0]}]
+    rows = [
+        {**row, "name": "pipefusion:3", "seconds": [6.0]},
+        {**row, "name": "pipefusion:3+compiled", "seconds": [4.0]},
+    ]
     layout = {"ranks": 2, "bound": 1.9, "rows": rows}
     text = compiled({"machine": {"cpu": "a core"}, "command": "measure", "steps": 8, "layouts": [layout]})
     assert "| 2 | pipefusion:3+compiled | 3 | 4.0 | 1.50× (1.50-1.50) | 1.50× |" in text
