@@ -72,7 +72,8 @@ def _panel(axis: Any, title: str, figures: dict[str, Any]) -> None:
     for place, row in enumerate(rows):
         name = row["name"].partition(":")[0]
         axis.bar(place, row["speedup"], BAR, color=COLOURS[name])
-        axis.text(place, row["speedup"] + 0.03, f"{row['speedup']:.2f}", ha="center", fontsize=7)
+        look = {"ha": "center", "va": "top", "fontsize": 7, "color": "white"}  # inside, away from the prediction's mark
+        axis.text(place, row["speedup"] - 0.03, f"{row['speedup']:.2f}", **look)
         if row.get("predicted"):
             axis.plot(place, plain / row["predicted"], "_", color="black", markersize=16)
     axis.axhline(figures["bound"], color=COLOURS["pipefusion"], linestyle=":", linewidth=1)
