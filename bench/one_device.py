@@ -26,6 +26,8 @@ from patchpipe import ParallelConfig
 from patchpipe.loading import DTYPES
 from tests.ranks import quieten
 
+COMMAND = "python -m bench.one_device"
+
 
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "flux",
@@ -52,7 +54,7 @@ def main(
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     figures = {"shape": shape, "device": name, "dtype": dtype, "steps": steps, "patches_of_one": rows}
     suffix = "" if device == "cpu" else f"-{device}"
-    save(f"one-{shape}{suffix}", f"python -m bench.one_device --shape {shape} --rounds {rounds}", figures)
+    save(f"one-{shape}{suffix}", f"{COMMAND} --shape {shape} --patches {patches} --rounds {rounds}", figures)
 
 
 def build(shape: str, device: str, dtype: str) -> tuple[Any, dict[str, Any]]:
