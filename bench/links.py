@@ -108,7 +108,7 @@ def main(
     )
     workload = workload_of(shape, steps)
     said = forecast(workload, profile_of(workload, layer, bandwidth, latency, ranks), ranks)
-    names = [PLAIN, *(name for name in known(method or list(said.seconds)) if name != PLAIN)]
+    names = list(dict.fromkeys([PLAIN, *known(method or list(said.seconds))]))  # each once
     with tempfile.TemporaryDirectory() as folder, Network(ranks, bandwidth * 8, latency) as network:
         spec = Path(folder) / "spec.json"
         spec.write_text(json.dumps({"shape": shape, "names": names, "rounds": rounds, "steps": steps, "ranks": ranks}))

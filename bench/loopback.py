@@ -27,7 +27,7 @@ def main(
 ) -> None:
     """Measures, prints a table and writes bench/results."""
     theirs = [THEIRS] if shape == "flux" else []  # the other classes have no plan of diffusers' own for it
-    names = [PLAIN, *(name for name in known([BESIDE, *(method or [*OURS, *theirs])]) if name != PLAIN)]
+    names = list(dict.fromkeys([PLAIN, BESIDE, *known(method or [*OURS, *theirs])]))  # each once
     rows = rows_of(run_ranks(ranks, take_turns, shape, names, rounds, steps, timeout=3600))
     limit = bound(steps, ranks)
     show(f"{shape}, {steps} steps, {ranks} ranks of one thread", rows, limit)
