@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.loading import resident
+from patchpipe.process_groups import ProcessGroups
 from patchpipe.vae import join_rows, spread_vae
 from tests.ranks import Place, run_ranks
 
@@ -111,7 +112,7 @@ def measure(place: Place, name: str, pixels: int, method: str, folder: str) -> d
     vae, latent, picture = BUILDERS[name](pixels)
     vae.eval()
     given = latent if method == "decode" else picture
-    group = join_rows(place.store, place.rank, place.world_size, timeout=600)
+    group = join_rows(ProcessGroups(place.store, 600), place.rank, place.world_size)
     if place.world_size > 1:
         spread_vae(vae, group)
     few = given.shape[-1] // 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Callable
 from datetime import timedelta
 from time import sleep
@@ -18,6 +17,7 @@ from patchpipe.agreement import agree, gather
 from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.process_groups import ProcessGroups, gist
 from patchpipe.tracing.recorder import Recorder, span
 from patchpipe.transport import Channel, Exchange, Wire
 from patchpipe.vae.rows import WireRows, join_rows
@@ -58,21 +58,21 @@ class Group:
         self._requests = 0
         self._in_flight = 1
         self._agreements = 0
-        if self.world_size > 1:
-            assert store is not None
-            self._control = process_group(store, "control", "gloo", rank, self.world_size, config.timeout)
-            for name, carries in (("forward", "stream"), ("return", "prediction")):
-                inner = process_group(store, name, backend, rank, self.world_size, config.timeout)
-                self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
         self.lines: dict[Axis, Exchange] = {}
+        self._groups = ProcessGroups(store, config.timeout)
+        if self.world_size == 1:
+            return
+        self._control = self._groups.make("control", "gloo", rank, self.world_size)
+        for name, carries in (("forward", "stream"), ("return", "prediction")):
+            inner = self._groups.make(name, backend, rank, self.world_size)
+            self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
         for axis in (*SEQUENCE_AXES, "tensor"):
             if self.mesh.size(axis) > 1:
-                assert store is not None
-                self.lines[axis] = self._line(store, axis)
+                self.lines[axis] = self._line(axis)
 
-    def _line(self, store: dist.Store, axis: Axis) -> Exchange:
+    def _line(self, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
-        inner = process_group(store, f"{axis}/{ranks[0]}", self.backend, index, len(ranks), self.config.timeout)
+        inner = self._groups.make(f"{axis}/{ranks[0]}", self.backend, index, len(ranks))
         options = (self.config.timeout, self.explain, CARRIES.get(axis, axis))
         wire = Wire(inner, self.device, self.backend, *options)
         return Exchange(wire, index, len(ranks), ranks)
@@ -134,9 +134,7 @@ class Group:
 
     def rows(self) -> WireRows:
         """All ranks as strips of a picture, for the VAE."""
-        assert self._store is not None
-        options: dict[str, Any] = {"device": self.device, "timeout": self.config.timeout, "explain": self.explain}
-        rows = join_rows(self._store, self.rank, self.world_size, **options)
+        rows = join_rows(self._groups, self.rank, self.world_size, device=self.device, explain=self.explain)
         self._strips.append(rows)
         return rows
 
@@ -260,7 +258,7 @@ class Group:
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             late = self._silent_rank(peer)
             return RankLost(f"{late} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
-        return RankLost(f"{peer} closed its connection: its process has died or was killed ({_gist(error)})")
+        return RankLost(f"{peer} closed its connection: its process has died or was killed ({gist(error)})")
 
     def _silent_rank(self, peer: str) -> str:
         """The rank everybody waits for in the end: one that does not wait itself."""
@@ -304,6 +302,7 @@ class Group:
         self._wires.clear()
         self.lines.clear()
         self._strips.clear()
+        self._groups.close()
 
 
 class _Explained:
@@ -318,29 +317,8 @@ class _Explained:
             raise self.group.explain(error, self.peer) from error
 
 
-def process_group(
-    store: dist.Store, name: str, backend: str, rank: int, world_size: int, timeout: float
-) -> dist.ProcessGroup:
-    """A process group of its own on ``store``; unlike ``new_group`` it leaves no global state behind."""
-    scoped, deadline = dist.PrefixStore(name, store), timedelta(seconds=timeout)
-    try:
-        if backend == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = deadline
-            return dist.ProcessGroupNCCL(scoped, rank, world_size, options)
-        return dist.ProcessGroupGloo(scoped, rank, world_size, deadline)
-    except RuntimeError as error:
-        raise RankLost(f"a rank died or did not connect within {timeout:g} s ({_gist(error)})") from error
-
-
 def _portable(error: Exception) -> Exception:
     """The error itself if it survives pickling, else one that says the same."""
     if type(error) in (ValueError, TypeError, KeyError, NotImplementedError, FileNotFoundError):
         return type(error)(*error.args)
     return RankFailed(f"{type(error).__name__}: {error}")
-
-
-def _gist(error: Exception) -> str:
-    """What a transport's error says, without the place in its source and the advice."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[\S+\]\s*", "", line).split(". ")[0][:200]

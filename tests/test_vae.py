@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from patchpipe.errors import RankLost, UnsupportedModel
+from patchpipe.process_groups import ProcessGroups
 from patchpipe.vae import join_rows, spread_vae
 from patchpipe.vae.convolution import RowKernel, spread_convolution
 from patchpipe.vae.cut import cut_rows
@@ -101,7 +102,7 @@ def picture_of(name: str, rows: int, dtype: torch.dtype = torch.float64, batch: 
 
 
 def group_of(place: Place, **options: Any) -> WireRows:
-    return join_rows(place.store, place.rank, place.world_size, timeout=60, **options)
+    return join_rows(ProcessGroups(place.store, 60), place.rank, place.world_size, **options)
 
 
 def error_of(found: Tensor, whole: Tensor) -> float:
@@ -387,7 +388,7 @@ class _NoWire:
 
 
 def _abandoned(place: Place) -> float:
-    group = join_rows(place.store, place.rank, place.world_size, timeout=2)
+    group = join_rows(ProcessGroups(place.store, 2), place.rank, place.world_size)
     vae = build("kl")
     spread_vae(vae, group)
     if place.rank == 1:

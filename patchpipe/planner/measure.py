@@ -17,9 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch.nn import functional
 
-from patchpipe.mesh import process_group
 from patchpipe.planner.devices import Device
 from patchpipe.planner.links import Link
+from patchpipe.process_groups import ProcessGroups
+from patchpipe.transport import Exchange, Wire
 
 Progress = Callable[[str], None]
 CPU_ROWS, CUDA_ROWS = (16, 64, 256, 1024), (64, 256, 1024, 4096)
@@ -195,9 +196,10 @@ def _rank(rank: int, places: list[str], store: str, folder: str) -> None:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     backend = "gloo" if place.type == "cpu" else "nccl"
-    group = process_group(dist.FileStore(store, ranks), "profile", backend, rank, ranks, DEADLINE)
+    group = ProcessGroups(dist.FileStore(store, ranks), DEADLINE).make("profile", backend, rank, ranks)
     times = [_there_and_back(group, rank, place, size) for size in MESSAGES]
-    times.append(_exchange(group, ranks, place))
+    wire = Wire(group, place, backend, DEADLINE, lambda error, _: error, "profile")
+    times.append(_exchange(Exchange(wire, rank, ranks, tuple(range(ranks)))))
     group.barrier().wait()
     if rank == 0:
         (Path(folder) / "found").write_text(" ".join(str(seconds) for seconds in times))
@@ -217,9 +219,8 @@ def _there_and_back(group: dist.ProcessGroup, rank: int, place: torch.device, si
     return _seconds(place, once, repeats=9) / 2
 
 
-def _exchange(group: dist.ProcessGroup, ranks: int, place: torch.device) -> float:
+def _exchange(line: Exchange) -> float:
     """Seconds of an exchange in which every rank sends ``MESSAGES[1]`` bytes to the others in all."""
-    each = MESSAGES[1] // max(1, ranks - 1)
-    sent = torch.zeros(each * ranks, dtype=torch.uint8, device=place)
-    received = torch.empty_like(sent)
-    return _seconds(place, lambda: group.alltoall_base(received, sent, [], []).wait(), repeats=5)
+    shape = (MESSAGES[1] // max(1, line.size - 1),)
+    pieces = list(torch.zeros(line.size, *shape, dtype=torch.uint8, device=line.wire.device))
+    return _seconds(line.wire.device, lambda: line.all_to_all(pieces, [shape] * line.size), repeats=5)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from patchpipe.errors import RankLost
+from patchpipe.process_groups import ProcessGroups
 from patchpipe.transport import Channel, Explain, Receive, Wire
 
 ROWS = -2  # height is the last but one dim of pictures and of videos alike
@@ -146,29 +145,26 @@ class _WireHalo:
 
 
 def join_rows(
-    store: dist.Store,
+    groups: ProcessGroups,
     rank: int,
     size: int,
     *,
     device: torch.device | str = "cpu",
-    timeout: float = 300.0,
     name: str = "vae",
     explain: Explain | None = None,
 ) -> WireRows:
     """Joins the ranks that share a picture's rows; every one of them calls it.
 
     Args:
-        store: Where the ranks meet.
+        groups: Makes the process group; its timeout is every wait's.
         rank: This rank's place, from the top.
         size: Number of ranks.
         device: Where this rank computes.
-        timeout: Seconds any wait may last.
         name: Tells this group from others on the same store.
         explain: Turns a failed wait into the error to raise.
     """
-    deadline = timedelta(seconds=timeout)
-    inner = dist.ProcessGroupGloo(dist.PrefixStore(name, store), rank, size, deadline) if size > 1 else None
-    wire = Wire(inner, torch.device(device), "gloo", timeout, explain or _lost, "vae")
+    inner = groups.make(name, "gloo", rank, size) if size > 1 else None
+    wire = Wire(inner, torch.device(device), "gloo", groups.timeout, explain or _lost, "vae")
     return WireRows(wire, rank, size)
 
 
