@@ -2,7 +2,7 @@
 
 python -m bench.compile --shape flux
 
-The round that is not timed is the one that compiles.
+Blocks are compiled before the clock starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TOGETHER = ("pipefusion:3",)
 def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "flux",
     ranks: Annotated[int, typer.Option(help="Processes of one thread, beside the runs on one.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; one more is not timed.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
 ) -> None:
     """Measures, prints two tables and writes bench/results/compile.json."""

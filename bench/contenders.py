@@ -6,6 +6,7 @@ merely working at the same time, which no parallel method can undo.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,7 @@ def known(names: list[str]) -> list[str]:
 
 
 class Contender:
-    """One of the ways, on one rank.
+    """One of the ways, on one rank; ``with`` closes it, its connections and their threads too.
 
     Args:
         name: See ``known``.
@@ -64,10 +65,22 @@ class Contender:
             config = ParallelConfig(**options, patches=int(patches) if patches else None)
             patchpipe.parallelize(self.pipe, config, group=place.join(config))
         elif method == THEIRS:
-            with _default_group(place), _accelerator_for_cpu():
+            _join_default_group(place)
+            with _accelerator_for_cpu():
                 self.pipe.transformer.enable_parallelism(
                     config=ContextParallelConfig(ulysses_degree=place.world_size, ulysses_anything=True)
                 )
+
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self.pipe, "patchpipe"):
+            patchpipe.restore(self.pipe)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        del self.pipe
+        gc.collect()
 
     @property
     def idle(self) -> bool:
@@ -87,13 +100,11 @@ class Contender:
         return {"waited": last.waited_seconds, "sent_bytes": last.sent_bytes, "patches": last.patches}
 
 
-@contextmanager
-def _default_group(place: Place) -> Iterator[None]:
-    """diffusers wants the process-wide group; it stays."""
-    if not dist.is_initialized():
-        store = dist.PrefixStore("default", place.store)
-        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size)
-    yield
+def _join_default_group(place: Place) -> None:
+    """diffusers wants the process-wide group."""
+    number = place.store.add(f"default/{place.rank}", 1)  # of as many as there were before
+    store = dist.PrefixStore(f"default/{number}", place.store)
+    dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.world_size)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def main(
     shape: Annotated[str, typer.Option(help="flux or pixart.")] = "flux",
     link: Annotated[str, typer.Option(help="pcie, nvlink or 25gbe.")] = "pcie",
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; one more is not timed.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
 ) -> None:
     """Measures over shaped links between two hosts of one thread; needs root."""

@@ -22,7 +22,7 @@ def main(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "flux",
     ranks: Annotated[int, typer.Option(help="Processes of one thread.")] = 2,
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; one more is not timed.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
 ) -> None:
     """Measures, prints a table and writes bench/results."""
