@@ -26,7 +26,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
 ) -> None:
     """Measures, prints a table and writes bench/results."""
-    theirs = [THEIRS] if shape == "flux" else []  # the other classes have no plan of diffusers' own for it
+    theirs = [THEIRS] if shape.startswith("flux") else []  # the other classes have no plan of diffusers' own for it
     names = list(dict.fromkeys([PLAIN, BESIDE, *known(method or [*OURS, *theirs])]))  # each once
     rows = rows_of(run_ranks(ranks, take_turns, shape, names, rounds, steps, timeout=3600))
     limit = bound(steps, ranks)

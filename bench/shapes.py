@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,25 @@ from diffusers import (
 from patchpipe.demo import MODEL_DIR, call_defaults
 from tests import tiny
 
-WIDTH, HEADS, BLOCKS, STEPS = 512, 8, 6, 20
-SIDE = 48  # rows of the picture, and tokens of a row: 768 pixels, an autoencoder of eight, patches of two
+WIDTH, HEADS, STEPS = 512, 8, 20
 Build = Callable[[], tuple[Any, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is to compute.
+
+    Attributes:
+        side: Rows of the picture, and tokens of a row: a sixteenth of the pixels.
+        blocks: Blocks of the model.
+    """
+
+    side: int
+    blocks: int
+
+
+FULL = Size(64, 4)  # 1024 pixels
+SMALL = Size(48, 6)  # 768 pixels: for slow links, which some methods need minutes over
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Shape:
     image: int
     text: int = 0
     width: int = WIDTH
-    blocks: int = BLOCKS
+    blocks: int = FULL.blocks
 
 
 def bundled() -> tuple[Any, dict[str, Any]]:
@@ -47,14 +64,14 @@ def bundled() -> tuple[Any, dict[str, Any]]:
     return pipe, {"prompt": "red apple, 3d style", **call_defaults()}
 
 
-def flux() -> tuple[Any, dict[str, Any]]:
-    """2 dual-stream and 4 single-stream blocks; FLUX.1 itself has 19 and 38."""
+def flux(size: Size) -> tuple[Any, dict[str, Any]]:
+    """One dual-stream block to two or three single-stream ones; FLUX.1 itself has 19 and 38."""
     transformer = lambda: FluxTransformer2DModel(  # noqa: E731
-        in_channels=16, num_layers=BLOCKS // 3, num_single_layers=BLOCKS - BLOCKS // 3,
+        in_channels=16, num_layers=size.blocks // 3, num_single_layers=size.blocks - size.blocks // 3,
         attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH,
         pooled_projection_dim=16, axes_dims_rope=(16, 24, 24),
     )  # fmt: skip
-    return _pipeline("flux", transformer), _call(max_sequence_length=64)
+    return _pipeline("flux", transformer), _call(size, max_sequence_length=64)
 
 
 def flux_real() -> tuple[Any, dict[str, Any]]:
@@ -67,29 +84,29 @@ def flux_real() -> tuple[Any, dict[str, Any]]:
             transformer = FluxTransformer2DModel(**sizes)
     finally:
         torch.set_default_dtype(kept)
-    pipe, call = _pipeline("flux", lambda: transformer), _call(max_sequence_length=512)
-    return pipe, {**call, "height": 1024, "width": 1024}
+    pipe, call = _pipeline("flux", lambda: transformer), _call(FULL, max_sequence_length=512)
+    return pipe, call
 
 
-def sd3() -> tuple[Any, dict[str, Any]]:
+def sd3(size: Size) -> tuple[Any, dict[str, Any]]:
     """Joint blocks; the text is CLIP's 32 tokens and T5's 64."""
     transformer = lambda: SD3Transformer2DModel(  # noqa: E731
-        sample_size=2 * SIDE, patch_size=2, in_channels=4, num_layers=BLOCKS, attention_head_dim=WIDTH // HEADS,
-        num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH, caption_projection_dim=WIDTH,
-        pooled_projection_dim=32, out_channels=4, pos_embed_max_size=96,
+        sample_size=2 * size.side, patch_size=2, in_channels=4, num_layers=size.blocks,
+        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH,
+        caption_projection_dim=WIDTH, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=96,
     )  # fmt: skip
-    return _pipeline("sd3", transformer), _call(max_sequence_length=64, guidance_scale=1.0)
+    return _pipeline("sd3", transformer), _call(size, max_sequence_length=64, guidance_scale=1.0)
 
 
-def pixart() -> tuple[Any, dict[str, Any]]:
+def pixart(size: Size) -> tuple[Any, dict[str, Any]]:
     """Self-attention over the image, cross-attention to 64 tokens of text."""
     transformer = lambda: PixArtTransformer2DModel(  # noqa: E731
         num_attention_heads=HEADS, attention_head_dim=WIDTH // HEADS, in_channels=4, out_channels=8,
-        num_layers=BLOCKS, cross_attention_dim=WIDTH, sample_size=2 * SIDE, patch_size=2, caption_channels=tiny.WIDTH,
-        use_additional_conditions=False,
+        num_layers=size.blocks, cross_attention_dim=WIDTH, sample_size=2 * size.side, patch_size=2,
+        caption_channels=tiny.WIDTH, use_additional_conditions=False,
     )  # fmt: skip
     unguided = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
-    return _pipeline("pixart", transformer), _call(max_sequence_length=64, **unguided)
+    return _pipeline("pixart", transformer), _call(size, max_sequence_length=64, **unguided)
 
 
 def _pipeline(name: str, transformer: Callable[[], Any]) -> Any:
@@ -99,16 +116,25 @@ def _pipeline(name: str, transformer: Callable[[], Any]) -> Any:
     return pipe
 
 
-def _call(**settings: Any) -> dict[str, Any]:
+def _call(size: Size, **settings: Any) -> dict[str, Any]:
     """A square picture."""
-    pixels = 16 * SIDE
+    pixels = 16 * size.side
     return {"prompt": "red apple", "height": pixels, "width": pixels, "num_inference_steps": STEPS, **settings}
+
+
+def _shapes(suffix: str, size: Size) -> dict[str, Shape]:
+    """The narrow models at a size."""
+    counts = {"image": size.side**2, "blocks": size.blocks}
+    return {
+        f"flux{suffix}": Shape(partial(flux, size), text=64, **counts),
+        f"sd3{suffix}": Shape(partial(sd3, size), text=96, **counts),
+        f"pixart{suffix}": Shape(partial(pixart, size), **counts),
+    }
 
 
 SHAPES = {
     "bundled": Shape(bundled, image=64, text=32, width=256, blocks=9),
-    "flux": Shape(flux, image=SIDE * SIDE, text=64),
+    **_shapes("", FULL),
+    **_shapes("-768", SMALL),
     "flux-real": Shape(flux_real, image=4096, text=512, width=3072, blocks=57),
-    "sd3": Shape(sd3, image=SIDE * SIDE, text=96),
-    "pixart": Shape(pixart, image=SIDE * SIDE),
 }
