@@ -71,6 +71,7 @@ class Hosts(Network):
     """
 
     prefix = "pe"  # beside another bench's
+    packet = 1500  # small: a link lets few bytes pass at full speed after a rest
 
     def __init__(self, hosts: int) -> None:
         super().__init__(hosts, FREE)

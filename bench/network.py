@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from types import TracebackType
 
 LINK = "link0"
-MTU = "65000"  # a real card cuts packets itself; here each would cost a core that ought to compute some 10 µs
 BURST_SECONDS = 0.002  # of tokens a shaper may save up
 SMALLEST_BURST = 64 * 1024  # bytes: segments leave a host in pieces of this size
 
@@ -36,6 +35,7 @@ class Network:
     """
 
     prefix = f"pp{os.getpid() % 100_000}x"  # of the names of hosts and their devices: two networks may stand at once
+    packet = 65_000  # bytes: a real card cuts packets itself, here each costs a core that ought to compute some 10 µs
 
     def __init__(self, hosts: int, bandwidth: float, latency: float = 0.0) -> None:
         if os.geteuid() != 0:
@@ -90,8 +90,8 @@ class Network:
     def _add(self, host: int) -> None:
         name, port = self._name(host), self._port(host)
         _do("ip", "netns", "add", name)
-        veth = ("type", "veth", "peer", "name", LINK, "mtu", MTU, "netns", name)
-        _do("ip", "link", "add", port, "mtu", MTU, *veth)
+        veth = ("type", "veth", "peer", "name", LINK, "mtu", str(self.packet), "netns", name)
+        _do("ip", "link", "add", port, "mtu", str(self.packet), *veth)
         _do("ip", "link", "set", port, "master", self._bridge, "up")
         inside = ("ip", "netns", "exec", name)
         _do(*inside, "ip", "addr", "add", f"{self.address(host)}/24", "dev", LINK)

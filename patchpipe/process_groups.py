@@ -38,13 +38,14 @@ class ProcessGroups:
 
         Raises:
             RankLost: A rank did not connect in time.
+            ValueError: The environment names a network interface that is not there.
         """
         assert self.store is not None
         scoped = dist.PrefixStore(name, self.store)
+        kind = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
+        options = self._nccl() if backend == "nccl" else self._gloo()
         try:
-            if backend == "nccl":
-                return dist.ProcessGroupNCCL(scoped, rank, size, self._nccl())
-            return dist.ProcessGroupGloo(scoped, rank, size, self._gloo())
+            return kind(scoped, rank, size, options)
         except RuntimeError as error:
             raise RankLost(f"a rank died or did not connect within {self.timeout:g} s ({gist(error)})") from error
 
@@ -67,10 +68,16 @@ class ProcessGroups:
 
 def _devices() -> list[Any]:
     """The interfaces that the environment names, as torch takes them, or the one torch picks."""
-    names, gloo = os.environ.get("GLOO_SOCKET_IFNAME"), dist.ProcessGroupGloo
-    return (
-        [gloo.create_device(interface=name) for name in names.split(",")] if names else [gloo.create_default_device()]
-    )
+    names = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not names:
+        return [dist.ProcessGroupGloo.create_default_device()]
+    try:
+        return [dist.ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+    except RuntimeError as error:
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME={names} names no interface of this host that has an address ({gist(error)}): "
+            f"unset it, or give one that `ip addr` lists"
+        ) from error
 
 
 def gist(error: Exception) -> str:

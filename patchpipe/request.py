@@ -248,7 +248,10 @@ class Request:
         if text is None:
             return -1
         for index, known in enumerate(self._texts):
-            if known is text or (known.shape == text.shape and torch.equal(known, text)):
+            if known is text:  # asked first: to compare values a device must have done all it was given
+                return index
+        for index, known in enumerate(self._texts):
+            if known.shape == text.shape and torch.equal(known, text):
                 return index
         self._texts.append(text)
         return len(self._texts) - 1
