@@ -92,8 +92,9 @@ class Run:
 
     @property
     def profile(self) -> Profile:
-        """The card, which takes what one is published to take, and its link."""
+        """The card, which takes what one is published to take, and its link; the host is the real one."""
         profile = Profile.named(CARD, LINK)
+        profile = replace(profile, device=replace(profile.device, host=0.0))
         if not self.contended:
             profile = replace(profile, link=replace(profile.link, contention=0.0))
         return MODELS[self.model].calibrated(self.pixels, profile)

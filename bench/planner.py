@@ -142,7 +142,7 @@ def _predicted(row: Published, workload: Workload, profile: Profile) -> Compared
     tried = [
         (predict(workload, config, profile, XDIT).seconds, config)
         for degrees in _degrees(row, workload)
-        for config in _configs(degrees, workload, warmup)
+        for config in _configs(degrees, workload, warmup, "(compiled)" in row.model)
     ]
     seconds, config = min(tried, key=lambda one: one[0])
     return Compared(row, seconds, config.describe())
@@ -162,14 +162,14 @@ def _degrees(row: Published, workload: Workload) -> Iterator[dict[str, int]]:
             yield degrees
 
 
-def _configs(degrees: dict[str, int], workload: Workload, warmup: int) -> Iterator[ParallelConfig]:
+def _configs(degrees: dict[str, int], workload: Workload, warmup: int, compiled: bool) -> Iterator[ParallelConfig]:
     shared = degrees.get("ulysses", 1) * degrees.get("ring", 1)
     if degrees.get("pipefusion", 1) == 1:
-        yield _unchecked(**degrees, warmup=warmup)
+        yield _unchecked(**degrees, warmup=warmup, compile=compiled)
         return
     for patches in PATCHES:
         if patches * shared <= workload.rows.count:
-            yield _unchecked(**degrees, patches=patches, warmup=warmup)
+            yield _unchecked(**degrees, patches=patches, warmup=warmup, compile=compiled)
 
 
 def _unchecked(**given: int) -> ParallelConfig:

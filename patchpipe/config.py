@@ -121,6 +121,7 @@ class ParallelConfig:
         exact: bool = False,
         memory: float | None = None,
         warmup: int = 1,
+        compile: bool = False,
         **asked: Any,
     ) -> ParallelConfig:
         """The layout that the planner predicts to be fastest.
@@ -134,6 +135,7 @@ class ParallelConfig:
             exact: Only methods whose picture is that of one device, up to the order of sums.
             memory: GiB a device may hold; ``None`` takes all it has.
             warmup: Synchronous steps.
+            compile: Whether blocks are compiled.
             **asked: The request: ``height``, ``width``, ``steps``, ``guidance``, ``pictures``, ``text_tokens``,
                 ``dtype``; see ``patchpipe.planner.workloads.Asked``.
 
@@ -143,7 +145,8 @@ class ParallelConfig:
         """
         from patchpipe.planner.choose import best_config
 
-        wishes = {"exact": exact, "memory": None if memory is None else int(memory * 2**30), "warmup": warmup}
+        bytes_each = None if memory is None else int(memory * 2**30)
+        wishes = {"exact": exact, "memory": bytes_each, "warmup": warmup, "compile": compile}
         return best_config(model, devices, device, link, profile, wishes, asked)
 
     @property

@@ -124,6 +124,23 @@ def test_text_again_with_every_patch_costs_what_it_costs() -> None:
     assert [len(stage) for stage in theirs.stages] == [8] * 7 + [1]
 
 
+def test_a_device_faster_than_its_host_waits_for_it() -> None:
+    slow_host = dataclasses.replace(NOTHING_LOST, device=dataclasses.replace(IDEAL, host=1.0))
+    few, many = (ParallelConfig(pipefusion=2, patches=patches) for patches in (2, 8))
+    assert predict(picture(), few, slow_host).host_bound
+    assert not predict(picture(), few, NOTHING_LOST).host_bound
+    assert predict(picture(), many, slow_host).period == pytest.approx(4 * predict(picture(), few, slow_host).period)
+    compiled = predict(picture(), dataclasses.replace(few, compile=True), slow_host)
+    assert compiled.period < predict(picture(), few, slow_host).period / 2
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1e6])
+def test_calibration_hits_a_device_that_waits_for_its_host(seconds: float) -> None:
+    slow_host = dataclasses.replace(NOTHING_LOST, device=dataclasses.replace(IDEAL, host=1e-3))
+    profile = calibrated(picture(), slow_host, seconds)
+    assert predict(picture(), ParallelConfig(), profile).seconds == pytest.approx(seconds)
+
+
 # -- blocks and devices --------------------------------------------------------------------------
 
 
@@ -297,7 +314,7 @@ def test_profiles_survive_a_file_and_refuse_another_version(tmp_path: Path) -> N
     assert Profile.load(file) == profile
     data = json.loads(file.read_text())
     file.write_text(json.dumps({**data, "version": 99}))
-    with pytest.raises(ValueError, match="version 99, this patchpipe reads version 1: write it anew with"):
+    with pytest.raises(ValueError, match="version 99, this patchpipe reads version 2: write it anew with"):
         Profile.load(file)
     file.write_text("[]")
     with pytest.raises(ValueError, match="is no profile"):

@@ -149,6 +149,21 @@ def read_back(words: str, tmp_path: Path) -> Any:
     return jobs[0]
 
 
+def test_reasons_tell_when_the_host_is_the_limit(flux: Choice) -> None:
+    hurried = dataclasses.replace(flux.profile, device=dataclasses.replace(flux.profile.device, host=1e-3))
+    told = " ".join(reasons(search(flux.workload, 8, hurried), 0.5))
+    assert "the host starts kernels more slowly than the device runs them" in told
+    assert "--compile" in told
+    assert "host" not in " ".join(reasons(flux, 0.5))
+
+
+def test_compiled_layouts_are_those_that_can_be_compiled(flux: Choice) -> None:
+    compiled = search(FLUX, 8, PCIE, Wishes(compile=True))
+    assert all(one.config.compile for one in compiled.ranked)
+    assert len(compiled.ranked) < len(flux.ranked)
+    assert command(FLUX, compiled.best.config).endswith("--compile")
+
+
 def test_the_command_runs_the_layout_that_was_predicted(flux: Choice, sd3: Choice, tmp_path: Path) -> None:
     for choice in (flux, sd3, search(FLUX, 2, PCIE, Wishes(exact=True, memory=22 * 2**30))):
         for one in choice.ranked:

@@ -71,6 +71,9 @@ Guided = Annotated[
     bool | None,
     option(_WISHES, "Two guidance branches or one. [dim]Default: as the model is used.[/]", "--guidance/--no-guidance"),
 ]
+Compile = Annotated[
+    bool, option(_WISHES, "Compiled blocks: fewer kernels to start, where the host is the limit.", "--compile")
+]
 TextTokens = Annotated[int | None, option(_WISHES, "Tokens of the prompt. [dim]Default: as the model pads them.[/]")]
 Frames = Annotated[int | None, option(_WISHES, "Frames, for a video model.")]
 PlanDtype = Annotated[
@@ -98,6 +101,7 @@ def plan(
     dtype: PlanDtype = None,
     warmup: options.Warmup = "1",
     exact: Exact = False,
+    compile: Compile = False,
     fresh: Fresh = 0.5,
     memory: Memory = None,
     single: Single = None,
@@ -128,6 +132,7 @@ def plan(
         fresh=fresh,
         memory=None if memory is None else int(memory * 2**30),
         warmup=options.read_warmup(warmup),
+        compile=compile,
     )
     choice = search.search(workload, devices, machine, wishes)
     runs = report.command(workload, choice.best.config, guidance, asked.dtype) if workload.runnable else None

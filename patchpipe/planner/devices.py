@@ -7,6 +7,9 @@ from dataclasses import dataclass
 TILE = 128 * 128  # output elements one multiprocessor works on at a time in the usual matrix kernels
 TAIL = 0.15  # of a wave of tiles idle at the end of a kernel: FLUX.1 in 8 stages of 8 patches on L40, arXiv 2411.01738
 LAUNCH = 4e-6  # seconds from one kernel to the next in eager PyTorch on a current host
+# Seconds the host takes to start a kernel of an eager block, the Python of its modules included. No run on slower cards
+# contradicts it (PixArt in 8 stages on L40 leaves 18 µs); FLUX.1 on 4 H100, which waits for its host, takes twice that.
+HOST = 15e-6
 GB = 10**9
 GIB = 2**30
 
@@ -25,6 +28,8 @@ class Device:
             leave part of the device idle.
         launch: Seconds every operation costs beside its work.
         source: Where the figures are from.
+        host: Seconds its host takes to start an operation of an eager block, while the device does what was started
+            before; 0 where host and device are one.
     """
 
     name: str
@@ -35,12 +40,13 @@ class Device:
     fill: float
     launch: float
     source: str
+    host: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("flops", "efficiency", "memory", "bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} of device {self.name} must be above 0")
-        for name in ("fill", "launch"):
+        for name in ("fill", "launch", "host"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} of device {self.name} must be 0 or more")
 
@@ -54,7 +60,15 @@ def _card(
     name: str, teraflops: float, efficiency: float, gib: int, gigabytes: float, multiprocessors: int, source: str
 ) -> Device:
     return Device(
-        name, teraflops * 1e12, efficiency, gib * GIB, gigabytes * GB, TAIL * multiprocessors * TILE, LAUNCH, source
+        name,
+        teraflops * 1e12,
+        efficiency,
+        gib * GIB,
+        gigabytes * GB,
+        TAIL * multiprocessors * TILE,
+        LAUNCH,
+        source,
+        HOST,
     )
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch.nn import functional
 
-from patchpipe.planner.devices import Device
+from patchpipe.planner.devices import HOST, Device
 from patchpipe.planner.links import Link
 from patchpipe.process_groups import ProcessGroups
 from patchpipe.transport import Exchange, Wire
@@ -59,7 +59,8 @@ def measure_device(place: torch.device, ranks: int, threads: int | None, progres
         torch.set_num_threads(kept)
     blended = 2 / (1 / rate + 1 / attention)  # half and half, as in FLUX.1 at 2048 pixels
     progress("device")
-    return Device(name, blended, 1.0, _memory(place, ranks), bandwidth, fill, launch, "measured by patchpipe profile")
+    found = name, blended, 1.0, _memory(place, ranks), bandwidth, fill, launch
+    return Device(*found, "measured by patchpipe profile", host=0.0 if cpu else HOST)
 
 
 def _name(place: torch.device, threads: int) -> str:

@@ -15,6 +15,8 @@ from patchpipe.planner.schedule import Schedule, Timing
 from patchpipe.planner.system import PATCHPIPE, System
 from patchpipe.planner.work import Workload
 
+HOST_BOUND = 0.98  # of a step's time in which the host starts what a stage does
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -52,6 +54,11 @@ class Prediction:
         return self.timing.stages
 
     @property
+    def host_bound(self) -> bool:
+        """Whether a device waits for its host to start kernels, in a steady step."""
+        return max(self.timing.host, default=0.0) > HOST_BOUND * self.period
+
+    @property
     def busy(self) -> float:
         """Share of the request in which a rank computes, mean over the stages."""
         worked = self.timing.worked
@@ -78,6 +85,7 @@ class Prediction:
             "stage_seconds": list(self.stage_seconds),
             "patches": self.patches,
             "busy": self.busy,
+            "host_bound": self.host_bound,
             "fresh": self.fresh,
             "traffic_bytes": self.traffic,
             "memory_bytes": [rank.total for rank in self.memory],
@@ -128,8 +136,13 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
     """
     if not seconds > 0:
         raise ValueError(f"a single device's {seconds} seconds must be above 0")
-    plain = dataclasses.replace(profile, slowdown=1.0)
-    return dataclasses.replace(profile, slowdown=seconds / predict(workload, ParallelConfig(), plain).seconds)
+    device = profile.device
+    unhurried = dataclasses.replace(profile, slowdown=1.0, device=dataclasses.replace(device, host=0.0))
+    slowdown = seconds / predict(workload, ParallelConfig(), unhurried).seconds
+    starting = workload.steps * sum(predict(workload, ParallelConfig(), profile).timing.host)
+    if starting > seconds:  # the host was as fast as that, whatever the profile says
+        device = dataclasses.replace(device, host=device.host * seconds / starting)
+    return dataclasses.replace(profile, slowdown=slowdown, device=device)
 
 
 def _traffic(layout: Layout) -> dict[str, float]:

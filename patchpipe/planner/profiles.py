@@ -12,7 +12,7 @@ from patchpipe.files import write_text
 from patchpipe.planner.devices import Device, device_named
 from patchpipe.planner.links import Link, link_named
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def reasons(choice: Choice, fresh: float) -> list[str]:
         choice: What the search found.
         fresh: Least share of fresh keys that was asked of a winner.
     """
-    found = [_gain(choice), _over_next(choice), _exact(choice), _stale(choice, fresh), _refused(choice)]
+    found = [_gain(choice), _over_next(choice), _exact(choice), _stale(choice, fresh), _host(choice), _refused(choice)]
     return [line for line in found if line]
 
 
@@ -79,6 +79,13 @@ def _stale(choice: Choice, fresh: float) -> str:
     )
 
 
+def _host(choice: Choice) -> str:
+    if not choice.best.host_bound:
+        return ""
+    cause = "the host starts kernels more slowly than the device runs them, so that a faster device would not help"
+    return cause if choice.best.config.compile else f"{cause}; compiled blocks have fewer of them (--compile)"
+
+
 def _refused(choice: Choice) -> str:
     count = len(choice.refused)
     return f"{count} more layout{'s' if count > 1 else ''} need more memory than a device has" if count else ""
@@ -126,7 +133,8 @@ def layout_words(config: ParallelConfig) -> list[str]:
     words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
     words += ["--stage-blocks", ",".join(map(str, config.stage_blocks))] if config.stage_blocks else []
     words += ["--text-rank", str(config.text_rank)] if config.text_rank is not None else []
-    return [*words, "--parallel-vae"] if config.parallel_vae else words
+    words += ["--parallel-vae"] if config.parallel_vae else []
+    return [*words, "--compile"] if config.compile else words
 
 
 def as_dict(choice: Choice, runs: str | None) -> dict[str, Any]:

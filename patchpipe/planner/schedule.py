@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts
+from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.work import Block
 
 PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
 MERGE_BYTES = 40  # read and written per element and hop to merge two parts of an attention in float32
 MERGE_OPERATIONS = 8
+EXCHANGE_OPERATIONS = 20  # an exchange among ranks, for the host: copies, views and the collective itself
+COMPILED = 0.25  # of the operations of an eager block, as the host counts them, are left in a compiled one
 STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
 
 
@@ -23,11 +25,13 @@ class Unit:
         stages: Seconds on each stage, exchanges with ranks that share it included.
         compute: Of these, seconds of computing.
         hops: Seconds from each stage to the next; the last one from the last stage to the first.
+        host: Seconds in which each stage's host starts all of it.
     """
 
     stages: tuple[float, ...]
     compute: tuple[float, ...]
     hops: tuple[float, ...]
+    host: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Timing:
         stages: Computing of each stage in a steady step.
         worked: Computing of each stage in all steps.
         hop: The longest hop of a patch.
+        host: Seconds in which each stage's host starts what it does in a steady step.
     """
 
     seconds: float
@@ -49,6 +54,7 @@ class Timing:
     stages: tuple[float, ...]
     worked: tuple[float, ...]
     hop: float
+    host: tuple[float, ...]
 
 
 def play(units: list[Unit], free: list[float], ready: list[float]) -> list[float]:
@@ -95,14 +101,19 @@ def total(synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, 
         seconds=seconds,
         synchronous=once,
         period=period,
-        stages=_work(steady, calls),
-        worked=_sum(_work(synchronous, calls), warm, _work(steady, calls), streamed),
+        stages=_each(calls, [unit.compute for unit in steady]),
+        worked=_sum(
+            _each(calls, [unit.compute for unit in synchronous]), warm,
+            _each(calls, [unit.compute for unit in steady]), streamed,
+        ),
         hop=max((max(unit.hops) for unit in steady), default=0.0),
-    )
+        host=_each(calls, [unit.host for unit in steady]),
+    )  # fmt: skip
 
 
-def _work(units: list[Unit], calls: int) -> tuple[float, ...]:
-    return tuple(calls * sum(column) for column in zip(*(unit.compute for unit in units), strict=True))
+def _each(calls: int, units: list[tuple[float, ...]]) -> tuple[float, ...]:
+    """Seconds of each stage, over the units."""
+    return tuple(calls * sum(column) for column in zip(*units, strict=True))
 
 
 def _sum(first: tuple[float, ...], times: int, second: tuple[float, ...], others: int) -> tuple[float, ...]:
@@ -141,16 +152,27 @@ class Schedule:
         return [self._unit(piece, False)]
 
     def _unit(self, piece: Tokens, steady: bool) -> Unit:
-        times, compute = [], []
+        times, compute, host = [], [], []
         outside = OUTSIDE_OPERATIONS * self.device.launch * self.layout.profile.slowdown
         for blocks in self.layout.stages:
             spent = [self._block(block, piece, steady) for block in blocks]
             computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
                 exchanged = self.link.exposed(exchanged, computed)
-            times.append(outside + computed + exchanged)
+            host.append(self._host(blocks, piece))
+            times.append(max(outside + computed + exchanged, host[-1]))
             compute.append(outside + computed)
-        return Unit(tuple(times), tuple(compute), self._hops(piece))
+        return Unit(tuple(times), tuple(compute), self._hops(piece), tuple(host))
+
+    def _host(self, blocks: tuple[Block, ...], piece: Tokens) -> float:
+        """Seconds in which the host starts all kernels of a stage: a faster device waits for them."""
+        config, share = self.config, COMPILED if self.config.compile else 1.0
+        shared = 4 * (config.ulysses > 1) + (config.ring - 1) + (config.distrifusion > 1)
+        started = float(OUTSIDE_OPERATIONS)
+        for block in blocks:
+            exchanges = shared * block.self_attentions + (config.tensor > 1) * sum(m.summed for m in block.matrices)
+            started += share * (operations(block, piece) + EXCHANGE_OPERATIONS * exchanges)
+        return started * self.device.host
 
     def _hops(self, piece: Tokens) -> tuple[float, ...]:
         """Activations from stage to stage, and the small prediction back to the first."""

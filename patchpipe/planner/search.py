@@ -38,6 +38,7 @@ class Wishes:
         memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
         warmup: Synchronous steps, or ``"all"``.
         methods: Methods that may be used; ``None`` allows all.
+        compile: Whether blocks are compiled.
     """
 
     exact: bool = False
@@ -45,6 +46,7 @@ class Wishes:
     memory: int | None = None
     warmup: int | Literal["all"] = 1
     methods: tuple[str, ...] | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh <= 1:
@@ -127,13 +129,13 @@ def _degrees(workload: Workload, devices: int, wishes: Wishes) -> Iterator[dict[
     sizes = [size for size in range(1, devices + 1) if devices % size == 0]
     for chosen in product(sizes, repeat=len(DEGREES)):
         degrees = dict(zip(DEGREES, chosen, strict=True))
-        if prod(chosen) == devices and _fits(workload, degrees, wishes) and _accepted(degrees):
+        if prod(chosen) == devices and _fits(workload, degrees, wishes) and _accepted(degrees, wishes):
             yield degrees
 
 
-def _accepted(degrees: dict[str, int]) -> bool:
+def _accepted(degrees: dict[str, int], wishes: Wishes) -> bool:
     try:
-        ParallelConfig(**degrees)  # type: ignore[arg-type]
+        ParallelConfig(**degrees, compile=wishes.compile)  # type: ignore[arg-type]
     except ValueError:
         return False
     return True
@@ -186,16 +188,16 @@ def _placements(config: ParallelConfig, workload: Workload) -> Iterator[Parallel
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
-    stages = degrees["pipefusion"]
+    stages, given = degrees["pipefusion"], {**degrees, "compile": wishes.compile}
     if stages == 1:
-        yield ParallelConfig(**degrees, warmup=wishes.warmup)  # type: ignore[arg-type]
+        yield ParallelConfig(**given, warmup=wishes.warmup)  # type: ignore[arg-type]
         return
     blocks = balanced_stages(workload, profile, stages) if len(set(workload.blocks)) > 1 else None
     if wishes.exact or wishes.warmup == ALL_STEPS:
-        yield ParallelConfig(**degrees, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)  # type: ignore[arg-type]
+        yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)  # type: ignore[arg-type]
         return
     for patches in _patch_counts(workload, degrees):
-        yield ParallelConfig(**degrees, patches=patches, warmup=wishes.warmup, stage_blocks=blocks)  # type: ignore[arg-type]
+        yield ParallelConfig(**given, patches=patches, warmup=wishes.warmup, stage_blocks=blocks)  # type: ignore[arg-type]
 
 
 def _patch_counts(workload: Workload, degrees: dict[str, int]) -> list[int]:
