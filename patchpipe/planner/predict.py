@@ -15,8 +15,6 @@ from patchpipe.planner.schedule import Schedule, Timing
 from patchpipe.planner.system import PATCHPIPE, System
 from patchpipe.planner.work import Workload
 
-HOST_BOUND = 0.98  # of a step's time in which the host starts what a stage does
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -55,8 +53,9 @@ class Prediction:
 
     @property
     def host_bound(self) -> bool:
-        """Whether a device waits for its host to start kernels, in a steady step."""
-        return max(self.timing.host, default=0.0) > HOST_BOUND * self.period
+        """Whether devices wait for their hosts, to start kernels being most of a step and more than to run them."""
+        starting = max(self.timing.host, default=0.0)
+        return starting > max(self.period / 2, *self.timing.stages)
 
     @property
     def busy(self) -> float:

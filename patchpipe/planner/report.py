@@ -48,7 +48,7 @@ def _over_next(choice: Choice) -> str:
         return "no other layout fits" if choice.best.config.world_size > 1 else ""
     best, second = choice.ranked[:2]
     longer = second.seconds / best.seconds - 1
-    name = second.config.describe().rpartition(" · ")[0]
+    name = _name(second)
     if longer < 0:
         return f"the next, {name}, is faster but sees fewer fresh keys"
     told = f"about as fast is {name}" if longer < ALIKE else f"the next, {name}, takes {longer:.0%} longer"
@@ -58,13 +58,19 @@ def _over_next(choice: Choice) -> str:
     )
 
 
+def _name(prediction: Prediction) -> str:
+    """The layout without what all layouts of a search have alike."""
+    parts = prediction.config.describe().removesuffix(" · compiled").split(" · ")
+    return " · ".join(parts[:-1])
+
+
 def _exact(choice: Choice) -> str:
     if choice.best.exact:
         return "its picture is that of one device, up to the order of sums"
     exact = next((one for one in choice.ranked if one.exact), None)
     if exact is None:
         return "no method with the picture of one device fits; a pipeline with every step synchronous may (--exact)"
-    name = exact.config.describe().rpartition(" · ")[0]
+    name = _name(exact)
     return f"the fastest whose picture is that of one device (--exact): {name}, {exact.seconds:.2f} s"
 
 

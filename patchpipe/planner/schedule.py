@@ -167,11 +167,12 @@ class Schedule:
     def _host(self, blocks: tuple[Block, ...], piece: Tokens) -> float:
         """Seconds in which the host starts all kernels of a stage: a faster device waits for them."""
         config, share = self.config, COMPILED if self.config.compile else 1.0
-        shared = 4 * (config.ulysses > 1) + (config.ring - 1) + (config.distrifusion > 1)
+        exchanged = EXCHANGE_OPERATIONS * (4 * (config.ulysses > 1) + (config.distrifusion > 1))
+        shared = exchanged + (config.ring - 1) * (EXCHANGE_OPERATIONS + MERGE_OPERATIONS)
         started = float(OUTSIDE_OPERATIONS)
         for block in blocks:
-            exchanges = shared * block.self_attentions + (config.tensor > 1) * sum(m.summed for m in block.matrices)
-            started += share * (operations(block, piece) + EXCHANGE_OPERATIONS * exchanges)
+            sums = EXCHANGE_OPERATIONS * (config.tensor > 1) * sum(matrix.summed for matrix in block.matrices)
+            started += share * (operations(block, piece) + shared * block.self_attentions + sums)
         return started * self.device.host
 
     def _hops(self, piece: Tokens) -> tuple[float, ...]:
