@@ -46,11 +46,17 @@ from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
-STEPS = {"pipefusion": 6, "distrifusion": 8}  # really run; others are the same in every step and run one
-ALIKE = {"pipefusion": 2, "distrifusion": 5}  # steps after which all are alike: DistriFusion's sends pile up first
+HYBRID = "pipefusion ring"
+STEPS = {"pipefusion": 6, HYBRID: 6, "distrifusion": 8}  # really run; others are the same in every step and run one
+# Steps after which all are alike: DistriFusion's sends pile up first.
+ALIKE = {
+    "pipefusion": 2,
+    HYBRID: 2,
+    "distrifusion": 5,
+}  # steps after which all are alike: DistriFusion's sends pile up first
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
-PERIOD = {"pipefusion": 1.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0}
+PERIOD = {"pipefusion": 1.0, HYBRID: 4.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0}
 OTHER_PERIOD = 5.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
 TIMEOUT = 240.0
@@ -82,8 +88,9 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """The layout's name without its last degree."""
-        return self.name.rstrip("0123456789")
+        """The layout's name without its last degree, or the methods where PipeFusion is one."""
+        name = self.name.rstrip("0123456789")
+        return HYBRID if name.startswith("pipefusion") and " " in name else name
 
     @property
     def config(self) -> ParallelConfig:
@@ -113,9 +120,14 @@ class Run:
 
 
 def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
-    """PipeFusion at the planner's number of patches and at more, and every other method there is."""
+    """PipeFusion at the planner's number of patches and at more, half as deep beside Ring, and every other method."""
     new = partial(Run, model=model, pixels=pixels)
-    found = [new(f"pipefusion{ranks}", options={"pipefusion": ranks, "patches": m}) for m in patches_of(new, ranks)]
+    deep = {"pipefusion": ranks}
+    counts = sorted({best_patches(new, deep), ranks * 3 // 2})
+    found = [new(f"pipefusion{ranks}", options={**deep, "patches": count}) for count in counts]
+    if ranks >= 8:
+        half = {"pipefusion": ranks // 2, "ring": 2}
+        found += [new(f"pipefusion{ranks // 2} ring2", options={**half, "patches": best_patches(new, half)})]
     found += [new(f"ulysses{min(ranks, 8)}" + (f" ring{ranks // 8}" if ranks > 8 else ""), options=_shared(ranks, 8))]
     found += [new(f"ulysses{u} ring{ranks // u}", options=_shared(ranks, u)) for u in (4, 2) if ranks > u]
     found += [new(f"ring{ranks}", options={"ring": ranks})]
@@ -130,14 +142,14 @@ def _shared(ranks: int, ulysses: int) -> dict[str, Any]:
     return {"ulysses": ulysses, "ring": ranks // ulysses}
 
 
-def patches_of(new: Callable[..., Run], ranks: int) -> list[int]:
-    """The planner's best number of patches, and half as many again as there are stages."""
+def best_patches(new: Callable[..., Run], options: dict[str, Any]) -> int:
+    """The planner's best number of patches."""
+    stages = options["pipefusion"]
 
     def seconds(patches: int) -> float:
-        return new("", options={"pipefusion": ranks, "patches": patches}).planned().predicted
+        return new("", options={**options, "patches": patches}).planned().predicted
 
-    counts = [count for count in {*PATCHES, ranks, ranks + 1, ranks + 2} if count >= ranks]
-    return sorted({min(counts, key=seconds), ranks * 3 // 2})
+    return min((count for count in {*PATCHES, stages, stages + 1, stages + 2} if count >= stages), key=seconds)
 
 
 def main(

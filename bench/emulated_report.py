@@ -25,7 +25,7 @@ PUBLISHED = {
 
 def summary_table(ranks: int = 8) -> str | None:
     """PipeFusion beside the best of the others, a row for each model and size; ``None`` where nothing is there."""
-    columns = ("model", "1 card", "PipeFusion (M)", "best sequence parallel", "planner", "gain", "published",
+    columns = ("model", "1 card", "PipeFusion (stages, M)", "best sequence parallel", "planner", "gain", "published",
                "the same, no contention", "planner", "gain", "DistriFusion", "tensor")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for model, pixels in WORKLOADS:
@@ -41,7 +41,7 @@ def _summary_row(figures: Row, published: float) -> str:
     cells = [
         f"{NAMES[figures['model']]} {figures['pixels']} px",
         f"{figures['one']:.2f} s" if figures["one"] else "–",
-        f"{ours['seconds']:.2f} s ({ours['patches']})",
+        f"{ours['seconds']:.2f} s ({ours['name'].removeprefix('pipefusion')}, {ours['patches']})",
         *_others(ours, rows),
         f"{published:.2f}×",
         *_others(ours, rows, contended=False),
@@ -51,8 +51,10 @@ def _summary_row(figures: Row, published: float) -> str:
 
 
 def _seconds(rows: list[Row], method: str) -> str:
-    measured = any(row["name"].startswith(method) for row in rows)
-    return f"{fastest(rows, method)['seconds']:.2f} s" if measured else "–"
+    if not any(row["name"].startswith(method) for row in rows):
+        return "–"
+    row = fastest(rows, method)
+    return f"{row['seconds']:.2f} s (planner {row['predicted']:.2f} s)"
 
 
 def _others(ours: Row, rows: list[Row], contended: bool = True) -> tuple[str, str, str]:
