@@ -59,17 +59,8 @@ class Device:
 def _card(
     name: str, teraflops: float, efficiency: float, gib: int, gigabytes: float, multiprocessors: int, source: str
 ) -> Device:
-    return Device(
-        name,
-        teraflops * 1e12,
-        efficiency,
-        gib * GIB,
-        gigabytes * GB,
-        TAIL * multiprocessors * TILE,
-        LAUNCH,
-        source,
-        HOST,
-    )
+    fill = TAIL * multiprocessors * TILE
+    return Device(name, teraflops * 1e12, efficiency, gib * GIB, gigabytes * GB, fill, LAUNCH, source, HOST)
 
 
 # Peak, memory and bandwidth: NVIDIA's data sheets and architecture papers. Efficiency: operations of the model over the

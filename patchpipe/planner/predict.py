@@ -53,7 +53,7 @@ class Prediction:
 
     @property
     def host_bound(self) -> bool:
-        """Whether devices wait for their hosts, to start kernels being most of a step and more than to run them."""
+        """Whether devices wait for their hosts: kernels take most of a step to start, and longer than to run."""
         starting = max(self.timing.host, default=0.0)
         return starting > max(self.period / 2, *self.timing.stages)
 

@@ -113,7 +113,8 @@ def search(workload: Workload, devices: int, profile: Profile, wishes: Wishes | 
         raise ValueError(_too_large(workload, devices, found, memory))
     ranked = sorted(fitting, key=lambda one: (one.fresh < wanted.fresh, one.seconds))
     refused = sorted((one for one in found if one.bytes > memory), key=lambda one: one.seconds)
-    return Choice(workload, profile, predict(workload, ParallelConfig(), profile), tuple(ranked), tuple(refused))
+    single = predict(workload, ParallelConfig(compile=wanted.compile), profile)
+    return Choice(workload, profile, single, tuple(ranked), tuple(refused))
 
 
 def _too_large(workload: Workload, devices: int, found: list[Prediction], memory: int) -> str:
