@@ -298,6 +298,8 @@ class Group:
 
     def close(self) -> None:
         """Closes the connections; peers that wait for this rank see it at once."""
+        for wire in [*self._all_wires, *(strip.wire for strip in self._strips)]:
+            wire.close()
         self._control = None
         self._wires.clear()
         self.lines.clear()

@@ -65,6 +65,12 @@ class Wire:
         for channel in self._channels.values():
             channel.drain()
 
+    def close(self) -> None:
+        """Gives up the process group and whatever is under way, so that the connections close at once."""
+        self.group = Closed()
+        for channel in self._channels.values():
+            channel.forget()
+
     def wait(self, work: Any, peer: int) -> None:
         """Waits for one operation, until the deadline.
 
@@ -235,6 +241,13 @@ class Shift:
         return self._incoming.to(exchange.wire.device).view(self._dtype).view(self._shape)
 
 
+class Closed:
+    """Stands in for a process group that was given up."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("this rank has closed its connections")
+
+
 class Channel:
     """Tensors to and from one rank, in the order they are sent."""
 
@@ -296,6 +309,14 @@ class Channel:
             self._finish_send()
         self._calls.clear()
 
+    def forget(self) -> None:
+        """Lets go of what is under way, arrived or not."""
+        for receive in self._receives:
+            receive.forget()
+        self._receives.clear()
+        self._sends.clear()
+        self._calls.clear()
+
     def _finish_send(self) -> None:
         work, _alive = self._sends.popleft()
         self.wire.wait(work, self.peer)
@@ -320,6 +341,10 @@ class Receive:
             work, self._work = self._work, None
             self._channel.wire.wait(work, self._channel.peer)
             self._channel.waited_seconds += perf_counter() - started
+
+    def forget(self) -> None:
+        """Is not waited for any more."""
+        self._work = self._buffer = None
 
     def take(self) -> Tensor:
         """The tensor, on this rank's device; the receive then forgets it."""
