@@ -49,11 +49,7 @@ CARD, LINK = "l40", "pcie4"
 HYBRID = "pipefusion ring"
 STEPS = {"pipefusion": 6, HYBRID: 6, "distrifusion": 8}  # really run; others are the same in every step and run one
 # Steps after which all are alike: DistriFusion's sends pile up first.
-ALIKE = {
-    "pipefusion": 2,
-    HYBRID: 2,
-    "distrifusion": 5,
-}  # steps after which all are alike: DistriFusion's sends pile up first
+ALIKE = {"pipefusion": 2, HYBRID: 2, "distrifusion": 5}
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
 PERIOD = {"pipefusion": 1.0, HYBRID: 4.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0}
