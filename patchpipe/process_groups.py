@@ -15,8 +15,8 @@ from patchpipe.errors import RankLost
 class ProcessGroups:
     """Makes a rank's process groups; unlike ``new_group`` it leaves no global state behind.
 
-    Those over gloo share one device, that is, one thread that serves their sockets: it wakes a hundred times a second,
-    and with a device for each of its groups a rank would lose 0.5 to 1 % of a core to threads that find nothing to do.
+    Those over gloo share one device, that is, one thread that serves their sockets: it wakes a hundred times a second
+    even if nothing comes, and with a device for each group the three or more of a rank would all do so.
 
     Args:
         store: Where the ranks meet; ``None`` only for a single rank, which needs no group.
