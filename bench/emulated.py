@@ -37,8 +37,10 @@ from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
 from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
+from patchpipe.balance import split_blocks
 from patchpipe.models import plan_for
-from patchpipe.planner.layout import balanced_stages
+from patchpipe.patches import fewest_patches
+from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.predict import predict
 from patchpipe.planner.profiles import Profile
 from patchpipe.tracing.busy import Stretch, busy
@@ -102,11 +104,16 @@ class Run:
             profile = replace(profile, link=replace(profile.link, contention=0.0))
         return MODELS[self.model].calibrated(self.pixels, profile)
 
+    @property
+    def halves(self) -> int:
+        """Parts in which a batch goes through the stages."""
+        return Layout(MODELS[self.model].workload(self.pixels), self.config, self.profile).halves
+
     def planned(self) -> Run:
         """With the dilation that makes a step last long enough here, and what the planner says of it."""
         model, options = MODELS[self.model], dict(self.options)
         workload = model.workload(self.pixels)
-        if self.config.pipefusion > 1:
+        if self.config.pipefusion > 1 and len(set(workload.blocks)) > 1:  # the tiny model does not show what they cost
             options["stage_blocks"] = balanced_stages(workload, self.profile, self.config.pipefusion)
         found = predict(workload, ParallelConfig(**options), self.profile)
         steps = max(STEPS.get(self.kind, 1), model.fewest)
@@ -141,11 +148,12 @@ def _shared(ranks: int, ulysses: int) -> dict[str, Any]:
 def best_patches(new: Callable[..., Run], options: dict[str, Any]) -> int:
     """The planner's best number of patches."""
     stages = options["pipefusion"]
+    fewest = fewest_patches(stages, new("", options=options).halves)
 
     def seconds(patches: int) -> float:
         return new("", options={**options, "patches": patches}).planned().predicted
 
-    return min((count for count in {*PATCHES, stages, stages + 1, stages + 2} if count >= stages), key=seconds)
+    return min((count for count in {*PATCHES, *range(fewest, stages + 3)} if count >= fewest), key=seconds)
 
 
 def main(
@@ -196,7 +204,8 @@ def measure(place: Place, run: Run, file: str) -> dict[str, Any]:
     config = run.config
     pipe, call = model.pipeline(run.pixels, run.steps)
     costs = Costs(model.workload(run.pixels), run.profile, config.tensor)
-    emulate(pipe.transformer, plan_for(pipe.transformer), costs, device, owned_by(run, place.rank))
+    plan, stage = plan_for(pipe.transformer), place.rank * config.pipefusion // config.world_size
+    emulate(pipe.transformer, plan, costs, device, split_blocks(pipe.transformer, plan, config)[stage])
     shape_link(shares_of(run.profile.link, config, place.rank), model.scale() / run.dilation)
     patchpipe.parallelize(pipe, config, group=place.join(config))
     marks: list[tuple[float, float, float]] = []
@@ -223,14 +232,6 @@ def measure(place: Place, run: Run, file: str) -> dict[str, Any]:
     meet(place, f"{file}/end")
     patchpipe.restore(pipe)
     return figures
-
-
-def owned_by(run: Run, rank: int) -> range:
-    """Blocks of a rank's stage."""
-    blocks = len(MODELS[run.model].workload(run.pixels).blocks)
-    sizes = run.options.get("stage_blocks") or (blocks,)
-    stage = rank * len(sizes) // run.config.world_size
-    return range(sum(sizes[:stage]), sum(sizes[: stage + 1]))
 
 
 # -- figures -------------------------------------------------------------------------------------

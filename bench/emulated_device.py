@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from patchpipe.balance import StageBlocks
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, Tokens, block_parts
 from patchpipe.planner.profiles import Profile
@@ -262,7 +263,7 @@ class _Kernels(TorchFunctionMode):
         return result
 
 
-def emulate(model: nn.Module, plan: ModelPlan, costs: Costs, device: EmulatedDevice, owned: range) -> None:
+def emulate(model: nn.Module, plan: ModelPlan, costs: Costs, device: EmulatedDevice, owned: StageBlocks) -> None:
     """Puts emulated blocks in the place of those that a rank owns; before ``patchpipe.parallelize``.
 
     Args:
@@ -273,10 +274,10 @@ def emulate(model: nn.Module, plan: ModelPlan, costs: Costs, device: EmulatedDev
         owned: Blocks of this rank's stage.
     """
     places, heads = plan.blocks_of(model), model.config.num_attention_heads
-    for index in owned:
+    for index in owned.held:
         linears = split_linears(model, plan, places[index]) if costs.tensor > 1 else []
         sums = [split for split in linears if split.dim == INPUTS]
-        first = index == owned.start
+        first = index == max(owned.first.start, owned.second.start)  # the first that every half runs
         EmulatedBlock(places[index], costs.workload.blocks[index], costs, device, first, sums, heads)
 
 

@@ -18,7 +18,7 @@ from patchpipe.batches import BatchShare
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
-from patchpipe.store import LayerStore
+from patchpipe.store import LayerStores
 from patchpipe.tracing.recorder import Where
 from patchpipe.transport import Receive
 
@@ -32,7 +32,8 @@ class Call:
         cut: The cut of its latent.
         patches: The patches to run, or the whole latent as one.
         shares: Who runs which part of its batch.
-        stores: The branch's keys and values on this rank; ``None`` where nothing is ever stale.
+        stores: The branch's keys and values on this rank, of each half of its batch; ``None`` where nothing is ever
+            stale.
         text_rows: Text rows in joint attention.
         where: Which call it is, for the timeline.
     """
@@ -41,7 +42,7 @@ class Call:
     cut: Cut
     patches: tuple[Patch, ...]
     shares: tuple[BatchShare, ...]
-    stores: dict[str, LayerStore] | None
+    stores: tuple[LayerStores, LayerStores] | None
     text_rows: int
     where: Where
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patchpipe.agreement import attempt
-from patchpipe.balance import split_blocks
+from patchpipe.balance import StageBlocks, split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
@@ -48,7 +48,7 @@ class Attachment:
         pipe: The pipeline.
         config: The layout.
         group: The ranks.
-        owned: Range of the blocks in running order that this rank's stage owns.
+        owned: The blocks that this rank's stage owns.
         part: This rank's part of their matrices, where they are split.
 
     Attributes:
@@ -59,7 +59,7 @@ class Attachment:
     """
 
     def __init__(
-        self, pipe: Any, config: ParallelConfig, group: Group, owned: range, part: TensorPart | None = None
+        self, pipe: Any, config: ParallelConfig, group: Group, owned: StageBlocks, part: TensorPart | None = None
     ) -> None:
         self.config, self.group = config, group
         model: nn.Module = pipe.transformer
@@ -370,12 +370,12 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     assert fitted is not None
     plan, stages = fitted
     owned = stages[group.stage]
-    part = tensor_part(model, plan, owned, group.mesh.at("tensor"), config.tensor)
+    part = tensor_part(model, plan, owned.held, group.mesh.at("tensor"), config.tensor)
     Attachment(pipe, config, group, owned, part).attach()
     return pipe
 
 
-def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[range]]:
+def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
     """The model's plan and each stage's blocks, if the layout fits the model."""
     plan = plan_for(model)
     stages = split_blocks(model, plan, config)

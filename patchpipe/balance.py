@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 from torch import nn
@@ -23,6 +24,32 @@ OPERATIONS_PER_BYTE = {"nccl": 4500.0, "gloo": 40.0}
 # Tokens that take as long as what a patch costs beside them: on an L40 by published times of FLUX.1 in patches (see the
 # planner's profiles), on a core by `python -m bench.one_device`.
 TOKENS_OF_A_PATCH = {"nccl": 128.0, "gloo": 16.0}
+WORTH_HOLDING = 0.97  # of the dearest stage's time: below it, halves of a batch are given stages of their own
+
+
+@dataclass(frozen=True)
+class StageBlocks:
+    """The blocks of one stage, as ranges in running order.
+
+    The halves of a batch have keys and values of their own and so may leave a stage after different blocks: where
+    3.5 blocks would be a stage's fair share, it runs 4 for one half and 3 for the other.
+
+    Attributes:
+        first: What the first half runs, and a batch that has no halves.
+        second: What the second half runs.
+    """
+
+    first: range
+    second: range
+
+    @property
+    def held(self) -> range:
+        """All blocks of the stage."""
+        return range(min(self.first.start, self.second.start), max(self.first.stop, self.second.stop))
+
+    def of(self, half: int) -> range:
+        """What a half runs."""
+        return self.second if half else self.first
 
 
 def patch_costs(width: int, blocks: int, config: ParallelConfig, backend: str) -> PatchCosts:
@@ -44,17 +71,61 @@ def patch_costs(width: int, blocks: int, config: ParallelConfig, backend: str) -
     return PatchCosts(size * OPERATIONS_PER_BYTE[backend] / operations, TOKENS_OF_A_PATCH[backend])
 
 
-def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[range]:
-    """The range of blocks, in running order, that each stage owns.
+def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> list[StageBlocks]:
+    """The blocks that each stage owns.
 
     Raises:
         ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
     """
     places = plan.blocks_of(model)
     check_stages(config, len(places), plan)
-    sizes = config.stage_blocks or balanced([block_cost(place) for place in places], config.pipefusion)
-    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
-    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    if config.stage_blocks is not None:
+        return stages_of(config.stage_blocks)
+    costs = [block_cost(place) for place in places]
+    return split_costs(costs, config.pipefusion, halved=guides_in_halves(plan.guidance, config))
+
+
+def guides_in_halves(guidance: str, config: ParallelConfig) -> bool:
+    """Whether the batches of guided requests go through a layout's stages in halves.
+
+    Args:
+        guidance: Whether the model's guidance branches come in one ``"batch"`` or as two ``"calls"``.
+        config: The layout.
+    """
+    return guidance == "batch" and config.pipefusion > 1 and config.cfg == 1 and not config.synchronous
+
+
+def stages_of(sizes: tuple[int, ...]) -> list[StageBlocks]:
+    """Stages of so many blocks each."""
+    ranges = [range(start, stop) for start, stop in pairwise(accumulate(sizes, initial=0))]
+    return [StageBlocks(blocks, blocks) for blocks in ranges]
+
+
+def split_costs(costs: list[float], stages: int, *, halved: bool = False) -> list[StageBlocks]:
+    """The stages whose dearest is as cheap as it can be.
+
+    Args:
+        costs: Of each block.
+        stages: How many there are to be.
+        halved: Whether the halves of a batch may have their own, where that makes stages enough cheaper.
+    """
+    whole = balanced(costs, stages)
+    if halved:
+        halves = balanced([cost / 2 for cost in costs for _ in range(2)], stages)
+        stops = list(accumulate(halves, initial=0))
+        first, second = [-(-stop // 2) for stop in stops], [stop // 2 for stop in stops]
+        pairs = zip(pairwise(first), pairwise(second), strict=True)
+        split = [StageBlocks(range(*one), range(*two)) for one, two in pairs]
+        cheaper = _dearest([cost / 2 for cost in costs for _ in range(2)], halves) <= WORTH_HOLDING * _dearest(
+            costs, whole
+        )
+        if cheaper and all(stage.first and stage.second for stage in split):
+            return split
+    return stages_of(whole)
+
+
+def _dearest(costs: list[float], sizes: tuple[int, ...]) -> float:
+    return max(sum(costs[start:stop]) for start, stop in pairwise(accumulate(sizes, initial=0)))
 
 
 def check_stages(config: ParallelConfig, blocks: int, plan: ModelPlan) -> None:

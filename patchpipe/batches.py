@@ -25,19 +25,29 @@ class BatchShare:
         data: Their place along ``data``.
         cfg: Their place along ``cfg``.
         range: The entries of the batch.
-        within: The entries these ranks run in all, where this is but a part of them.
+        within: The entries whose keys and values are kept together, where this is but a part of them.
+        half: Which half of what these ranks run it is, or is part of; ``None`` where that has no halves.
     """
 
     data: int
     cfg: int
     range: Range
     within: Range | None = None
+    half: int | None = None
 
     @property
     def entries(self) -> tuple[int, int, int]:
-        """First entry and the one past the last, counted among those the ranks run, and how many these are."""
+        """First entry and the one past the last, counted among those that are kept together, and how many these are."""
         start, stop = self.within or self.range
         return self.range[0] - start, self.range[1] - start, stop - start
+
+    def halves(self) -> tuple[BatchShare, ...]:
+        """Its two halves, such as the branches of guidance; itself where it has an odd number of entries."""
+        start, stop = self.range
+        if self.size % 2:
+            return (self,)
+        middle = (start + stop) // 2
+        return replace(self, range=(start, middle), half=0), replace(self, range=(middle, stop), half=1)
 
     def one_by_one(self) -> tuple[BatchShare, ...]:
         """A share for every single entry."""

@@ -182,13 +182,14 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    def patches_for(self, rows: int, tokens: int, costs: PatchCosts) -> int:
+    def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
         """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
 
         Args:
             rows: Token rows.
             tokens: Tokens, of image and text.
             costs: What a patch costs beside its tokens.
+            halves: 2 where the batch goes through the stages in halves, so that there are two of every patch.
 
         Raises:
             ValueError: More patches were asked for than there are rows.
@@ -198,7 +199,7 @@ class ParallelConfig:
         if self.patches is None:
             from patchpipe.patches import quickest
 
-            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), costs)
+            wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), costs, halves)
             return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
             raise ValueError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from patchpipe.axes import Mesh
-from patchpipe.balance import split_blocks
+from patchpipe.balance import StageBlocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.explain import Volume
@@ -102,12 +102,18 @@ def _stages(
     for rank in range(config.world_size):
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
-        names = owned_names(transformer, plan, owned, last=stage == config.pipefusion - 1)
+        names = owned_names(transformer, plan, owned.held, last=stage == config.pipefusion - 1)
         held = [part for part in components if rank == _home(part, config) or (part == "vae" and config.parallel_vae)]
         parameters = sum(sizes[name] for name in names) + sum(components[part] for part in held)
-        blocks = _ranges([places[index] for index in owned])
+        blocks = _blocks(places, owned)
         stages.append(StageInfo(rank, blocks, parameters, parameters * itemsize, held))
     return stages
+
+
+def _blocks(places: list[BlockPlace], owned: StageBlocks) -> str:
+    """For example ``transformer_blocks 4…6; 3…6 for the second half of a batch``."""
+    first, second = (_ranges([places[index] for index in blocks]) for blocks in (owned.first, owned.second))
+    return first if first == second else f"{first}; {second} for the second half of a batch"
 
 
 def _ranges(places: list[BlockPlace]) -> str:

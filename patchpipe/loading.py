@@ -17,7 +17,7 @@ from torch import nn
 
 from patchpipe.agreement import attempt
 from patchpipe.apply import Attachment
-from patchpipe.balance import split_blocks
+from patchpipe.balance import StageBlocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import UnsupportedModel
@@ -84,8 +84,8 @@ def from_pretrained(
 def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str, Any]) -> Any:
     """Reads this rank's part and attaches it to the pipeline."""
     source, transformer, wanted, owned = found.source, found.transformer, found.dtype, found.stages[group.stage]
-    names = owned_names(transformer, found.plan, owned, last=group.last)
-    part = tensor_part(transformer, found.plan, owned, group.mesh.at("tensor"), config.tensor)
+    names = owned_names(transformer, found.plan, owned.held, last=group.last)
+    part = tensor_part(transformer, found.plan, owned.held, group.mesh.at("tensor"), config.tensor)
     slices = part.slices if part is not None else {}
     found.checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
     _finish(transformer, group.device)
@@ -198,7 +198,7 @@ class _Found:
     source: PipelineFolder
     plan: ModelPlan
     transformer: Any
-    stages: list[range]
+    stages: list[StageBlocks]
     checkpoint: Checkpoint
     dtype: torch.dtype
 

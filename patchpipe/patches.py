@@ -76,7 +76,9 @@ class Cut:
     row_bounds: tuple[int, ...]
 
     @classmethod
-    def of(cls, rows: Rows, config: ParallelConfig, text: int = 0, costs: PatchCosts | None = None) -> Cut:
+    def of(
+        cls, rows: Rows, config: ParallelConfig, text: int = 0, costs: PatchCosts | None = None, halves: int = 1
+    ) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
 
         Args:
@@ -84,13 +86,14 @@ class Cut:
             config: The layout.
             text: Text tokens that ride with the first patch.
             costs: What a patch costs; nothing, if not given.
+            halves: 2 where the batch goes through the stages in halves.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
         if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
             return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
-        count = config.patches_for(rows.count, rows.count * rows.tokens + text, costs or PatchCosts())
+        count = config.patches_for(rows.count, rows.count * rows.tokens + text, costs or PatchCosts(), halves)
         sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
         if sum(sizes) != rows.count:
             raise ValueError(
@@ -152,16 +155,18 @@ class Cut:
         )
 
 
-def quickest(stages: int, tokens: float, costs: PatchCosts) -> int:
+def quickest(stages: int, tokens: float, costs: PatchCosts, halves: int = 1) -> int:
     """Number of patches M that makes a usual request the shortest: steps of ``max(M·t, N·(t + c))``, and the fill.
 
     With as many patches as stages every stage waits N times for a hop c in each step; every further patch costs what
-    a patch costs beside its tokens. Once in a request the last stage waits for N - 1 others to run a first patch.
+    a patch costs beside its tokens. Once in a request the last stage waits for N - 1 others to run a first patch. Where
+    there are two halves of every patch, half as many patches do: they are larger and see fresher keys.
 
     Args:
         stages: Pipeline stages N.
         tokens: Tokens of a step that a rank computes.
         costs: Of a patch: the hop is c, and the rest is part of t.
+        halves: 2 where every patch goes through the stages twice, for either half of the batch.
     """
     if stages == 1:
         return 1
@@ -169,10 +174,17 @@ def quickest(stages: int, tokens: float, costs: PatchCosts) -> int:
     def request(patches: int) -> float:
         compute = tokens / patches
         stage, hop = compute + costs.tokens, costs.hop * compute
-        period = max(patches * stage, stages * (stage + hop))
+        back = stages * (stage + hop) + (halves - 1) * stage  # both halves of a patch, one behind the other
+        period = max(halves * patches * stage, back)
         return USUAL_STEPS * period + (stages - 1) * (stage + hop)
 
-    return min(range(stages, MOST_PATCHES_OF_A_STAGE * stages + 1), key=request)
+    fewest = fewest_patches(stages, halves)
+    return min(range(fewest, MOST_PATCHES_OF_A_STAGE * stages + 1), key=request)
+
+
+def fewest_patches(stages: int, halves: int) -> int:
+    """Patches that give every stage something to do; with one there would be nothing stale, and nothing to gain."""
+    return stages if halves == 1 else max(2, -(-stages // halves))
 
 
 def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.balance import patch_costs
+from patchpipe.batches import share_batch
 from patchpipe.config import ParallelConfig
 from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut
 from patchpipe.refusals import no_guidance
-from patchpipe.store import LayerStore
+from patchpipe.store import LayerStores
 
 BranchKey = tuple[str | None, int, int]
 
@@ -30,19 +31,20 @@ class Branch:
     Attributes:
         index: Its place among the request's branches.
         calls: Calls of the transformer made for this branch so far.
-        stores: Keys and values by attention layer.
+        stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
     """
 
     index: int = 0
     calls: int = 0
-    stores: dict[str, LayerStore] = field(default_factory=dict)
+    stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: list[PartStore] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
         """Memory of its keys and values."""
-        return sum(store.bytes for store in self.stores.values()) + sum(store.bytes for store in self.parts)
+        layers = sum(store.bytes for half in self.stores for store in half.values())
+        return layers + sum(store.bytes for store in self.parts)
 
 
 @dataclass
@@ -198,7 +200,11 @@ class Request:
             rows = self.plan.grid.rows(self.model, shape, inputs)
             width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
             costs = patch_costs(width, blocks, self.config, self.group.backend)
-            self._cut, self._latent_shape = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs), spatial
+            halves = min(len(share.halves()) for share in share_batch(shape[0], 0, self.plan, self.config))
+            self._cut, self._latent_shape = (
+                Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves),
+                spatial,
+            )
             self._check_shares(self._cut)
             self._branches.clear()
             self.memo.clear()

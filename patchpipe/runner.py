@@ -216,23 +216,26 @@ class Runner:
         self._catch_up(call.inputs[self.plan.latent])
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
-        """What this rank runs one after the other: the patches, or of the whole latent each entry of the batch.
+        """What this rank runs one after the other: either half of each patch, or every entry of the whole latent.
 
-        A stage so begins with the second picture, or the second branch of guidance, while the next one is still busy
-        with the first; a synchronous step of one entry passes through one stage at a time.
+        A stage so begins with the second branch of guidance, or the second picture, while the next one is still busy
+        with the first: half as many patches keep all stages busy, and a synchronous step of several entries passes
+        through several stages at a time.
         """
         assert self.request is not None
         streams_later = call.stores is not None and not self._displaced
-        shares = share.one_by_one() if streams_later and call.patches[0].whole else (share,)
+        shares = share.halves() if streams_later else (share,)
+        if streams_later and call.patches[0].whole:
+            shares = tuple(entry for half in shares for entry in half.one_by_one())
         batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo
+        inputs = [slice_inputs(call.inputs, self.plan, batch, entries, kept) for entries in shares]
+        memos: list[dict[str, Any]] = [{} for _ in shares]
         parts = []
-        for entries in shares:
-            inputs, memo = slice_inputs(call.inputs, self.plan, batch, entries, kept), dict[str, Any]()
-            for patch in call.patches:
-                pieces = call.pieces(patch, self.group.mesh.parts)
-                parts.append(
-                    Part(entries, patch, pieces, pieces[self.group.mesh.part], inputs, memo, entries is shares[-1])
-                )
+        for patch in call.patches:
+            pieces = call.pieces(patch, self.group.mesh.parts)
+            for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
+                last, own = entries is shares[-1], pieces[self.group.mesh.part]
+                parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last))
         return parts
 
     def _run(
@@ -241,8 +244,14 @@ class Runner:
         assert self.request is not None
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
-            recorder.where = replace(call.where, patch=None if part.patch.whole else part.patch.index)
-        context = CallContext(part.piece, call.stores, call.text_rows, None, part.memo, self.request.memo)
+            recorder.where = replace(
+                call.where,
+                patch=None if part.patch.whole else part.patch.index,
+                half=part.share.half,
+            )
+        half = part.share.half or 0
+        stores = None if call.stores is None else call.stores[half]
+        context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo, half=half)
         context.sharing = displaced or sharing_for(self.group, part.patch, part.pieces)
         context.entries = part.share.entries
         with span(recorder if first else None, "latent"):

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.attention import Attending, Sharing, attend_through
+from patchpipe.balance import StageBlocks
 from patchpipe.models.plan import TEXT_ROWS, BlockPlace, ModelPlan, SlicedResult
 from patchpipe.patches import Patch
 from patchpipe.positions import PositionTable
-from patchpipe.store import Entries, LayerStore
+from patchpipe.store import Entries, LayerStore, LayerStores
 
 Streams = dict[str, Tensor]
 
@@ -40,10 +41,11 @@ class CallContext:
         inputs: The arguments of the call.
         sharing: The ranks that share the patch, if there are several.
         entries: Which entries of the batch run; ``None`` for all.
+        half: Which half of the batch they are, or are part of.
     """
 
     patch: Patch
-    stores: dict[str, LayerStore] | None
+    stores: LayerStores | None
     text_rows: int
     received: Streams | None = None
     memo: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class CallContext:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
     entries: Entries | None = None
+    half: int = 0
 
     def whole_argument(self, source: str) -> Any:
         """What an argument is for the call uncut, as a ``SlicedResult`` names it."""
@@ -87,22 +90,40 @@ class StandIn(nn.Module):
         return found if len(found) > 1 else found[0]
 
 
+class HalfStandIn(StandIn):
+    """Takes the place of a block that its stage runs for one half of a batch; hands the other half's streams through.
+
+    Args:
+        place: The block.
+        runs: Whether the half at work is to run it.
+    """
+
+    def __init__(self, place: BlockPlace, runs: Callable[[], bool]) -> None:
+        super().__init__(place.listing.streams, argument_positions(place.block))
+        self.block, self.runs = place.block, runs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's result, or what it was given."""
+        return self.block(*args, **kwargs) if self.runs() else super().forward(*args, **kwargs)
+
+
 class Stage:
     """The part of a transformer that one rank runs.
 
     Args:
         model: The transformer; changed in place by ``attach`` and restored by ``detach``.
         plan: Its plan.
-        owned: Range of the blocks in running order that this stage owns.
+        owned: The blocks that this stage owns.
         first: Whether this is the first stage.
         last: Whether this is the last stage.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, owned: range, *, first: bool, last: bool) -> None:
+    def __init__(self, model: nn.Module, plan: ModelPlan, owned: StageBlocks, *, first: bool, last: bool) -> None:
         self.model, self.plan, self.owned = model, plan, owned
         self.first, self.last = first, last
         self.context: CallContext | None = None
         self._undo: list[Callable[[], None]] = []
+        self._places = plan.blocks_of(model)
         self._forward: Callable[..., Any] = model.forward
         self._width = plan.width(model)
         self._positions = PositionTable(model.get_submodule(plan.patch_embed)) if plan.patch_embed and first else None
@@ -110,32 +131,36 @@ class Stage:
     @property
     def blocks(self) -> list[BlockPlace]:
         """The blocks this stage owns, in running order."""
-        return [place for index, place in enumerate(self.plan.blocks_of(self.model)) if index in self.owned]
+        return [self._places[index] for index in self.owned.held]
 
     def attach(self) -> None:
         """Hooks the stage into the model."""
-        places = self.plan.blocks_of(self.model)
+        places = self._places
         for index, place in enumerate(places):
-            if index not in self.owned:
-                self._replace(place)
-        mine = [places[index] for index in self.owned]
-        for place in mine:
+            if index not in self.owned.held:
+                self._replace(place, StandIn(place.listing.streams, argument_positions(place.block)))
+        for place in self.blocks:
             self._hook_attention(place)
             for path in place.listing.conditioning:
                 self._share_between_patches(f"{place.name}.{path}")
             for path, names in place.listing.constant.items():
                 self._share_between_calls(f"{place.name}.{path}", names, whole=True)
         if not self.first:
-            self._enter_at(mine[0])
+            for index in {self.owned.first.start, self.owned.second.start}:
+                self._enter_at(places[index], index)
             self._stub_embed()
         if not self.last:
-            self._leave_at(mine[-1])
+            for stop in {self.owned.first.stop, self.owned.second.stop}:
+                self._leave_at(places[stop - 1], stop)
         for path in self.plan.conditioning:
             self._share_between_patches(path)
         for path, names in self.plan.constant.items():
             self._share_between_calls(path, names, whole=names == (self.plan.text,) and not self.plan.text_inputs)
         for path, sliced in self.plan.sliced.items():
             self._slice(path, sliced)
+        for index in self.owned.held:  # last, since a block is no longer found by its name then
+            if index not in self.owned.first or index not in self.owned.second:
+                self._replace(places[index], HalfStandIn(places[index], partial(self._runs, index)))
 
     def detach(self) -> None:
         """Takes every hook off again, last one first."""
@@ -200,15 +225,26 @@ class Stage:
 
     # -- hooks -----------------------------------------------------------------------------------
 
-    def _replace(self, place: BlockPlace) -> None:
+    @property
+    def _now(self) -> range:
+        """The blocks that the half at work runs."""
+        assert self.context is not None
+        return self.owned.of(self.context.half)
+
+    def _runs(self, index: int) -> bool:
+        return index in self._now
+
+    def _replace(self, place: BlockPlace, by: StandIn) -> None:
         blocks = self.model.get_submodule(place.listing.path)
-        blocks[place.index] = StandIn(place.listing.streams, argument_positions(place.block))
+        blocks[place.index] = by
         self._undo.append(lambda: blocks.__setitem__(place.index, place.block))
 
-    def _enter_at(self, place: BlockPlace) -> None:
+    def _enter_at(self, place: BlockPlace, index: int) -> None:
         positions = argument_positions(place.block)
 
         def receive(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._now.start != index:
+                return None
             assert self.context is not None
             assert self.context.received is not None
             placed = list(args)
@@ -222,10 +258,12 @@ class Stage:
         handle = place.block.register_forward_pre_hook(receive, with_kwargs=True, prepend=True)
         self._undo.append(handle.remove)
 
-    def _leave_at(self, place: BlockPlace) -> None:
+    def _leave_at(self, place: BlockPlace, stop: int) -> None:
         names = place.listing.streams
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            if self._now.stop != stop:
+                return
             values = output if isinstance(output, tuple) else (output,)
             raise _StageDone(dict(zip(names, values, strict=True)))
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchpipe.patches import Patch
 
-Entries = tuple[int, int, int]  # of a batch: the first, one past the last, and how many there are
+Entries = tuple[int, int, int]  # of what is kept together: the first, one past the last, and how many there are
 SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
 
 
@@ -17,7 +17,7 @@ class LayerStore:
     Where keys are masked, what the mask adds to their scores is a third tensor, ``[batch, 1 or heads, rows, 1]``, and
     goes wherever the keys go.
 
-    Belongs to one layer, one guidance branch and one request.
+    Belongs to one layer, one half of a batch, one guidance branch and one request.
 
     Args:
         text_rows: Text rows in the sequence; 0 where the layer sees the image alone.
@@ -129,6 +129,9 @@ class LayerStore:
             return kept.narrow(SEQUENCE, 0, self.text_rows + self._fresh_tokens)
         text = kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows)
         return torch.cat([kept.narrow(SEQUENCE, 0, self._fresh_tokens), text], dim=SEQUENCE)
+
+
+LayerStores = dict[str, LayerStore]  # by the layer's name
 
 
 def _own(rows: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import balanced, block_cost, patch_costs, split_blocks
+from patchpipe.balance import balanced, block_cost, patch_costs, split_blocks, split_costs
 from patchpipe.models import plan_for
 from patchpipe.precheck import check_folder
 from tests import tiny
@@ -58,11 +59,41 @@ def test_a_dual_stream_block_of_flux_costs_what_its_image_stream_does() -> None:
 def test_stages_cover_all_blocks_in_order(name: str) -> None:
     model = tiny.pipeline(name, blocks=6).transformer
     plan = plan_for(model)
-    for stages in (1, 2, 3, 6):
-        ranges = split_blocks(model, plan, ParallelConfig(pipefusion=stages))
-        assert [index for owned in ranges for index in owned] == list(range(6))
+    for stages in range(1, 7):
+        split = split_blocks(model, plan, ParallelConfig(pipefusion=stages))
+        for half in (0, 1):
+            assert [index for owned in split for index in owned.of(half)] == list(range(6))
     chosen = split_blocks(model, plan, ParallelConfig(pipefusion=3, stage_blocks=(1, 4, 1)))
-    assert chosen == [range(1), range(1, 5), range(5, 6)]
+    assert [owned.held for owned in chosen] == [range(1), range(1, 5), range(5, 6)]
+
+
+def test_halves_of_a_batch_share_out_the_blocks_that_do_not_divide() -> None:
+    """28 blocks on 8 stages: in a step of both halves each stage runs 7, none holds more than 4."""
+    split = split_costs([1.0] * 28, 8, halved=True)
+    assert [len(stage.first) + len(stage.second) for stage in split] == [7] * 8
+    assert [len(stage.held) for stage in split] == [4] * 8
+    for half in (0, 1):
+        assert [index for stage in split for index in stage.of(half)] == list(range(28))
+
+
+@pytest.mark.parametrize(("costs", "stages"), [([1.0] * 24, 8), ([1.0] * 38, 8), ([5, 1, 1, 1, 1, 1], 2), ([2.0], 1)])
+def test_where_halves_make_no_stage_cheaper_they_share_its_blocks(costs: list[float], stages: int) -> None:
+    """24 divide by 8; 38 do not, but a stage would still run 10 for both halves; the last has one dear block."""
+    assert split_costs(costs, stages, halved=True) == split_costs(costs, stages)
+
+
+def test_stages_of_halves_are_for_guided_batches_that_stream_alone() -> None:
+    def halved(name: str, **layout: Any) -> bool:
+        model = tiny.pipeline(name, blocks=3).transformer
+        split = split_blocks(model, plan_for(model), ParallelConfig(pipefusion=2, **layout))
+        return any(stage.first != stage.second for stage in split)
+
+    assert halved("pixart")
+    assert halved("sd3", tensor=2)
+    assert not halved("flux")  # its guidance is a second call
+    assert not halved("pixart", cfg=2)  # each branch has ranks of its own
+    assert not halved("pixart", warmup="all")  # which runs whole batches
+    assert not halved("pixart", stage_blocks=(2, 1))
 
 
 def test_layouts_that_do_not_fit_the_model_are_refused() -> None:

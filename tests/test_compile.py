@@ -34,12 +34,12 @@ def traced(backend: str) -> Any:
     ("name", "graphs"),
     [
         ("flux", {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2}),
-        ("sd3", {"JointTransformerBlock": 3, "JointTransformerBlock_2": 3}),
-        ("qwen-padded", {"QwenImageTransformerBlock": 3}),
+        ("sd3", {"JointTransformerBlock": 2, "JointTransformerBlock_2": 2}),
+        ("qwen-padded", {"QwenImageTransformerBlock": 2}),
     ],
 )
 def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) -> None:
-    """One with text rows and one without; batches of two warm up one entry at a time, and stream whole."""
+    """One with text rows and one without; batches of two warm up and stream one entry at a time."""
     requests = [{"num_inference_steps": 2}, {"height": 144, "width": 80, "num_inference_steps": 2}]
     pipe, found = tiny.pipeline(name, blocks=2), {}
     for compiled in (False, True):
@@ -84,17 +84,32 @@ def test_law_6_compiled_layouts_are_tested(count: int) -> None:
         assert all(1 <= number <= 3 for each in graphs for number in each.values()), (layout, graphs)
 
 
+def test_stages_of_halves_are_compiled_too() -> None:
+    """Three blocks on two stages, of which each runs the middle one for a branch of guidance."""
+    layouts = [{"pipefusion": 2, "compile": compiled} for compiled in (False, True)]
+    eager, compiled = run_ranks(2, by_layout, "pixart", layouts, "eager", True, 3, True)[0]
+    assert relative(compiled["latents"], eager["latents"]) <= TOLERANCE
+    assert compiled["graphs"] == {"BasicTransformerBlock": 1}
+
+
 def by_layout(
-    place: Place, name: str, layouts: list[dict[str, Any]], backend: str, double: bool = False
+    place: Place,
+    name: str,
+    layouts: list[dict[str, Any]],
+    backend: str,
+    double: bool = False,
+    blocks: int = 2,
+    guided: bool = False,
 ) -> list[dict[str, Any]]:
     """Latents and graphs of every layout on this rank."""
-    pipe, found = tiny.pipeline(name, blocks=2, dtype=torch.float64 if double else torch.float32), []
+    pipe, found = tiny.pipeline(name, blocks=blocks, dtype=torch.float64 if double else torch.float32), []
     for layout in layouts:
         schedule = {"warmup": 1} if "distrifusion" in layout else pinned({"patches": 3}, HEIGHT)
         config = ParallelConfig(**layout, **schedule, timeout=60)
         patchpipe.parallelize(pipe, config, group=place.join(config))
         with traced(backend):
-            latents = paint(pipe, name, **tiny.call_arguments(name, guided="cfg" in layout, height=HEIGHT, steps=3))
+            settings = {"guided": guided or "cfg" in layout, "height": HEIGHT, "steps": 3}
+            latents = paint(pipe, name, **tiny.call_arguments(name, **settings))
         found.append({"latents": latents, "graphs": dict(pipe.patchpipe.graphs)})
         patchpipe.restore(pipe)
     return found
@@ -120,13 +135,13 @@ def test_a_block_with_a_forward_of_its_own_is_refused() -> None:
 
 
 def test_too_many_shapes_go_on_uncompiled(caplog: pytest.LogCaptureFixture) -> None:
-    pipe = tiny.pipeline("pixart", blocks=1)
+    pipe, two = tiny.pipeline("pixart", blocks=1), {"num_images_per_prompt": 2}  # one entry at a time, then two
     patchpipe.parallelize(pipe, ParallelConfig(patches=2))
-    expected = paint(pipe, "pixart")
+    expected = paint(pipe, "pixart", **two)
     patchpipe.restore(pipe)
     patchpipe.parallelize(pipe, ParallelConfig(patches=2, compile=True))
     with traced("eager"), torch._dynamo.config.patch(recompile_limit=1):
-        found = paint(pipe, "pixart")
+        found = paint(pipe, "pixart", **two)
     assert relative(found, expected) <= FLOAT32
     assert pipe.patchpipe.graphs == {"BasicTransformerBlock": 1}
     assert "runs uncompiled from now on" in caplog.text

@@ -35,6 +35,7 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
         {"ulysses": 2, "tensor": 2},
         {"ring": 4},
     ],
+    6: [{"pipefusion": 3, other: 2} for other in ("ulysses", "ring", "tensor")],  # stages of 4 blocks differ by half
     8: [{"cfg": 2, "pipefusion": 2, "ulysses": 2}, {"pipefusion": 2, "ring": 2, "ulysses": 2}],
 }
 

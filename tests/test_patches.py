@@ -89,6 +89,23 @@ def test_as_many_patches_as_make_a_request_short(
     assert quickest(stages, tokens, PatchCosts(hop, beside)) == patches
 
 
+@pytest.mark.parametrize(
+    ("stages", "tokens", "hop", "beside", "patches"),
+    [
+        (2, 4608, 0.004, 128, 2),
+        (2, 4608, 0.004, 16, 3),
+        (2, 64, 0.004, 16, 2),  # with one there would be nothing stale
+        (8, 4608, 0.017, 128, 5),  # not 4: the second half of a patch is back one stage's time after the first
+        (8, 4608, 0.3, 128, 6),
+        (16, 4608, 0.017, 128, 9),
+    ],
+)
+def test_two_halves_of_every_patch_need_half_as_many(
+    stages: int, tokens: int, hop: float, beside: float, patches: int
+) -> None:
+    assert quickest(stages, tokens, PatchCosts(hop, beside), halves=2) == patches
+
+
 def test_the_number_chosen_for_the_user_is_no_more_than_there_are_rows() -> None:
     rows = Rows(3, 4096, 1)
     assert len(Cut.of(rows, ParallelConfig(pipefusion=2), costs=PatchCosts(hop=1.0)).patches) == 3

@@ -32,6 +32,7 @@ from patchpipe.planner import (
     preset_named,
 )
 from patchpipe.planner.devices import DEVICES
+from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.links import LINKS
 from patchpipe.planner.measure import fit_products
 from patchpipe.planner.memory import stage_parameters, stored
@@ -104,6 +105,29 @@ def test_exact_methods_divide_the_work_on_free_links(method: str) -> None:
     assert (two.fresh, two.exact, two.busy) == (1.0, True, pytest.approx(1.0))
 
 
+def test_halves_of_a_batch_even_out_stages_that_blocks_do_not_divide() -> None:
+    """Of 28 blocks on 8 stages 7 in each for both halves, where whole batches would wait for stages of 4."""
+    guided = picture(blocks=28, branches=2)
+    one = predict(guided, ParallelConfig(), NOTHING_LOST)
+    even = predict(guided, ParallelConfig(pipefusion=8, patches=8), NOTHING_LOST)
+    uneven = predict(guided, ParallelConfig(pipefusion=8, patches=8, stage_blocks=(4,) * 4 + (3,) * 4), NOTHING_LOST)
+    assert one.period / even.period == pytest.approx(8)
+    assert one.period / uneven.period == pytest.approx(7)
+    assert max(rank.parameters for rank in even.memory) == max(rank.parameters for rank in uneven.memory)
+    store = {sum(rank.store for rank in found.memory) for found in (even, uneven)}
+    assert len(store) == 1, "a block at a boundary keeps keys and values of one half on either side"
+
+
+def test_halves_of_a_batch_fill_the_stages_with_half_as_many_patches() -> None:
+    guided = picture(blocks=24, branches=2)
+    five, four, eight = (
+        predict(guided, ParallelConfig(pipefusion=8, patches=patches), NOTHING_LOST) for patches in (5, 4, 8)
+    )
+    assert five.period == pytest.approx(eight.period)
+    assert four.period == pytest.approx(9 / 8 * eight.period)  # the second half is back one stage's time later
+    assert five.fresh > eight.fresh
+
+
 def test_synchronous_is_no_faster_than_one_device() -> None:
     workload = picture()
     one = predict(workload, ParallelConfig(), NOTHING_LOST).seconds
@@ -121,7 +145,7 @@ def test_text_again_with_every_patch_costs_what_it_costs() -> None:
     again = sum(theirs.piece(index).image + theirs.piece(index).text for index in range(8))
     assert once == 4096 + 512
     assert again / once == pytest.approx(1.78, abs=0.01)
-    assert [len(stage) for stage in theirs.stages] == [8] * 7 + [1]
+    assert [len(stage.held) for stage in theirs.stages] == [8] * 7 + [1]
 
 
 def test_a_device_faster_than_its_host_waits_for_it() -> None:
@@ -221,8 +245,11 @@ def test_workload_of_a_folder_equals_what_info_and_explain_tell(name: str, tmp_p
     folder = tiny.save(name, tmp_path)
     workload = workload_for(folder, Asked(height=64, width=64, text_tokens=8, dtype="fp32"))
     for config in (ParallelConfig(), ParallelConfig(pipefusion=2, patches=2), ParallelConfig(pipefusion=2, ulysses=2)):
-        layout = Layout(workload, dataclasses.replace(config, stage_blocks=None), NOTHING_LOST)
-        told = describe_model(folder, dataclasses.replace(config, stage_blocks=tuple(map(len, layout.stages))))
+        sizes = balanced_stages(
+            workload, NOTHING_LOST, config.pipefusion
+        )  # not those of a nominal device
+        config = dataclasses.replace(config, stage_blocks=sizes)
+        told = describe_model(folder, config)
         memory = predict(workload, config, NOTHING_LOST).memory
         assert [rank.parameters + rank.components for rank in memory] == [stage.bytes for stage in told.stages]
         volume = volume_of(folder, config, workload.image, 8)
@@ -236,7 +263,7 @@ def test_store_and_matrices_divide_as_documented() -> None:
 
     def held(**degrees: int) -> int:
         layout = Layout(workload, ParallelConfig(**degrees), NOTHING_LOST)  # type: ignore[arg-type]
-        return stored(layout, layout.stages[0])
+        return stored(layout, 0)
 
     assert held(pipefusion=4) == whole // 4
     assert held(pipefusion=4, ulysses=2) == whole // 8
@@ -245,7 +272,7 @@ def test_store_and_matrices_divide_as_documented() -> None:
     assert held(ulysses=4) == 0
     layout = Layout(workload, ParallelConfig(tensor=2), NOTHING_LOST)
     block = workload.blocks[0]
-    assert stage_parameters(layout, layout.stages[0], True) == 8 * (block.parameters - block.split_parameters // 2)
+    assert stage_parameters(layout, layout.held(0), True) == 8 * (block.parameters - block.split_parameters // 2)
 
 
 def test_fresh_shares() -> None:

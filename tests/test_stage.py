@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from patchpipe import ParallelConfig
+from patchpipe.balance import StageBlocks, stages_of
 from patchpipe.models import plan_for
 from patchpipe.patches import Cut
 from patchpipe.positions import PositionTable
-from patchpipe.stage import CallContext, Stage, StandIn
+from patchpipe.stage import CallContext, HalfStandIn, Stage, StandIn
 from tests import tiny
 
 PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen")
@@ -56,10 +57,9 @@ def whole_call(model: nn.Module, plan: Any, inputs: dict[str, Any], stages: int)
     cut = Cut.of(plan.grid.rows(model, inputs["hidden_states"].shape, inputs), ParallelConfig(patches=2))
     sizes, streams = {1: (4,), 2: (1, 3), 4: (1, 1, 1, 1)}[stages], None
     result: Any = None
-    for index, size in enumerate(sizes):
-        start = sum(sizes[:index])
+    for index in range(stages):
         first, last = index == 0, index == stages - 1
-        stage = Stage(model, plan, range(start, start + size), first=first, last=last)
+        stage = Stage(model, plan, stages_of(sizes)[index], first=first, last=last)
         stage.attach()
         try:
             context = CallContext(cut.whole, None, plan.text_rows(inputs), streams)
@@ -87,9 +87,11 @@ def test_a_stage_leaves_the_model_as_it_was(name: str) -> None:
     model = tiny.pipeline(name).transformer
     plan, modules = plan_for(model), dict(model.named_modules())
     before = {title: (id(module), sorted(module.__dict__), hooks(module)) for title, module in modules.items()}
-    stage = Stage(model, plan, range(1, 3), first=False, last=False)
+    stage = Stage(model, plan, StageBlocks(range(1, 3), range(2, 4)), first=False, last=False)
     stage.attach()
-    assert isinstance(model.get_submodule(plan.blocks_of(model)[0].name), StandIn)
+    kinds = [type(model.get_submodule(place.name)) for place in plan.blocks_of(model)]
+    assert (kinds[0], kinds[1], kinds[3]) == (StandIn, HalfStandIn, HalfStandIn)
+    assert kinds[2] is type(plan.blocks_of(model)[2].block)
     stage.detach()
     after = {t: (id(m), sorted(m.__dict__), hooks(m)) for t, m in model.named_modules()}
     assert after == before

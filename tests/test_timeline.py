@@ -149,6 +149,12 @@ def test_steps_are_cut_out_by_their_first_and_last_work() -> None:
 def test_a_timeline_comes_back_as_it_was(tmp_path: Path) -> None:
     files.write(FILLED, tmp_path / "x.json")
     assert files.read(tmp_path / "x.json") == FILLED
+    halves = [Event("compute", 10 * at, 10 * at + 5, Where(1, 0, False, 0, 0, half)) for at, half in enumerate((0, 1))]
+    timeline = Timeline((track(0, *halves),), FILLED.about)
+    files.write(timeline, tmp_path / "halves.json")
+    assert files.read(tmp_path / "halves.json") == timeline
+    names = [one["name"] for one in json.loads((tmp_path / "halves.json").read_text())["traceEvents"][3:]]
+    assert names == ["step 2 · patch 1 · half 1", "step 2 · patch 1 · half 2"]
 
 
 def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:

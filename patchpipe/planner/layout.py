@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import balanced, patch_costs
+from patchpipe.balance import StageBlocks, balanced, guides_in_halves, patch_costs, split_costs, stages_of
 from patchpipe.config import ParallelConfig
 from patchpipe.patches import Cut, PatchCosts, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
@@ -57,6 +57,11 @@ class Layout:
             stride *= getattr(self.config, name)
         return Line(getattr(self.config, axis), stride)
 
+    @property
+    def halves(self) -> int:
+        """Parts in which the batch goes through the stages where patches stream."""
+        return 2 if self.system.entries_overlap and self.config.distrifusion == 1 and self.batch % 2 == 0 else 1
+
     @cached_property
     def patches(self) -> tuple[int, ...]:
         """Image tokens of each patch in streaming order."""
@@ -65,7 +70,8 @@ class Layout:
             return (self.workload.image,)
         if self.system.text_every_patch:
             return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
-        return tuple(patch.token_count for patch in Cut.of(rows, self.config, text, self._patch_costs).patches)
+        cut = Cut.of(rows, self.config, text, self._patch_costs, self.halves)
+        return tuple(patch.token_count for patch in cut.patches)
 
     @property
     def _patch_costs(self) -> PatchCosts:
@@ -74,33 +80,45 @@ class Layout:
         return patch_costs(self.workload.width, len(self.workload.blocks), self.config, backend)
 
     @cached_property
-    def stages(self) -> tuple[tuple[Block, ...], ...]:
-        """The blocks of each stage."""
-        blocks, stages = self.workload.blocks, self.config.pipefusion
+    def stages(self) -> tuple[StageBlocks, ...]:
+        """The blocks of each stage, as ranges of the workload's."""
+        count, stages = len(self.workload.blocks), self.config.pipefusion
         if self.config.stage_blocks is not None:
-            sizes = self.config.stage_blocks
-        elif self.system.even_stages:
-            size = ceil(len(blocks) / stages)
-            sizes = tuple(max(0, min(size, len(blocks) - stage * size)) for stage in range(stages))
-        else:
-            sizes = balanced_stages(self.workload, self.profile, stages)
-        starts = [sum(sizes[:stage]) for stage in range(stages)]
-        return tuple(blocks[start : start + size] for start, size in zip(starts, sizes, strict=True))
+            return tuple(stages_of(self.config.stage_blocks))
+        if self.system.even_stages:
+            size = ceil(count / stages)
+            return tuple(stages_of(tuple(max(0, min(size, count - stage * size)) for stage in range(stages))))
+        halved = self.system.entries_overlap and guides_in_halves(self.workload.guidance, self.config)
+        return tuple(split_costs(block_seconds(self.workload, self.profile), stages, halved=halved))
+
+    def held(self, stage: int) -> tuple[Block, ...]:
+        """All blocks of a stage."""
+        return tuple(self.workload.blocks[index] for index in self.stages[stage].held)
+
+    def run(self, stage: int, half: int) -> tuple[Block, ...]:
+        """The blocks that a stage runs for a half of the batch."""
+        return tuple(self.workload.blocks[index] for index in self.stages[stage].of(half))
 
     def piece(self, index: int | None) -> Tokens:
-        """What a rank computes at once: its part of one patch, or of the whole latent (``None``)."""
+        """What a rank computes at once: its part of a half of one patch, or of the whole latent (``None``)."""
+        batch = self.batch if index is None else self.batch // self.halves
         image = self.workload.image if index is None else self.patches[index]
         carries = index in (None, 0) or self.system.text_every_patch
         text = self.workload.joint_text if carries else 0
         key_text = self.workload.text
-        return Tokens(ceil(image / self.parts), ceil(text / self.parts), self.workload.image, key_text, self.batch)
+        return Tokens(ceil(image / self.parts), ceil(text / self.parts), self.workload.image, key_text, batch)
 
 
 def balanced_stages(workload: Workload, profile: Profile, stages: int) -> tuple[int, ...]:
     """Blocks of each stage so that the dearest takes the least time on this device for this picture."""
+    return balanced(block_seconds(workload, profile), stages)
+
+
+def block_seconds(workload: Workload, profile: Profile) -> list[float]:
+    """Seconds of each block on one device, for the whole picture."""
     whole = Tokens(workload.image, workload.joint_text, workload.image, workload.text)
     known: dict[Block, float] = {}
     for block in workload.blocks:
         if block not in known:
             known[block] = block_parts(block, whole, profile.device, itemsize=workload.itemsize).total
-    return balanced([known[block] for block in workload.blocks], stages)
+    return [known[block] for block in workload.blocks]

@@ -44,14 +44,14 @@ def rank_memory(layout: Layout) -> tuple[RankMemory, ...]:
     ranks = []
     for rank in range(layout.config.world_size):
         stage = Mesh(layout.config.mesh_shape, rank).at("pipe")
-        blocks = layout.stages[stage]
+        blocks = layout.held(stage)
         last = stage == layout.config.pipefusion - 1
         decoding = _decoding(layout) if layout.config.parallel_vae or rank == layout.config.output_rank else 0
         ranks.append(
             RankMemory(
                 stage_parameters(layout, blocks, last) * layout.workload.itemsize,
                 _components(layout, rank),
-                stored(layout, blocks),
+                stored(layout, stage),
                 max(working, decoding),
             )
         )
@@ -65,14 +65,14 @@ def stage_parameters(layout: Layout, blocks: tuple[Block, ...], last: bool) -> i
     return own + layout.workload.embedders + (layout.workload.head if last else 0)
 
 
-def stored(layout: Layout, blocks: tuple[Block, ...]) -> int:
-    """Bytes of the keys and values a rank keeps: of all tokens, for its own blocks and heads."""
+def stored(layout: Layout, stage: int) -> int:
+    """Bytes of the keys and values a rank of a stage keeps: of all tokens, for its own blocks and heads."""
     workload, config = layout.workload, layout.config
     if config.synchronous or (len(layout.patches) == 1 and config.distrifusion == 1):
         return 0
-    entries = layout.batch * layout.calls
+    entries = layout.batch * layout.calls / layout.halves
     elements = 0.0
-    for block in blocks:
+    for block in (block for half in range(layout.halves) for block in layout.run(stage, half)):
         for attention in block.attentions:
             tokens = {"joint": workload.image + workload.text, "image": workload.image, "cross": 0}[attention.kind]
             elements += 2 * tokens * attention.width / (config.ulysses * config.tensor)

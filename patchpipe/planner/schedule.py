@@ -19,7 +19,7 @@ STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
 
 @dataclass(frozen=True)
 class Unit:
-    """What passes through the stages at once: a patch, or an entry of the batch in a synchronous step.
+    """What passes through the stages at once: half a patch's batch, or an entry of it in a synchronous step.
 
     Attributes:
         stages: Seconds on each stage, exchanges with ranks that share it included.
@@ -77,15 +77,18 @@ def play(units: list[Unit], free: list[float], ready: list[float]) -> list[float
     return done
 
 
-def total(synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, calls: int = 1) -> Timing:
+def total(
+    synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, calls: int = 1, halves: int = 1
+) -> Timing:
     """Seconds of ``steps`` steps, of which ``warmup`` are synchronous.
 
     Args:
         synchronous: Units of one synchronous call.
-        steady: Units of one steady call: the patches.
+        steady: Units of one steady call: the patches, each in as many halves.
         warmup: Synchronous steps.
         steps: All steps.
         calls: Calls in a step, one after the other; a step's patch begins when it is done in every call of the last.
+        halves: Units of each patch, all of which must be done as well.
     """
     count = len(steady[0].stages)
     once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
@@ -93,7 +96,8 @@ def total(synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, 
     free, ready, ends = [0.0] * count, [0.0] * len(steady), [0.0]
     for _ in range(min(streamed, STEADY_STEPS)):
         done = play(steady * calls, free, ready * calls)
-        ready = [max(done[index :: len(steady)]) for index in range(len(steady))]
+        patches = [max(done[at : at + halves]) for at in range(0, len(done), halves)]
+        ready = [max(patches[at // halves :: len(steady) // halves]) for at in range(len(steady))]
         ends.append(max(done))
     period = ends[-1] - ends[-2] if len(ends) > 1 else once
     seconds = warm * once + ends[-1] + max(0, streamed - STEADY_STEPS) * period
@@ -140,21 +144,23 @@ class Schedule:
         whole = self._synchronous()
         if not streams:
             return total(whole, whole, 0, self.workload.steps, self.layout.calls)
-        steady = [self._unit(self.layout.piece(index), True) for index in range(len(self.layout.patches))]
-        return total(whole, steady, warmup, self.workload.steps, self.layout.calls)
+        halves, pieces = self.layout.halves, map(self.layout.piece, range(len(self.layout.patches)))
+        steady = [self._unit(piece, True, half) for piece in pieces for half in range(halves)]
+        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves)
 
     def _synchronous(self) -> list[Unit]:
         """One synchronous call: the batch at once, or its entries one after the other where stages can overlap."""
-        piece = self.layout.piece(None)
+        piece, halves = self.layout.piece(None), self.layout.halves
         if self.layout.system.entries_overlap and self.config.pipefusion > 1 and piece.batch > 1:
             entry = Tokens(piece.image, piece.text, piece.keys, piece.key_text)
-            return [self._unit(entry, False)] * piece.batch
+            return [self._unit(entry, False, number // (piece.batch // halves)) for number in range(piece.batch)]
         return [self._unit(piece, False)]
 
-    def _unit(self, piece: Tokens, steady: bool) -> Unit:
+    def _unit(self, piece: Tokens, steady: bool, half: int = 0) -> Unit:
         times, compute, host = [], [], []
         outside = OUTSIDE_OPERATIONS * self.device.launch * self.layout.profile.slowdown
-        for blocks in self.layout.stages:
+        for stage in range(self.config.pipefusion):
+            blocks = self.layout.run(stage, half)
             spent = [self._block(block, piece, steady) for block in blocks]
             computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from patchpipe.balance import balanced
 from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
+from patchpipe.patches import fewest_patches
 from patchpipe.planner.devices import GIB
-from patchpipe.planner.layout import balanced_stages
+from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.predict import Prediction, predict
 from patchpipe.planner.profiles import Profile
 from patchpipe.planner.work import Workload
@@ -197,12 +198,13 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
     if wishes.exact or wishes.warmup == ALL_STEPS:
         yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)  # type: ignore[arg-type]
         return
-    for patches in _patch_counts(workload, degrees):
+    halves = Layout(workload, ParallelConfig(**given), profile).halves  # type: ignore[arg-type]
+    for patches in _patch_counts(workload, degrees, halves):
         yield ParallelConfig(**given, patches=patches, warmup=wishes.warmup, stage_blocks=blocks)  # type: ignore[arg-type]
 
 
-def _patch_counts(workload: Workload, degrees: dict[str, int]) -> list[int]:
-    """From as many patches as stages to four times as many, as far as there are rows for every rank of a patch."""
+def _patch_counts(workload: Workload, degrees: dict[str, int], halves: int) -> list[int]:
+    """From as few patches as fill the stages to four times as many as these, if there are rows for each rank of one."""
     stages, most = degrees["pipefusion"], workload.rows.count // (degrees["ring"] * degrees["ulysses"])
-    counts = {*range(stages, 2 * stages + 1), 2 * stages + stages // 2, 3 * stages, 4 * stages}
+    counts = {*range(fewest_patches(stages, halves), 2 * stages + 1), 2 * stages + stages // 2, 3 * stages, 4 * stages}
     return sorted(count for count in counts if count <= most)

@@ -99,7 +99,7 @@ def _draw_rank(picture: _Picture, row: int, track: Track) -> None:
     for event in picture.visible(track.events, "encode", "materialise", "decode"):
         _bar(picture, row, event, OTHER, NAMES.get(event.kind, ""), ink=INK)
     for event in picture.visible(track.events, "compute"):
-        pale = event.where is not None and event.where.branch > 0
+        pale = event.where is not None and (event.where.branch > 0 or event.where.half == 1)
         _bar(picture, row, event, *_look(event, picture.timeline.about.get("requests", 1) > 1), pale=pale)
     for event in picture.visible(track.events, "latent"):
         _bar(picture, row, event, LATENT)

@@ -29,6 +29,7 @@ class Where:
         warmup: Whether the call is synchronous.
         patch: The patch's index; ``None`` for the whole latent.
         request: The request's place among those in flight together.
+        half: Which half of the batch; ``None`` for all of it.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Where:
     warmup: bool
     patch: int | None = None
     request: int = 0
+    half: int | None = None
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def _entry(event: Event, rank: int, zero: int, branches: int, requests: int) -> 
         where = event.where
         args |= {"step": where.step + 1, "branch": where.branch + 1, "warmup": where.warmup}
         args |= {} if where.patch is None else {"patch": where.patch + 1}
+        args |= {} if where.half is None else {"half": where.half + 1}
         args |= {} if requests == 1 else {"request": where.request + 1}
     entry = {"name": _name(event, branches, requests), "cat": event.kind, "pid": rank, "tid": 0, "args": args}
     moment = {"ts": (event.start_ns - zero) / 1000}
@@ -162,7 +163,8 @@ def _entry(event: Event, rank: int, zero: int, branches: int, requests: int) -> 
 def _name(event: Event, branches: int, requests: int) -> str:
     if event.kind == "compute" and event.where is not None:
         patch = "whole latent" if event.where.patch is None else f"patch {event.where.patch + 1}"
-        branch = f" · branch {event.where.branch + 1}" if branches > 1 else ""
+        half = "" if event.where.half is None else f" · half {event.where.half + 1}"
+        branch = half + (f" · branch {event.where.branch + 1}" if branches > 1 else "")
         request = f"request {event.where.request + 1} · " if requests > 1 else ""
         return f"{request}step {event.where.step + 1} · {patch}{branch}"
     channel = event.details.get("channel")
@@ -179,12 +181,17 @@ def _timeline(about: dict[str, Any], entries: list[dict[str, Any]]) -> Timeline:
     return Timeline(tracks, rest)
 
 
+def _counted(index: int) -> int | None:
+    """A place in a row, told from its absence."""
+    return None if index < 0 else index
+
+
 def _event(entry: dict[str, Any]) -> Event:
     args = dict(entry["args"])
     where = None
     if "step" in args:
-        patch, request = args.pop("patch", None), args.pop("request", 1) - 1
+        patch, half, request = (args.pop(name, 0) - 1 for name in ("patch", "half", "request"))
         place = (args.pop("step") - 1, args.pop("branch") - 1, args.pop("warmup"))
-        where = Where(*place, patch=None if patch is None else patch - 1, request=request)
+        where = Where(*place, _counted(patch), max(0, request), _counted(half))
     start = round(entry["ts"] * 1000)
     return Event(entry["cat"], start, start + round(entry.get("dur", 0) * 1000), where, args)
