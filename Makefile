@@ -50,7 +50,7 @@ types: setup ## check types
 check: lint types test ## everything CI runs
 
 bench: setup ## measure every method against one device; writes bench/results and the docs
-	for shape in flux sd3 pixart; do $(BIN)/python -m bench.loopback --shape $$shape $(ARGS) || exit 1; done
+	for shape in flux-wide sd3 pixart; do $(BIN)/python -m bench.loopback --shape $$shape $(ARGS) || exit 1; done
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.plot
 

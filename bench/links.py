@@ -33,7 +33,7 @@ from tests.ranks import Place
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 PORT = 29577
-SIZE = "-768"  # of the narrow models: the slowest methods take minutes as it is
+NARROW = {"flux": "flux-wide", "pixart": "pixart-guided"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def main(
     """Measures over shaped links between two hosts of one thread; needs root."""
     if (shape, link) not in CARDS:
         raise typer.BadParameter(f"{shape} over {link}: use one of {', '.join(' '.join(pair) for pair in CARDS)}")
-    card, ranks, narrow = CARDS[shape, link], 2, shape + SIZE
+    card, ranks, narrow = CARDS[shape, link], 2, NARROW[shape]
     here = SHAPES[narrow]
     layer = measured_layer_seconds(narrow)
     tokens = here.image + here.text
-    sent = ulysses_bytes(tokens, here.width, ranks, FLOAT32)
+    sent = here.batch * ulysses_bytes(tokens, here.width, ranks, FLOAT32)
     bandwidth = sent / (card.rho * layer / ranks)
     latency = card.latency * layer / card.layer_seconds
     console = Console()
@@ -139,7 +139,7 @@ def told(said: Forecast) -> str:
 
 
 def measured_layer_seconds(shape: str) -> float:
-    """Seconds of one layer of one step on one core of this machine."""
+    """Seconds of one layer of one step on one core of this machine, for all branches of guidance."""
     torch.set_num_threads(1)
     keep_freed_memory()
     contender = Contender(PLAIN, shape, Place(0, 1, None), steps=2)

@@ -1,6 +1,6 @@
 """One device against several on this machine: one thread a rank, alternating in one run.
 
-python -m bench.loopback --shape flux --method plain --method pipefusion --method ulysses
+python -m bench.loopback --shape flux-wide --method plain --method pipefusion --method ulysses
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def workload_of(shape: str, steps: int) -> Workload:
     """A model of the bench as the planner sees it."""
     pipe, call = SHAPES[shape].build()
     asked = Asked(
-        height=call["height"], width=call["width"], steps=steps, guidance=False, dtype="fp32",
+        height=call["height"], width=call["width"], steps=steps, guidance=SHAPES[shape].batch > 1, dtype="fp32",
         text_tokens=SHAPES[shape].text or call["max_sequence_length"],
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

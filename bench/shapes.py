@@ -29,14 +29,19 @@ class Size:
     Attributes:
         side: Rows of the picture, and tokens of a row: a sixteenth of the pixels.
         blocks: Blocks of the model.
+        width: Channels of a token.
+        guided: Whether both branches of guidance are asked for.
     """
 
     side: int
     blocks: int
+    width: int = WIDTH
+    guided: bool = False
 
 
 FULL = Size(64, 4)  # 1024 pixels
-SMALL = Size(48, 6)  # 768 pixels: for slow links, which some methods need minutes over
+WIDE = Size(64, 4, 1024)  # heads of 128 channels, as FLUX.1 has them, and a third of its width
+GUIDED = Size(48, 4, guided=True)  # 768 pixels: two branches are as many tokens as one of 1086
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Shape:
         text: Text tokens in joint attention.
         width: Channels of a token.
         blocks: Blocks, with one self-attention each.
+        batch: Branches of guidance in a batch.
     """
 
     build: Build
@@ -56,6 +62,7 @@ class Shape:
     text: int = 0
     width: int = WIDTH
     blocks: int = FULL.blocks
+    batch: int = 1
 
 
 def bundled() -> tuple[Any, dict[str, Any]]:
@@ -66,10 +73,11 @@ def bundled() -> tuple[Any, dict[str, Any]]:
 
 def flux(size: Size) -> tuple[Any, dict[str, Any]]:
     """One dual-stream block to two or three single-stream ones; FLUX.1 itself has 19 and 38."""
+    channels = size.width // HEADS
     transformer = lambda: FluxTransformer2DModel(  # noqa: E731
         in_channels=16, num_layers=size.blocks // 3, num_single_layers=size.blocks - size.blocks // 3,
-        attention_head_dim=WIDTH // HEADS, num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH,
-        pooled_projection_dim=16, axes_dims_rope=(16, 24, 24),
+        attention_head_dim=channels, num_attention_heads=HEADS, joint_attention_dim=tiny.WIDTH,
+        pooled_projection_dim=16, axes_dims_rope=(16, (channels - 16) // 2, (channels - 16) // 2),
     )  # fmt: skip
     return _pipeline("flux", transformer), _call(size, max_sequence_length=64)
 
@@ -105,8 +113,9 @@ def pixart(size: Size) -> tuple[Any, dict[str, Any]]:
         num_layers=size.blocks, cross_attention_dim=WIDTH, sample_size=2 * size.side, patch_size=2,
         caption_channels=tiny.WIDTH, use_additional_conditions=False,
     )  # fmt: skip
-    unguided = {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
-    return _pipeline("pixart", transformer), _call(size, max_sequence_length=64, **unguided)
+    guidance = {"guidance_scale": 4.5 if size.guided else 1.0}
+    settings = {**guidance, "use_resolution_binning": False, "clean_caption": False}
+    return _pipeline("pixart", transformer), _call(size, max_sequence_length=64, **settings)
 
 
 def _pipeline(name: str, transformer: Callable[[], Any]) -> Any:
@@ -122,19 +131,17 @@ def _call(size: Size, **settings: Any) -> dict[str, Any]:
     return {"prompt": "red apple", "height": pixels, "width": pixels, "num_inference_steps": STEPS, **settings}
 
 
-def _shapes(suffix: str, size: Size) -> dict[str, Shape]:
-    """The narrow models at a size."""
-    counts = {"image": size.side**2, "blocks": size.blocks}
-    return {
-        f"flux{suffix}": Shape(partial(flux, size), text=64, **counts),
-        f"sd3{suffix}": Shape(partial(sd3, size), text=96, **counts),
-        f"pixart{suffix}": Shape(partial(pixart, size), **counts),
-    }
+def _shape(build: Callable[[Size], Any], size: Size, text: int = 0) -> Shape:
+    """A narrow model at a size."""
+    return Shape(partial(build, size), size.side**2, text, size.width, size.blocks, 2 if size.guided else 1)
 
 
 SHAPES = {
     "bundled": Shape(bundled, image=64, text=32, width=256, blocks=9),
-    **_shapes("", FULL),
-    **_shapes("-768", SMALL),
+    "flux": _shape(flux, FULL, 64),
+    "flux-wide": _shape(flux, WIDE, 64),
+    "sd3": _shape(sd3, FULL, 96),
+    "pixart": _shape(pixart, FULL),
+    "pixart-guided": _shape(pixart, GUIDED),
     "flux-real": Shape(flux_real, image=4096, text=512, width=3072, blocks=57),
 }

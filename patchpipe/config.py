@@ -28,12 +28,15 @@ class ParallelConfig:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
             shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
+            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks. A batch of an even
+            number of entries, such as both branches of guidance, goes through the stages in halves, so that half as
+            many patches keep them busy.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts them to cost the same.
-        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
+        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost; where guided batches go
+            through in halves, each half has boundaries of its own if that evens the stages out.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
             ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.

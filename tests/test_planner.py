@@ -245,9 +245,7 @@ def test_workload_of_a_folder_equals_what_info_and_explain_tell(name: str, tmp_p
     folder = tiny.save(name, tmp_path)
     workload = workload_for(folder, Asked(height=64, width=64, text_tokens=8, dtype="fp32"))
     for config in (ParallelConfig(), ParallelConfig(pipefusion=2, patches=2), ParallelConfig(pipefusion=2, ulysses=2)):
-        sizes = balanced_stages(
-            workload, NOTHING_LOST, config.pipefusion
-        )  # not those of a nominal device
+        sizes = balanced_stages(workload, NOTHING_LOST, config.pipefusion)  # not those of a nominal device
         config = dataclasses.replace(config, stage_blocks=sizes)
         told = describe_model(folder, config)
         memory = predict(workload, config, NOTHING_LOST).memory

@@ -150,8 +150,8 @@ def hold(place: Place, folders: dict[str, Path], layout: Layout) -> dict[str, tu
 
 def formula(model: Any, layout: Layout, stage: int) -> int:
     """Parameters of a stage: split matrices and the biases of their columns divided by T, the others whole."""
-    config, plan = ParallelConfig(**layout), plan_for(model)
-    owned = split_blocks(model, plan, config)[stage]
+    config, plan = ParallelConfig(**layout, warmup="all"), plan_for(model)
+    owned = split_blocks(model, plan, config)[stage].held
     names = owned_names(model, plan, owned, last=stage == config.pipefusion - 1)
     norms = ("norm", "time_text", "context_embedder", "x_embedder", "pos_embed", "adaln", "caption", "scale_shift")
     whole, split = 0, 0

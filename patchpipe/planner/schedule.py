@@ -12,7 +12,8 @@ from patchpipe.planner.work import Block
 PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
 MERGE_BYTES = 40  # read and written per element and hop to merge two parts of an attention in float32
 MERGE_OPERATIONS = 8
-EXCHANGE_OPERATIONS = 20  # an exchange among ranks, for the host: copies, views and the collective itself
+EXCHANGE_OPERATIONS = 16  # an exchange among ranks, for the host: copies, views and the collective itself
+HOP_OPERATIONS = 12  # a hop of Ring: keys and values sent, received and waited for, without copies
 COMPILED = 0.25  # of the operations of an eager block, as the host counts them, are left in a compiled one
 STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
 
@@ -174,7 +175,7 @@ class Schedule:
         """Seconds in which the host starts all kernels of a stage: a faster device waits for them."""
         config, share = self.config, COMPILED if self.config.compile else 1.0
         exchanged = EXCHANGE_OPERATIONS * (4 * (config.ulysses > 1) + (config.distrifusion > 1))
-        shared = exchanged + (config.ring - 1) * (EXCHANGE_OPERATIONS + MERGE_OPERATIONS)
+        shared = exchanged + (config.ring - 1) * (HOP_OPERATIONS + MERGE_OPERATIONS)
         started = float(OUTSIDE_OPERATIONS)
         for block in blocks:
             sums = EXCHANGE_OPERATIONS * (config.tensor > 1) * sum(matrix.summed for matrix in block.matrices)
