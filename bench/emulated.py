@@ -40,7 +40,7 @@ from patchpipe import ParallelConfig
 from patchpipe.balance import split_blocks
 from patchpipe.models import plan_for
 from patchpipe.patches import fewest_patches
-from patchpipe.planner.layout import Layout, balanced_stages
+from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.predict import predict
 from patchpipe.planner.profiles import Profile
 from patchpipe.tracing.busy import Stretch, busy
@@ -105,9 +105,9 @@ class Run:
         return MODELS[self.model].calibrated(self.pixels, profile)
 
     @property
-    def halves(self) -> int:
-        """Parts in which a batch goes through the stages."""
-        return Layout(MODELS[self.model].workload(self.pixels), self.config, self.profile).halves
+    def batch(self) -> int:
+        """Entries of the batch of a call."""
+        return MODELS[self.model].workload(self.pixels).batch
 
     def planned(self) -> Run:
         """With the dilation that makes a step last long enough here, and what the planner says of it."""
@@ -126,11 +126,11 @@ def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
     """PipeFusion at the planner's number of patches and at more, half as deep beside Ring, and every other method."""
     new = partial(Run, model=model, pixels=pixels)
     deep = {"pipefusion": ranks}
-    counts = sorted({best_patches(new, deep), ranks * 3 // 2})
-    found = [new(f"pipefusion{ranks}", options={**deep, "patches": count}) for count in counts]
+    best = best_patches(new, deep)
+    found = [new(f"pipefusion{ranks}", options=one) for one in (best, {**best, "patches": ranks * 3 // 2})]
     if ranks >= 8:
         half = {"pipefusion": ranks // 2, "ring": 2}
-        found += [new(f"pipefusion{ranks // 2} ring2", options={**half, "patches": best_patches(new, half)})]
+        found += [new(f"pipefusion{ranks // 2} ring2", options=best_patches(new, half))]
     found += [new(f"ulysses{min(ranks, 8)}" + (f" ring{ranks // 8}" if ranks > 8 else ""), options=_shared(ranks, 8))]
     found += [new(f"ulysses{u} ring{ranks // u}", options=_shared(ranks, u)) for u in (4, 2) if ranks > u]
     found += [new(f"ring{ranks}", options={"ring": ranks})]
@@ -145,15 +145,16 @@ def _shared(ranks: int, ulysses: int) -> dict[str, Any]:
     return {"ulysses": ulysses, "ring": ranks // ulysses}
 
 
-def best_patches(new: Callable[..., Run], options: dict[str, Any]) -> int:
-    """The planner's best number of patches."""
-    stages = options["pipefusion"]
-    fewest = fewest_patches(stages, new("", options=options).halves)
-
-    def seconds(patches: int) -> float:
-        return new("", options={**options, "patches": patches}).planned().predicted
-
-    return min((count for count in {*PATCHES, *range(fewest, stages + 3)} if count >= fewest), key=seconds)
+def best_patches(new: Callable[..., Run], options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the planner's best number of patches, of whole batches or of their halves."""
+    stages, even = options["pipefusion"], new("", options=options).batch % 2 == 0
+    tried = [
+        {**options, "patches": count, "split_batch": halves == 2}
+        for halves in ((1, 2) if even else (1,))
+        for count in {*PATCHES, *range(fewest_patches(stages, halves), stages + 3)}
+        if count >= fewest_patches(stages, halves)
+    ]
+    return min(tried, key=lambda one: new("", options=one).planned().predicted)
 
 
 def main(

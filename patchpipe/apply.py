@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patchpipe.agreement import attempt
-from patchpipe.balance import StageBlocks, split_blocks
+from patchpipe.balance import StageBlocks, goes_in_halves, split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
@@ -48,7 +48,7 @@ class Attachment:
         pipe: The pipeline.
         config: The layout.
         group: The ranks.
-        owned: The blocks that this rank's stage owns.
+        split: The blocks of every stage.
         part: This rank's part of their matrices, where they are split.
 
     Attributes:
@@ -59,13 +59,18 @@ class Attachment:
     """
 
     def __init__(
-        self, pipe: Any, config: ParallelConfig, group: Group, owned: StageBlocks, part: TensorPart | None = None
+        self,
+        pipe: Any,
+        config: ParallelConfig,
+        group: Group,
+        split: Sequence[StageBlocks],
+        part: TensorPart | None = None,
     ) -> None:
         self.config, self.group = config, group
         model: nn.Module = pipe.transformer
         plan = plan_for(model)
-        stage = Stage(model, plan, owned, first=group.first, last=group.last)
-        self.runner = Runner(model, plan, config, group, stage)
+        stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last)
+        self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split))
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
@@ -368,10 +373,9 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     about = {"model": type(model).__name__, "model_config": _settings(model)}
     group = meet(config, group, _device_of(pipe), about, problem)
     assert fitted is not None
-    plan, stages = fitted
-    owned = stages[group.stage]
-    part = tensor_part(model, plan, owned.held, group.mesh.at("tensor"), config.tensor)
-    Attachment(pipe, config, group, owned, part).attach()
+    plan, split = fitted
+    part = tensor_part(model, plan, split[group.stage].held, group.mesh.at("tensor"), config.tensor)
+    Attachment(pipe, config, group, split, part).attach()
     return pipe
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -82,17 +83,25 @@ def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> l
     if config.stage_blocks is not None:
         return stages_of(config.stage_blocks)
     costs = [block_cost(place) for place in places]
-    return split_costs(costs, config.pipefusion, halved=guides_in_halves(plan.guidance, config))
+    return split_costs(costs, config.pipefusion, halved=may_go_apart(plan.guidance, config))
 
 
-def guides_in_halves(guidance: str, config: ParallelConfig) -> bool:
-    """Whether the batches of guided requests go through a layout's stages in halves.
+def goes_in_halves(config: ParallelConfig, split: Sequence[StageBlocks]) -> bool:
+    """Whether batches of an even number of entries go through the stages in halves."""
+    if config.split_batch is not None:
+        return config.split_batch
+    return any(stage.first != stage.second for stage in split)
+
+
+def may_go_apart(guidance: str, config: ParallelConfig) -> bool:
+    """Whether the halves of guided batches may have stages of their own.
 
     Args:
         guidance: Whether the model's guidance branches come in one ``"batch"`` or as two ``"calls"``.
         config: The layout.
     """
-    return guidance == "batch" and config.pipefusion > 1 and config.cfg == 1 and not config.synchronous
+    batch = guidance == "batch" and config.cfg == 1 and config.split_batch is not False
+    return batch and config.pipefusion > 1 and not config.synchronous
 
 
 def stages_of(sizes: tuple[int, ...]) -> list[StageBlocks]:

@@ -28,15 +28,16 @@ class ParallelConfig:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
             shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks. A batch of an even
-            number of entries, such as both branches of guidance, goes through the stages in halves, so that half as
-            many patches keep them busy.
+            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
+        split_batch: Whether a batch of an even number of entries, such as both branches of guidance, goes through
+            the stages in halves. Half as many patches, which see fresher keys, then keep the stages busy, and blocks
+            that do not divide by the stages are evened out between the halves; a patch costs as much as two.
+            ``None`` does so where it evens out the stages.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts them to cost the same.
-        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost; where guided batches go
-            through in halves, each half has boundaries of its own if that evens the stages out.
+        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
             ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.
@@ -63,6 +64,7 @@ class ParallelConfig:
 
     pipefusion: int = 1
     patches: int | None = None
+    split_batch: bool | None = None
     warmup: int | Literal["all"] = 1
     patch_rows: tuple[int, ...] | None = None
     stage_blocks: tuple[int, ...] | None = None
@@ -90,6 +92,10 @@ class ParallelConfig:
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
                 "with pipefusion, patches or patch_rows"
             )
+        if self.split_batch is not None and not isinstance(self.split_batch, bool):
+            raise ValueError(f"split_batch={self.split_batch!r} must be True, False or None")
+        if self.split_batch and self.distrifusion > 1:
+            raise ValueError("split_batch=True is for patches that stream; distrifusion has none: leave it out")
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r} must be True or False")
         if self.compile:
@@ -220,6 +226,8 @@ class ParallelConfig:
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
+        if self.split_batch is not None:
+            degrees.append("batch in halves" if self.split_batch else "batch whole")
         return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:

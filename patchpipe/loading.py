@@ -92,7 +92,7 @@ def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str
     parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **options}
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
-    Attachment(pipe, config, group, owned, part).attach()
+    Attachment(pipe, config, group, found.stages, part).attach()
     return pipe
 
 

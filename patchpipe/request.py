@@ -122,12 +122,21 @@ class Request:
         model: The transformer.
         group: The ranks.
         number: Its place among the requests in flight together.
+        halves: Whether batches go through the stages in halves.
     """
 
     def __init__(
-        self, config: ParallelConfig, plan: ModelPlan, model: nn.Module, group: Group, number: int = 0
+        self,
+        config: ParallelConfig,
+        plan: ModelPlan,
+        model: nn.Module,
+        group: Group,
+        number: int = 0,
+        *,
+        halves: bool = False,
     ) -> None:
         self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
+        self._halves = halves
         self.traffic = Traffic(group)
         self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
         self.holder = group.first  # whether this rank holds the values of the lazy latent
@@ -200,7 +209,8 @@ class Request:
             rows = self.plan.grid.rows(self.model, shape, inputs)
             width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
             costs = patch_costs(width, blocks, self.config, self.group.backend)
-            halves = min(len(share.halves()) for share in share_batch(shape[0], 0, self.plan, self.config))
+            even = all(share.size % 2 == 0 for share in share_batch(shape[0], 0, self.plan, self.config))
+            halves = 2 if even and self._halves else 1
             self._cut, self._latent_shape = (
                 Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves),
                 spatial,

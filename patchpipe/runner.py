@@ -64,10 +64,14 @@ class Runner:
         config: The layout.
         group: The ranks.
         stage: This rank's part of the model.
+        halves: Whether batches go through the stages in halves.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage) -> None:
+    def __init__(
+        self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage, *, halves: bool
+    ) -> None:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
+        self._halves = halves
         self.request: Request | None = None
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
@@ -106,7 +110,7 @@ class Runner:
     @contextmanager
     def serving_one(self, number: int = 0) -> Iterator[Request]:
         """The extent of one of the requests; whatever it kept is gone afterwards."""
-        request = self.request = Request(self.config, self.plan, self.model, self.group, number)
+        request = self.request = Request(self.config, self.plan, self.model, self.group, number, halves=self._halves)
         self.stats[number] = request.stats
         request.traffic.resume()
         try:
@@ -216,15 +220,14 @@ class Runner:
         self._catch_up(call.inputs[self.plan.latent])
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
-        """What this rank runs one after the other: either half of each patch, or every entry of the whole latent.
+        """What this rank runs one after the other: the patches, each in halves of the batch if so configured.
 
-        A stage so begins with the second branch of guidance, or the second picture, while the next one is still busy
-        with the first: half as many patches keep all stages busy, and a synchronous step of several entries passes
-        through several stages at a time.
+        In a synchronous step it is the whole latent of every entry of the batch: a stage so begins with the second
+        branch of guidance, or the second picture, while the next one is still busy with the first.
         """
         assert self.request is not None
         streams_later = call.stores is not None and not self._displaced
-        shares = share.halves() if streams_later else (share,)
+        shares = share.halves() if streams_later and self._halves else (share,)
         if streams_later and call.patches[0].whole:
             shares = tuple(entry for half in shares for entry in half.one_by_one())
         batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo

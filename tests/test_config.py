@@ -28,6 +28,11 @@ from patchpipe import ParallelConfig
         ({"output_rank": 1}, "output_rank=1 is not one of the 1 ranks"),
         ({"pipefusion": 2, "text_rank": -1}, "text_rank=-1 is not one of the 2 ranks"),
         ({"pipefusion": 2, "text_rank": "all"}, 'text_rank=all is not one of the 2 ranks 0…1; or say "spread"'),
+        ({"split_batch": 1}, "split_batch=1 must be True, False or None"),
+        (
+            {"split_batch": True, "distrifusion": 2},
+            "split_batch=True is for patches that stream; distrifusion has none",
+        ),
         ({"backend": "mpi"}, "backend='mpi' is unknown: use 'auto', 'nccl' or 'gloo'"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"timeout": float("nan")}, "timeout=nan must be a positive number of seconds"),

@@ -180,14 +180,18 @@ def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[s
 PAIRS = [(patches, warmup) for patches in (2, 3, 4, 8) for warmup in (0, 1, 2)]
 COMMON: list[Layout] = [
     {"patches": 1, "warmup": 1},
-    {"patches": 3, "warmup": 1, "dtype": "bfloat16"},
-    {"patches": 3, "warmup": 1, "dtype": "float16"},
+    {"patches": 3, "warmup": 1, "split_batch": False, "dtype": "bfloat16"},
+    {"patches": 3, "warmup": 1, "split_batch": True, "dtype": "float16"},
 ]
 
 
 def patched(stages: int) -> list[Layout]:
+    """Guided batches of every second pair go in halves, which on three stages have blocks of their own."""
     taken = [pair for index, pair in enumerate(PAIRS) if stages == 1 or (index // 3 + pair[1] + stages) % 3]
-    return [{"patches": patches, "warmup": warmup} for patches, warmup in taken] + COMMON
+    layouts = [
+        {"patches": patches, "warmup": warmup, "split_batch": (patches + warmup) % 2 == 0} for patches, warmup in taken
+    ]
+    return layouts + COMMON
 
 
 UNEVEN: Mapping[str, Call] = {"11 rows": {"guided": True, "height": 176, "prompt": BATCH}}
@@ -219,7 +223,10 @@ def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(name: str, fol
 
 @pytest.mark.parametrize("name", RELATIVES)
 def test_law_2_the_schedule_never_shows_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
-    layouts = [{"patches": 3, "warmup": 1}, {"patches": 4, "warmup": 0}]
+    layouts = [
+        {"patches": 3, "warmup": 1, "split_batch": True},
+        {"patches": 4, "warmup": 0, "split_batch": False},
+    ]
     expected = alone(folder(name), name, layouts, CALLS)
     must_equal(run_ranks(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
 

@@ -18,7 +18,7 @@ from tests import parity, tiny
 from tests.ranks import run_ranks
 
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py
-SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0}]
+SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0, "split_batch": True}]
 # Rows of three tokens, odd in number, and of PixArt three heads: few of these degrees divide them.
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring", "tensor")],

@@ -24,6 +24,7 @@ from patchpipe.planner import (
     Layout,
     Line,
     Link,
+    Prediction,
     Profile,
     Workload,
     block_seconds,
@@ -120,12 +121,17 @@ def test_halves_of_a_batch_even_out_stages_that_blocks_do_not_divide() -> None:
 
 def test_halves_of_a_batch_fill_the_stages_with_half_as_many_patches() -> None:
     guided = picture(blocks=24, branches=2)
-    five, four, eight = (
-        predict(guided, ParallelConfig(pipefusion=8, patches=patches), NOTHING_LOST) for patches in (5, 4, 8)
-    )
-    assert five.period == pytest.approx(eight.period)
-    assert four.period == pytest.approx(9 / 8 * eight.period)  # the second half is back one stage's time later
-    assert five.fresh > eight.fresh
+
+    def stream(patches: int, split: bool) -> Prediction:
+        return predict(guided, ParallelConfig(pipefusion=8, patches=patches, split_batch=split), NOTHING_LOST)
+
+    whole = stream(8, False)
+    assert stream(5, True).period == pytest.approx(whole.period)
+    assert stream(4, True).period == pytest.approx(
+        9 / 8 * whole.period
+    )  # the second half is back one stage's time later
+    assert stream(5, False).period == pytest.approx(8 / 5 * whole.period)
+    assert stream(5, True).fresh > whole.fresh
 
 
 def test_synchronous_is_no_faster_than_one_device() -> None:

@@ -19,7 +19,7 @@ from patchpipe.config import DEGREES
 from patchpipe.models.plan import Rows
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.presets import crossed, preset_named
-from patchpipe.planner.report import command, reasons
+from patchpipe.planner.report import command, layout_words, reasons
 from patchpipe.planner.search import Choice, Wishes, search
 from patchpipe.planner.workloads import Asked, workload_for
 from tests import tiny
@@ -101,6 +101,20 @@ def test_no_better_number_of_patches_or_split_was_overlooked(flux: Choice) -> No
     for patches in range(best.config.pipefusion, 33):
         other = predict(FLUX, dataclasses.replace(best.config, patches=patches), PCIE)
         assert other.seconds >= best.seconds * 0.999
+
+
+def test_batches_are_split_where_that_pays() -> None:
+    """PixArt's 28 blocks do not divide by 8, so its halves go apart; SD3's 24 do, and there halves cost more."""
+    only = Wishes(methods=("pipefusion",))
+    pixart, sd3 = (workload_for(name, Asked(height=1024, width=1024)) for name in ("pixart-alpha", "sd3-medium"))
+    halves, whole = search(pixart, 8, PCIE, only).best, search(sd3, 8, PCIE, only).best
+    assert (halves.config.split_batch, whole.config.split_batch) == (True, None)
+    assert halves.patches < 8 <= whole.patches
+    assert halves.seconds < predict(pixart, ParallelConfig(pipefusion=8, patches=8, split_batch=False), PCIE).seconds
+    five = ParallelConfig(pipefusion=8, patches=5, stage_blocks=whole.config.stage_blocks)
+    split = dataclasses.replace(five, split_batch=True)
+    assert whole.seconds < predict(sd3, split, PCIE).seconds < predict(sd3, five, PCIE).seconds
+    assert "--split-batch" in layout_words(split)
 
 
 # -- memory --------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def explain(
     distrifusion: options.Distrifusion = 1,
     parallel_vae: options.ParallelVae = False,
     patches: options.Patches = None,
+    split_batch: options.SplitBatch = None,
     warmup: options.Warmup = "1",
     height: options.Height = 1024,
     width: options.Width = 1024,

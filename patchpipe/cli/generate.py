@@ -75,6 +75,7 @@ def generate(
     parallel_vae: options.ParallelVae = False,
     compile: options.Compile = False,
     patches: options.Patches = None,
+    split_batch: options.SplitBatch = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
     stage_blocks: options.StageBlocks = None,

@@ -45,6 +45,14 @@ Distrifusion = Annotated[
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
 Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
 Patches = Annotated[int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]")]
+SplitBatch = Annotated[
+    bool | None,
+    _option(
+        _LAYOUT,
+        "Run both branches of guidance one after the other. [dim]Default: if it evens out the stages.[/]",
+        "--split-batch/--no-split-batch",
+    ),
+]
 Warmup = Annotated[
     str,
     _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import StageBlocks, balanced, guides_in_halves, patch_costs, split_costs, stages_of
+from patchpipe.balance import StageBlocks, balanced, goes_in_halves, may_go_apart, patch_costs, split_costs, stages_of
 from patchpipe.config import ParallelConfig
 from patchpipe.patches import Cut, PatchCosts, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
@@ -60,7 +60,7 @@ class Layout:
     @property
     def halves(self) -> int:
         """Parts in which the batch goes through the stages where patches stream."""
-        return 2 if self.system.entries_overlap and self.config.distrifusion == 1 and self.batch % 2 == 0 else 1
+        return 2 if self.batch % 2 == 0 and goes_in_halves(self.config, self.stages) else 1
 
     @cached_property
     def patches(self) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Layout:
         if self.system.even_stages:
             size = ceil(count / stages)
             return tuple(stages_of(tuple(max(0, min(size, count - stage * size)) for stage in range(stages))))
-        halved = self.system.entries_overlap and guides_in_halves(self.workload.guidance, self.config)
+        halved = self.system.entries_overlap and may_go_apart(self.workload.guidance, self.config)
         return tuple(split_costs(block_seconds(self.workload, self.profile), stages, halved=halved))
 
     def held(self, stage: int) -> tuple[Block, ...]:

@@ -137,6 +137,8 @@ def layout_words(config: ParallelConfig) -> list[str]:
         words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
     words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
+    if config.split_batch is not None:
+        words.append("--split-batch" if config.split_batch else "--no-split-batch")
     words += ["--stage-blocks", ",".join(map(str, config.stage_blocks))] if config.stage_blocks else []
     words += ["--text-rank", str(config.text_rank)] if config.text_rank is not None else []
     words += ["--parallel-vae"] if config.parallel_vae else []

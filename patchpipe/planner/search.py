@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from patchpipe.balance import balanced
 from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
@@ -190,17 +190,20 @@ def _placements(config: ParallelConfig, workload: Workload) -> Iterator[Parallel
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
-    stages, given = degrees["pipefusion"], {**degrees, "compile": wishes.compile}
+    stages, given = degrees["pipefusion"], cast("dict[str, Any]", {**degrees, "compile": wishes.compile})
     if stages == 1:
-        yield ParallelConfig(**given, warmup=wishes.warmup)  # type: ignore[arg-type]
+        yield ParallelConfig(**given, warmup=wishes.warmup)
         return
     blocks = balanced_stages(workload, profile, stages) if len(set(workload.blocks)) > 1 else None
     if wishes.exact or wishes.warmup == ALL_STEPS:
-        yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)  # type: ignore[arg-type]
+        yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)
         return
-    halves = Layout(workload, ParallelConfig(**given), profile).halves  # type: ignore[arg-type]
-    for patches in _patch_counts(workload, degrees, halves):
-        yield ParallelConfig(**given, patches=patches, warmup=wishes.warmup, stage_blocks=blocks)  # type: ignore[arg-type]
+    given |= {"warmup": wishes.warmup, "stage_blocks": blocks}
+    as_it_comes = Layout(workload, ParallelConfig(**given), profile)
+    for halves in (1, 2) if as_it_comes.batch % 2 == 0 else (1,):
+        split = True if halves == 2 else None if as_it_comes.halves == 1 else False
+        for patches in _patch_counts(workload, degrees, halves):
+            yield ParallelConfig(**given, patches=patches, split_batch=split)
 
 
 def _patch_counts(workload: Workload, degrees: dict[str, int], halves: int) -> list[int]:
