@@ -130,7 +130,7 @@ def test_halves_of_a_batch_fill_the_stages_with_half_as_many_patches() -> None:
     assert stream(4, True).period == pytest.approx(
         9 / 8 * whole.period
     )  # the second half is back one stage's time later
-    assert stream(5, False).period == pytest.approx(8 / 5 * whole.period)
+    assert stream(5, False).period > 1.5 * whole.period  # three stages have nothing to do
     assert stream(5, True).fresh > whole.fresh
 
 
