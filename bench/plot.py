@@ -18,6 +18,7 @@ from bench.contenders import BESIDE, PLAIN
 from bench.rounds import IMAGES, load
 
 SHAPES = {"flux": "FLUX-shaped", "sd3": "SD3-shaped", "pixart": "PixArt-shaped"}
+LOOPBACK = {"flux": "flux-wide"}
 LINKS = {"nvlink": "NVLink", "pcie": "PCIe", "25gbe": "25 GbE"}
 COLOURS = {
     "pipefusion": "#1f6feb", "distrifusion": "#d1782c", "ulysses": "#3a9d5d", "ring": "#8a63d2", "tensor": "#b0485a",
@@ -34,7 +35,7 @@ def main() -> None:
 
 def panels() -> list[tuple[str, dict[str, Any]]]:
     """Title and figures of each result that is there."""
-    named = [(f"{title}, loopback", f"loopback-{shape}-2") for shape, title in SHAPES.items()]
+    named = [(f"{title}, loopback", f"loopback-{LOOPBACK.get(shape, shape)}-2") for shape, title in SHAPES.items()]
     named += [
         (f"{title}, {link}", f"links-{shape}-{key}") for shape, title in SHAPES.items() for key, link in LINKS.items()
     ]

@@ -120,14 +120,13 @@ def split_costs(costs: list[float], stages: int, *, halved: bool = False) -> lis
     """
     whole = balanced(costs, stages)
     if halved:
-        halves = balanced([cost / 2 for cost in costs for _ in range(2)], stages)
-        stops = list(accumulate(halves, initial=0))
+        half_blocks = [cost / 2 for cost in costs for _ in range(2)]
+        sizes = balanced(half_blocks, stages)
+        stops = list(accumulate(sizes, initial=0))
         first, second = [-(-stop // 2) for stop in stops], [stop // 2 for stop in stops]
         pairs = zip(pairwise(first), pairwise(second), strict=True)
         split = [StageBlocks(range(*one), range(*two)) for one, two in pairs]
-        cheaper = _dearest([cost / 2 for cost in costs for _ in range(2)], halves) <= WORTH_HOLDING * _dearest(
-            costs, whole
-        )
+        cheaper = _dearest(half_blocks, sizes) <= WORTH_HOLDING * _dearest(costs, whole)
         if cheaper and all(stage.first and stage.second for stage in split):
             return split
     return stages_of(whole)
