@@ -211,10 +211,8 @@ class Request:
             costs = patch_costs(width, blocks, self.config, self.group.backend)
             even = all(share.size % 2 == 0 for share in share_batch(shape[0], 0, self.plan, self.config))
             halves = 2 if even and self._halves else 1
-            self._cut, self._latent_shape = (
-                Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves),
-                spatial,
-            )
+            self._cut = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves)
+            self._latent_shape = spatial
             self._check_shares(self._cut)
             self._branches.clear()
             self.memo.clear()
