@@ -31,7 +31,8 @@ def main(
     rows = rows_of(run_ranks(ranks, take_turns, shape, names, rounds, steps, timeout=3600))
     limit = bound(steps, ranks)
     show(f"{shape}, {steps} steps, {ranks} ranks of one thread", rows, limit)
-    command = f"python -m bench.loopback --shape {shape} --rounds {rounds}"
+    chosen = "".join(f" --method {name}" for name in method or [])
+    command = f"python -m bench.loopback --shape {shape} --rounds {rounds}{chosen}"
     figures = {"shape": shape, "ranks": ranks, "steps": steps, "bound": limit, "rows": [row.as_dict() for row in rows]}
     save(f"loopback-{shape}-{ranks}", command, figures)
 
