@@ -129,7 +129,9 @@ def main(
         "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "choice": said.choice,
         "rows": [{**row.as_dict(), "predicted": said.seconds.get(row.name)} for row in rows],
     }  # fmt: skip
-    save(f"links-{shape}-{link}", f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}", figures)
+    chosen = "".join(f" --method {name}" for name in method or [])
+    command = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{chosen}"
+    save(f"links-{shape}-{link}", command, figures)
 
 
 def told(said: Forecast) -> str:

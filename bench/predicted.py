@@ -51,20 +51,19 @@ class Forecast:
     Attributes:
         seconds: By contender.
         choice: The contender it would take.
-        patches: Patches it would cut for PipeFusion.
     """
 
     seconds: dict[str, float]
     choice: str
-    patches: int
 
 
 def forecast(workload: Workload, profile: Profile, ranks: int) -> Forecast:
-    """Predicts every method of ours, PipeFusion with the planner's patches, and picks one."""
-    pipefusion = search(workload, ranks, profile, Wishes(fresh=0, methods=("pipefusion",))).best
-    seconds = {f"pipefusion:{pipefusion.patches}": pipefusion.seconds}
+    """Predicts every method of ours, PipeFusion with the planner's patches and with the program's own, and picks one."""
+    planned = search(workload, ranks, profile, Wishes(fresh=0, methods=("pipefusion",))).best
+    own = predict(workload, ParallelConfig(pipefusion=ranks), profile)
+    seconds = {f"pipefusion:{one.patches}": one.seconds for one in (own, planned)}
     for method in OURS:
         if method != "pipefusion":
             options: dict[str, int] = {method: ranks}
             seconds[method] = predict(workload, ParallelConfig(**options), profile).seconds  # type: ignore[arg-type]
-    return Forecast(seconds, min(seconds, key=lambda name: seconds[name]), pipefusion.patches)
+    return Forecast(seconds, min(seconds, key=lambda name: seconds[name]))
