@@ -130,8 +130,8 @@ def main(
         "rows": [{**row.as_dict(), "predicted": said.seconds.get(row.name)} for row in rows],
     }  # fmt: skip
     chosen = "".join(f" --method {name}" for name in method or [])
-    command = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{chosen}"
-    save(f"links-{shape}-{link}", command, figures)
+    asked = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{chosen}"
+    save(f"links-{shape}-{link}", asked, figures)
 
 
 def told(said: Forecast) -> str:

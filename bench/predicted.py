@@ -58,7 +58,7 @@ class Forecast:
 
 
 def forecast(workload: Workload, profile: Profile, ranks: int) -> Forecast:
-    """Predicts every method of ours, PipeFusion with the planner's patches and with the program's own, and picks one."""
+    """Predicts every method of ours, PipeFusion with the planner's patches and with the program's, and picks one."""
     planned = search(workload, ranks, profile, Wishes(fresh=0, methods=("pipefusion",))).best
     own = predict(workload, ParallelConfig(pipefusion=ranks), profile)
     seconds = {f"pipefusion:{one.patches}": one.seconds for one in (own, planned)}
