@@ -17,7 +17,7 @@ WARMUP, LATENT, OTHER, HATCH, LINE, INK = "#8c8c8c", "#2f2f2f", "#c9bfae", "#b8b
 NAMES = {"encode": "text", "decode": "VAE"}  # gathering is mostly waiting, and short
 LONG = 2e9  # nanoseconds from which seconds are the better unit
 WIDTH, ROW, DPI = 13.0, 0.62, 150  # inches, inches, dots per inch
-BAR, PALE = 0.8, 0.62  # height of a bar, as a share of a row; opacity of further guidance branches
+BAR, PALE = 0.8, 0.62  # height of a bar, as a share of a row; opacity of further guidance branches and second halves
 LEGEND = 9  # entries of the legend side by side
 LETTER = 0.006  # width of a letter, as a share of the time axis
 
@@ -231,6 +231,8 @@ def _legend(figure: Any, timeline: Timeline) -> None:
         handles += [Patch(color=colour, label=f"patch {', '.join(same)}")] if same else []
     if about.get("branches", 1) > 1:
         handles.append(Patch(color=COLOURS[0], alpha=PALE, label="further guidance branches are paler"))
+    if any(where.half for _, _, where in timeline.computes()):
+        handles.append(Patch(color=COLOURS[0], alpha=PALE, label="the second half of a batch is paler"))
     handles += [
         Patch(color=LATENT, label="scheduler"),
         Patch(color=OTHER, label="text, gather, VAE"),
