@@ -79,7 +79,7 @@ def _panel(axis: Any, title: str, figures: dict[str, Any]) -> None:
             axis.plot(place, plain / row["predicted"], "_", color="black", markersize=16)
     axis.axhline(figures["bound"], color=COLOURS["pipefusion"], linestyle=":", linewidth=1)
     axis.axhline(1, color="#9aa4ae", linewidth=0.8)
-    names = [row["name"].partition(":")[0].replace("diffusers-ulysses", "diffusers'\nUlysses") for row in rows]
+    names = [row["name"].replace(":", "\nM = ").replace("diffusers-ulysses", "diffusers'\nUlysses") for row in rows]
     axis.set_xticks(range(len(rows)), names, fontsize=6.5)
     axis.set_ylim(0, 2.25)
     axis.set_title(title, fontsize=9)
