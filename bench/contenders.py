@@ -43,6 +43,11 @@ def known(names: list[str]) -> list[str]:
     return names
 
 
+def as_options(names: list[str] | None) -> str:
+    """The contenders a command was given, as the end of that command; nothing where it took its usual ones."""
+    return "".join(f" --method {name}" for name in names or [])
+
+
 class Contender:
     """One of the ways, on one rank; ``with`` closes it, its connections and their threads too.
 

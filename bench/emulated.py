@@ -126,11 +126,11 @@ def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
     """PipeFusion at the planner's number of patches and at more, half as deep beside Ring, and every other method."""
     new = partial(Run, model=model, pixels=pixels)
     deep = {"pipefusion": ranks}
-    best = best_patches(new, deep)
+    best = best_cut(new, deep)
     found = [new(f"pipefusion{ranks}", options=one) for one in (best, {**best, "patches": ranks * 3 // 2})]
     if ranks >= 8:
         half = {"pipefusion": ranks // 2, "ring": 2}
-        found += [new(f"pipefusion{ranks // 2} ring2", options=best_patches(new, half))]
+        found += [new(f"pipefusion{ranks // 2} ring2", options=best_cut(new, half))]
     found += [new(f"ulysses{min(ranks, 8)}" + (f" ring{ranks // 8}" if ranks > 8 else ""), options=_shared(ranks, 8))]
     found += [new(f"ulysses{u} ring{ranks // u}", options=_shared(ranks, u)) for u in (4, 2) if ranks > u]
     found += [new(f"ring{ranks}", options={"ring": ranks})]
@@ -145,7 +145,7 @@ def _shared(ranks: int, ulysses: int) -> dict[str, Any]:
     return {"ulysses": ulysses, "ring": ranks // ulysses}
 
 
-def best_patches(new: Callable[..., Run], options: dict[str, Any]) -> dict[str, Any]:
+def best_cut(new: Callable[..., Run], options: dict[str, Any]) -> dict[str, Any]:
     """The options with the planner's best number of patches, of whole batches or of their halves."""
     stages, even = options["pipefusion"], new("", options=options).batch % 2 == 0
     tried = [

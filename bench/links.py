@@ -23,7 +23,7 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from bench.contenders import PLAIN, Contender, known
+from bench.contenders import PLAIN, Contender, as_options, known
 from bench.loopback import show
 from bench.network import Network
 from bench.predicted import Forecast, forecast, profile_of, workload_of
@@ -129,8 +129,7 @@ def main(
         "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "choice": said.choice,
         "rows": [{**row.as_dict(), "predicted": said.seconds.get(row.name)} for row in rows],
     }  # fmt: skip
-    chosen = "".join(f" --method {name}" for name in method or [])
-    asked = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{chosen}"
+    asked = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{as_options(method)}"
     save(f"links-{shape}-{link}", asked, figures)
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.contenders import BESIDE, OURS, PLAIN, THEIRS, known
+from bench.contenders import BESIDE, OURS, PLAIN, THEIRS, as_options, known
 from bench.rounds import Row, bound, rows_of, save, take_turns
 from bench.shapes import SHAPES, STEPS
 from tests.ranks import run_ranks
@@ -31,8 +31,7 @@ def main(
     rows = rows_of(run_ranks(ranks, take_turns, shape, names, rounds, steps, timeout=3600))
     limit = bound(steps, ranks)
     show(f"{shape}, {steps} steps, {ranks} ranks of one thread", rows, limit)
-    chosen = "".join(f" --method {name}" for name in method or [])
-    command = f"python -m bench.loopback --shape {shape} --rounds {rounds}{chosen}"
+    command = f"python -m bench.loopback --shape {shape} --rounds {rounds}{as_options(method)}"
     figures = {"shape": shape, "ranks": ranks, "steps": steps, "bound": limit, "rows": [row.as_dict() for row in rows]}
     save(f"loopback-{shape}-{ranks}", command, figures)
 

@@ -247,11 +247,8 @@ class Runner:
         assert self.request is not None
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
-            recorder.where = replace(
-                call.where,
-                patch=None if part.patch.whole else part.patch.index,
-                half=part.share.half,
-            )
+            patch = None if part.patch.whole else part.patch.index
+            recorder.where = replace(call.where, patch=patch, half=part.share.half)
         half = part.share.half or 0
         stores = None if call.stores is None else call.stores[half]
         context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo, half=half)

@@ -127,9 +127,8 @@ def test_halves_of_a_batch_fill_the_stages_with_half_as_many_patches() -> None:
 
     whole = stream(8, False)
     assert stream(5, True).period == pytest.approx(whole.period)
-    assert stream(4, True).period == pytest.approx(
-        9 / 8 * whole.period
-    )  # the second half is back one stage's time later
+    # with as many pieces as stages each waits one more piece, since a patch is back with its second half
+    assert stream(4, True).period == pytest.approx(9 / 8 * whole.period)
     assert stream(5, False).period > 1.5 * whole.period  # three stages have nothing to do
     assert stream(5, True).fresh > whole.fresh
 
