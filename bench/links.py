@@ -23,11 +23,11 @@ import torch.distributed as dist
 import typer
 from rich.console import Console
 
-from bench.contenders import PLAIN, Contender, as_options, known
+from bench.contenders import BESIDE, PLAIN, Contender, as_options, known
 from bench.loopback import show
 from bench.network import Network
 from bench.predicted import Forecast, forecast, profile_of, workload_of
-from bench.rounds import bound, keep_freed_memory, rows_of, save, take_turns
+from bench.rounds import bound, keep_freed_memory, load, rows_of, save, take_turns, with_earlier
 from bench.shapes import SHAPES, STEPS
 from tests.ranks import Place
 
@@ -91,6 +91,7 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the earlier rows of contenders not asked for.")] = False,
 ) -> None:
     """Measures over shaped links between two hosts of one thread; needs root."""
     if (shape, link) not in CARDS:
@@ -110,7 +111,7 @@ def main(
     )
     workload = workload_of(narrow, steps)
     said = forecast(workload, profile_of(workload, layer, bandwidth, latency, ranks), ranks)
-    names = list(dict.fromkeys([PLAIN, *known(method or list(said.seconds))]))  # each once
+    names = list(dict.fromkeys([PLAIN, BESIDE, *known(method or list(said.seconds))]))  # each once
     with tempfile.TemporaryDirectory() as folder, Network(ranks, bandwidth * 8, latency) as network:
         spec = Path(folder) / "spec.json"
         spec.write_text(json.dumps({"shape": narrow, "names": names, "rounds": rounds, "steps": steps, "ranks": ranks}))
@@ -127,10 +128,13 @@ def main(
     figures = {
         "shape": shape, "link": link, "card": asdict(card), "rho": card.rho, "layer_seconds": layer, "steps": steps,
         "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "choice": said.choice,
-        "rows": [{**row.as_dict(), "predicted": said.seconds.get(row.name)} for row in rows],
+        "rows": [{**row.as_dict(), "predicted": said.of(row.name, row.patches)} for row in rows],
     }  # fmt: skip
+    name = f"links-{shape}-{link}"
     asked = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{as_options(method)}"
-    save(f"links-{shape}-{link}", asked, figures)
+    if keep:
+        asked, figures = with_earlier(load(name), asked + " --keep", figures)
+    save(name, asked, figures)
 
 
 def told(said: Forecast) -> str:

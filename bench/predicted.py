@@ -56,6 +56,10 @@ class Forecast:
     seconds: dict[str, float]
     choice: str
 
+    def of(self, name: str, patches: int) -> float | None:
+        """Seconds of a contender; one that took a number of patches by itself goes by that number."""
+        return self.seconds.get(name, self.seconds.get(f"{name}:{patches}"))
+
 
 def forecast(workload: Workload, profile: Profile, ranks: int) -> Forecast:
     """Predicts every method of ours, PipeFusion with the planner's patches and with the program's, and picks one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -156,4 +155,14 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-Measure = Callable[..., Figures]
+def with_earlier(earlier: dict[str, Any] | None, command: str, figures: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Adds the rows of an earlier run that this one did not measure; each stands beside plain diffusers of its own run.
+
+    Returns:
+        The commands of both runs, and the figures.
+    """
+    if earlier is None:
+        return command, figures
+    names = {row["name"] for row in figures["rows"]}
+    kept = [row for row in earlier["rows"] if row["name"] not in names]
+    return f"{earlier['command']}\n{command}", {**figures, "rows": [*figures["rows"], *kept]}

@@ -20,7 +20,7 @@ from bench.emulated_report import fastest
 from bench.links import CARDS, ulysses_bytes
 from bench.network import Network
 from bench.report import compiled, table
-from bench.rounds import bound, rows_of
+from bench.rounds import bound, rows_of, with_earlier
 from patchpipe import ParallelConfig
 from patchpipe.planner import Line, Profile, block_seconds, link_named, predict
 
@@ -149,6 +149,15 @@ def test_rows_measured_anew_replace_the_old_ones() -> None:
     old = [{"name": name, "patches": 1, "contended": True, "seconds": 1} for name in ("ring8", "tensor8")]
     new = [{**old[1], "seconds": 2}, {**old[1], "contended": False, "seconds": 3}]
     assert [row["seconds"] for row in merged(old, new)] == [1, 2, 3]
+
+
+def test_rows_that_a_run_did_not_measure_can_be_kept() -> None:
+    old = {"command": "one", "rows": [{"name": "plain", "speedup": 1.0}, {"name": "ring", "speedup": 1.5}]}
+    new = {"rho": 0.4, "rows": [{"name": "plain", "speedup": 1.0}, {"name": "pipefusion", "speedup": 1.8}]}
+    command, figures = with_earlier(old, "two", new)
+    assert command == "one\ntwo"
+    assert [row["name"] for row in figures["rows"]] == ["plain", "pipefusion", "ring"]
+    assert with_earlier(None, "two", new) == ("two", new)
 
 
 def test_a_summary_compares_with_the_best_there_is() -> None:
