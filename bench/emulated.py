@@ -37,10 +37,10 @@ from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
 from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
-from patchpipe.balance import split_blocks
+from patchpipe.balance import sizes_of, split_blocks
 from patchpipe.models import plan_for
 from patchpipe.patches import fewest_patches
-from patchpipe.planner.layout import balanced_stages
+from patchpipe.planner.layout import Layout
 from patchpipe.planner.predict import predict
 from patchpipe.planner.profiles import Profile
 from patchpipe.tracing.busy import Stretch, busy
@@ -113,8 +113,10 @@ class Run:
         """With the dilation that makes a step last long enough here, and what the planner says of it."""
         model, options = MODELS[self.model], dict(self.options)
         workload = model.workload(self.pixels)
-        if self.config.pipefusion > 1 and len(set(workload.blocks)) > 1:  # the tiny model does not show what they cost
-            options["stage_blocks"] = balanced_stages(workload, self.profile, self.config.pipefusion)
+        stages = Layout(workload, self.config, self.profile).stages
+        if len(stages) > 1 and len(set(workload.blocks)) > 1:  # the tiny model does not show what they cost
+            options["stage_blocks"] = sizes_of(stages)
+            options.pop("share_blocks", None)
         found = predict(workload, ParallelConfig(**options), self.profile)
         steps = max(STEPS.get(self.kind, 1), model.fewest)
         period = PERIOD.get(self.kind, OTHER_PERIOD) / (1 if self.kind in STEPS else steps)
@@ -149,12 +151,19 @@ def best_cut(new: Callable[..., Run], options: dict[str, Any]) -> dict[str, Any]
     """The options with the planner's best number of patches, of whole batches or of their halves."""
     stages, even = options["pipefusion"], new("", options=options).batch % 2 == 0
     tried = [
-        {**options, "patches": count, "split_batch": halves == 2}
-        for halves in ((1, 2) if even else (1,))
+        {**options, "patches": count, **how}
+        for halves, how in _ways(even)
         for count in {*PATCHES, *range(fewest_patches(stages, halves), stages + 3)}
         if count >= fewest_patches(stages, halves)
     ]
     return min(tried, key=lambda one: new("", options=one).planned().predicted)
+
+
+def _ways(even: bool) -> list[tuple[int, dict[str, bool]]]:
+    """How a batch may go through the stages: in one or in halves, whole blocks or shared ones."""
+    whole = {"split_batch": False, "share_blocks": False}
+    halves = [(2, {"split_batch": True})] if even else []
+    return [(1, whole), (1, {**whole, "share_blocks": True}), *halves]
 
 
 def main(

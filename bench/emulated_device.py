@@ -277,7 +277,7 @@ def emulate(model: nn.Module, plan: ModelPlan, costs: Costs, device: EmulatedDev
     for index in owned.held:
         linears = split_linears(model, plan, places[index]) if costs.tensor > 1 else []
         sums = [split for split in linears if split.dim == INPUTS]
-        first = index == max(owned.first.start, owned.second.start)  # the first that every half runs
+        first = index == owned.start.places[-1]  # the first that runs in every turn
         EmulatedBlock(places[index], costs.workload.blocks[index], costs, device, first, sums, heads)
 
 

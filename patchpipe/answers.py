@@ -6,7 +6,7 @@ stage holds the latent and so needs every piece.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from patchpipe.batches import BatchShare
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
+from patchpipe.shared_keys import SharedKeys
 from patchpipe.store import LayerStores
 from patchpipe.tracing.recorder import Where
 from patchpipe.transport import Receive
@@ -34,6 +35,7 @@ class Call:
         shares: Who runs which part of its batch.
         stores: The branch's keys and values on this rank, of each half of its batch; ``None`` where nothing is ever
             stale.
+        shared: What comes and goes for blocks that two stages share.
         text_rows: Text rows in joint attention.
         where: Which call it is, for the timeline.
     """
@@ -43,6 +45,7 @@ class Call:
     patches: tuple[Patch, ...]
     shares: tuple[BatchShare, ...]
     stores: tuple[LayerStores, LayerStores] | None
+    shared: Sequence[SharedKeys]
     text_rows: int
     where: Where
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patchpipe.agreement import attempt
-from patchpipe.balance import StageBlocks, goes_in_halves, split_blocks
+from patchpipe.balance import StageBlocks, goes_in_halves, shared_blocks, split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
@@ -27,6 +27,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
+from patchpipe.shared_keys import shared_with_neighbours
 from patchpipe.stage import Stage
 from patchpipe.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.tracing.recorder import span
@@ -70,7 +71,10 @@ class Attachment:
         model: nn.Module = pipe.transformer
         plan = plan_for(model)
         stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last)
-        self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split))
+        if shared_blocks(split):
+            group.open_keys()
+        shared = shared_with_neighbours(split[group.stage], plan.blocks_of(model), group)
+        self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split), shared=shared)
         self._pipe, self._stage, self._part = pipe, stage, part
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all

@@ -33,11 +33,16 @@ class ParallelConfig:
             the stages in halves. Half as many patches, which see fresher keys, then keep the stages busy, and blocks
             that do not divide by the stages are evened out between the halves; a patch costs as much as two.
             ``None`` does so where it evens out the stages.
+        share_blocks: Whether two neighbouring stages may both hold the block between them, and run it for some of the
+            patches each, so that stages take equally long where blocks do not divide by them. The picture is the
+            same; fresh keys and values of such blocks are sent to the other stage. ``None`` does so where a step is
+            at least 3 % shorter, and not where ``split_batch`` evens out the stages.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
             bit-equal to one device.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts them to cost the same.
-        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost.
+        stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost. In ``(3.5, 3.5)`` both stages
+            hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
             ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.
@@ -65,9 +70,10 @@ class ParallelConfig:
     pipefusion: int = 1
     patches: int | None = None
     split_batch: bool | None = None
+    share_blocks: bool | None = None
     warmup: int | Literal["all"] = 1
     patch_rows: tuple[int, ...] | None = None
-    stage_blocks: tuple[int, ...] | None = None
+    stage_blocks: tuple[float, ...] | None = None
     output_rank: int = 0
     text_rank: int | Literal["spread"] | None = None
     data: int = 1
@@ -92,10 +98,12 @@ class ParallelConfig:
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
                 "with pipefusion, patches or patch_rows"
             )
-        if self.split_batch is not None and not isinstance(self.split_batch, bool):
-            raise ValueError(f"split_batch={self.split_batch!r} must be True, False or None")
-        if self.split_batch and self.distrifusion > 1:
-            raise ValueError("split_batch=True is for patches that stream; distrifusion has none: leave it out")
+        for name in ("split_batch", "share_blocks"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} must be True, False or None")
+            if value and self.distrifusion > 1:
+                raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
         if not isinstance(self.compile, bool):
             raise ValueError(f"compile={self.compile!r} must be True or False")
         if self.compile:
@@ -106,6 +114,10 @@ class ParallelConfig:
             _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously')
         self._freeze("patch_rows")
         self._freeze("stage_blocks")
+        if self.share_blocks:
+            self._check_share_blocks("share_blocks=True")
+            if self.stage_blocks is not None:
+                raise ValueError(f"share_blocks=True and stage_blocks={self.stage_blocks} exclude each other")
         if self.patch_rows is not None:
             self._check_patch_rows(self.patch_rows)
         if self.stage_blocks is not None:
@@ -228,6 +240,8 @@ class ParallelConfig:
             degrees.append(f"patches {patches}")
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
+        if self.share_blocks is not None:
+            degrees.append("shared blocks" if self.share_blocks else "whole blocks")
         return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
@@ -253,12 +267,20 @@ class ParallelConfig:
                 f"patch_rows={rows} names {len(rows)} patches but patches={self.patches}: leave one of them out"
             )
 
-    def _check_stage_blocks(self, blocks: tuple[int, ...]) -> None:
-        if len(blocks) != self.pipefusion or any(not isinstance(n, int) or n < 1 for n in blocks):
+    def _check_stage_blocks(self, blocks: tuple[float, ...]) -> None:
+        if len(blocks) != self.pipefusion or any(not isinstance(n, int | float) or n < 1 for n in blocks):
             raise ValueError(
                 f"stage_blocks={blocks} must list at least one block for each of the "
                 f"{self.pipefusion} stages (pipefusion={self.pipefusion})"
             )
+        if any(n % 1 for n in blocks):
+            self._check_share_blocks(f"stage_blocks={blocks}")
+
+    def _check_share_blocks(self, asked: str) -> None:
+        if self.split_batch:
+            raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
+        if self.warmup == 0:
+            raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:

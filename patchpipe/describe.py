@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from patchpipe.axes import Mesh
-from patchpipe.balance import StageBlocks, split_blocks
+from patchpipe.balance import StageBlocks, shared_blocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.explain import Volume
@@ -112,8 +112,12 @@ def _stages(
 
 def _blocks(places: list[BlockPlace], owned: StageBlocks) -> str:
     """For example ``transformer_blocks 4…6; 3…6 for the second half of a batch``."""
-    first, second = (_ranges([places[index] for index in blocks]) for blocks in (owned.first, owned.second))
-    return first if first == second else f"{first}; {second} for the second half of a batch"
+    if owned.halves:
+        first, second = (_ranges([places[index] for index in owned.of(half)]) for half in range(2))
+        return first if first == second else f"{first}; {second} for the second half of a batch"
+    shares = ((owned.start, 1 - owned.start.share), (owned.stop, owned.stop.share))
+    parts = [f"{_ranges([places[side.block]])} for {share:.0%} of the patches" for side, share in shares if side.share]
+    return "; ".join([_ranges([places[index] for index in owned.held]), *parts])
 
 
 def _ranges(places: list[BlockPlace]) -> str:
@@ -160,14 +164,16 @@ def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text
     source = PipelineFolder.locate(model)
     plan = source.plan()
     transformer = source.build("transformer", torch.float32)
-    split_blocks(transformer, plan, config)
+    split = split_blocks(transformer, plan, config)
     check_tensor(transformer, plan, config.tensor)
     dtype = Checkpoint(source.path / "transformer").dtype()
     joint, width, places = text_tokens if plan.text_inputs else 0, plan.width(transformer), plan.blocks_of(transformer)
+    attended = [_attended(place, image_tokens, joint) for place in places]
     return Volume(
         tokens=image_tokens + joint,
         width=width,
-        attended=sum(_attended(place, image_tokens, joint) for place in places),
+        attended=sum(attended),
+        shared=sum(attended[index] for index in shared_blocks(split)),
         summed=sum(_summed(transformer, plan, place, image_tokens, joint) for place in places),
         itemsize=dtype.itemsize,
     )
@@ -175,8 +181,7 @@ def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text
 
 def _attended(place: BlockPlace, image: int, text: int) -> int:
     """Rows of a block's self-attention layers."""
-    kinds = [kind for path, kind in place.listing.attention.items() if getattr(place.block, path, None) is not None]
-    return sum({"joint": image + text, "image": image, "cross": 0}[kind] for kind in kinds)
+    return sum({"joint": image + text, "image": image}[kind] for kind in place.self_attention.values())
 
 
 def _summed(model: nn.Module, plan: ModelPlan, place: BlockPlace, image: int, text: int) -> int:

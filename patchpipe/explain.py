@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from patchpipe.axes import AXES, Mesh
 from patchpipe.config import SPREAD, ParallelConfig
@@ -18,6 +18,7 @@ class Volume:
         attended: Rows of all self-attention layers together: p·L where each block has one over all tokens.
         summed: Rows of the sums that end split matrices, all blocks together: 2·p·L with two a block.
         itemsize: Bytes of an element.
+        shared: Of the rows attended, those in blocks that two stages share.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class Volume:
     attended: int
     summed: int
     itemsize: int
+    shared: int = 0
 
 
 # More than these no pipeline of diffusers has.
@@ -37,14 +39,15 @@ def traffic(config: ParallelConfig, volume: Volume) -> dict[str, float]:
     """Bytes a rank sends per step of one branch of one picture, by method.
 
     The papers' cost table (arXiv 2405.14430, table 1; arXiv 2411.01738) with its constants; the mean over ranks where
-    rows, heads or blocks divide unevenly, and of PipeFusion what every stage but the last sends on. Predictions of
-    the noise, a few channels wide, are left out.
+    rows, heads or blocks divide unevenly, and of PipeFusion what every stage but the last sends on, and for blocks that
+    two stages share, in both directions, keys and values. Predictions of the noise, a few channels wide, are left out.
     """
     ulysses, ring, tensor, displaced = config.ulysses, config.ring, config.tensor, config.distrifusion
     parts, element = displaced * ring * ulysses, volume.width * volume.itemsize
     attended, summed = volume.attended / config.pipefusion * element, volume.summed / config.pipefusion * element
+    shared = 2 * volume.shared * element / (ulysses * tensor) / max(1, config.pipefusion - 1)
     sent = {
-        "pipefusion": volume.tokens / parts * element,
+        "pipefusion": volume.tokens / parts * element + shared,
         "ulysses": 4 * attended / (displaced * ring * tensor) / ulysses * (ulysses - 1) / ulysses,
         "ring": 2 * attended / (displaced * ulysses * tensor) * (ring - 1) / ring,
         "tensor": 2 * summed / parts * (tensor - 1) / tensor,
@@ -59,7 +62,7 @@ def kept(config: ParallelConfig, volume: Volume) -> float:
     The papers' table again: ``2·p·h·L`` over the stages and over the ranks that share heads. With every step a
     warm-up step, or the latent in one patch, nothing is kept.
     """
-    whole = 2 * volume.attended * volume.width * volume.itemsize
+    whole = 2 * (volume.attended + volume.shared) * volume.width * volume.itemsize
     return whole / (config.pipefusion * config.ulysses * config.tensor)
 
 
@@ -86,7 +89,12 @@ def describe_ranks(config: ParallelConfig) -> str:
 
 def _expected(config: ParallelConfig) -> list[str]:
     """What a rank sends in a step, for a model everybody knows the size of."""
-    sent = [f"{method} {size / 1e6:,.0f} MB" for method, size in traffic(config, FLUX_AT_1024).items()]
+    from patchpipe.balance import may_share, shared_blocks, split_costs  # brings torch in
+
+    blocks = FLUX_AT_1024.attended // FLUX_AT_1024.tokens
+    split = split_costs([1.0] * blocks, min(config.pipefusion, blocks), shared=may_share(config))
+    volume = replace(FLUX_AT_1024, shared=len(shared_blocks(split)) * FLUX_AT_1024.tokens)
+    sent = [f"{method} {size / 1e6:,.0f} MB" for method, size in traffic(config, volume).items()]
     told = f"sends per step for FLUX.1 at 1024×1024 in bf16: {', '.join(sent)}"
     if sent:
         return [told + "; for other models `patchpipe explain MODEL`"]

@@ -23,6 +23,7 @@ from patchpipe.transport import Channel, Exchange, Wire
 from patchpipe.vae.rows import WireRows, join_rows
 
 CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
+KEYS_FORWARD, KEYS_BACK = "keys-forward", "keys-back"  # wires
 LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
@@ -64,11 +65,22 @@ class Group:
             return
         self._control = self._groups.make("control", "gloo", rank, self.world_size)
         for name, carries in (("forward", "stream"), ("return", "prediction")):
-            inner = self._groups.make(name, backend, rank, self.world_size)
-            self._wires[name] = Wire(inner, device, backend, config.timeout, self.explain, carries)
+            self._wires[name] = self._wire(name, carries)
         for axis in (*SEQUENCE_AXES, "tensor"):
             if self.mesh.size(axis) > 1:
                 self.lines[axis] = self._line(axis)
+
+    def _wire(self, name: str, carries: str) -> Wire:
+        inner = self._groups.make(name, self.backend, self.rank, self.world_size)
+        return Wire(inner, self.device, self.backend, self.config.timeout, self.explain, carries)
+
+    def open_keys(self) -> None:
+        """Makes the wires for keys and values of blocks that two stages share; every rank calls it alike.
+
+        One for each way: what NCCL does between two ranks it does in order, and neither side must wait for the other.
+        """
+        for name in (KEYS_FORWARD, KEYS_BACK):
+            self._wires[name] = self._wire(name, "keys")
 
     def _line(self, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
@@ -106,6 +118,12 @@ class Group:
     def channel_to_next(self) -> Channel:
         """Streams to the stage after."""
         return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage + 1))
+
+    def channels_for_keys(self, *, to_next: bool) -> tuple[Channel, Channel]:
+        """Keys and values to the stage after, or before, and from there."""
+        peer = self.mesh.peer(pipe=self.stage + (1 if to_next else -1))
+        forward, back = (self._wires[name].channel(peer) for name in (KEYS_FORWARD, KEYS_BACK))
+        return (forward, back) if to_next else (back, forward)
 
     def answers(self, rank: int) -> Channel:
         """Noise predictions between a rank of the last stage and one of the first."""

@@ -77,7 +77,13 @@ class Cut:
 
     @classmethod
     def of(
-        cls, rows: Rows, config: ParallelConfig, text: int = 0, costs: PatchCosts | None = None, halves: int = 1
+        cls,
+        rows: Rows,
+        config: ParallelConfig,
+        text: int = 0,
+        costs: PatchCosts | None = None,
+        halves: int = 1,
+        entries: int = 1,
     ) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
 
@@ -87,13 +93,15 @@ class Cut:
             text: Text tokens that ride with the first patch.
             costs: What a patch costs; nothing, if not given.
             halves: 2 where the batch goes through the stages in halves.
+            entries: Of the batch, as a rank runs it: what a patch costs beside its tokens, it costs for all at once.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
         """
         if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
             return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
-        count = config.patches_for(rows.count, rows.count * rows.tokens + text, costs or PatchCosts(), halves)
+        tokens = entries // halves * (rows.count * rows.tokens + text)
+        count = config.patches_for(rows.count, tokens, costs or PatchCosts(), halves)
         sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
         if sum(sizes) != rows.count:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -19,6 +19,7 @@ from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut
 from patchpipe.refusals import no_guidance
+from patchpipe.shared_keys import SharedBlock, SharedKeys
 from patchpipe.store import LayerStores
 
 BranchKey = tuple[str | None, int, int]
@@ -33,12 +34,14 @@ class Branch:
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
+        shared: What comes and goes for blocks that two stages share.
     """
 
     index: int = 0
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: list[PartStore] = field(default_factory=list)
+    shared: list[SharedKeys] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -123,6 +126,7 @@ class Request:
         group: The ranks.
         number: Its place among the requests in flight together.
         halves: Whether batches go through the stages in halves.
+        shared: The blocks that this rank's stage shares with another.
     """
 
     def __init__(
@@ -134,9 +138,10 @@ class Request:
         number: int = 0,
         *,
         halves: bool = False,
+        shared: Sequence[SharedBlock] = (),
     ) -> None:
         self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
-        self._halves = halves
+        self._halves, self._shared = halves, shared
         self.traffic = Traffic(group)
         self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
         self.holder = group.first  # whether this rank holds the values of the lazy latent
@@ -209,9 +214,9 @@ class Request:
             rows = self.plan.grid.rows(self.model, shape, inputs)
             width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
             costs = patch_costs(width, blocks, self.config, self.group.backend)
-            even = all(share.size % 2 == 0 for share in share_batch(shape[0], 0, self.plan, self.config))
-            halves = 2 if even and self._halves else 1
-            self._cut = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves)
+            entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
+            halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
+            self._cut = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves, max(entries))
             self._latent_shape = spatial
             self._check_shares(self._cut)
             self._branches.clear()
@@ -248,7 +253,10 @@ class Request:
         self._last = (latent, key)
         if self.config.cfg > 1 and self.plan.guidance == "calls" and list(self._branches) == [key]:
             raise no_guidance(self.plan)
-        return self._branches.setdefault(key, Branch(index=len(self._branches)))
+        if key not in self._branches:
+            branch = self._branches[key] = Branch(index=len(self._branches))
+            branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+        return self._branches[key]
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:
         """Whether the branch's next call sees fresh keys and values only."""

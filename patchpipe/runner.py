@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
+from patchpipe.shared_keys import SharedBlock
 from patchpipe.sharing import sharing_for
 from patchpipe.stage import CallContext, Stage, Streams
 from patchpipe.tracing.recorder import Where, span
@@ -65,13 +67,22 @@ class Runner:
         group: The ranks.
         stage: This rank's part of the model.
         halves: Whether batches go through the stages in halves.
+        shared: The blocks that this rank's stage shares with another.
     """
 
     def __init__(
-        self, model: nn.Module, plan: ModelPlan, config: ParallelConfig, group: Group, stage: Stage, *, halves: bool
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        config: ParallelConfig,
+        group: Group,
+        stage: Stage,
+        *,
+        halves: bool,
+        shared: Sequence[SharedBlock] = (),
     ) -> None:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
-        self._halves = halves
+        self._halves, self._shared = halves, shared
         self.request: Request | None = None
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
@@ -110,7 +121,9 @@ class Runner:
     @contextmanager
     def serving_one(self, number: int = 0) -> Iterator[Request]:
         """The extent of one of the requests; whatever it kept is gone afterwards."""
-        request = self.request = Request(self.config, self.plan, self.model, self.group, number, halves=self._halves)
+        request = self.request = Request(
+            self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared
+        )
         self.stats[number] = request.stats
         request.traffic.resume()
         try:
@@ -185,6 +198,7 @@ class Runner:
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
+            shared=() if synchronous else branch.shared,
             text_rows=self.plan.text_rows(inputs),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
@@ -207,16 +221,26 @@ class Runner:
         parts = self._parts(call, share)
         sizes = [(part.share.size, part.piece) for part in parts]
         expected = self._hops.begin((call.where.request, call.where.branch), sizes, call.text_rows)
+        for keys in call.shared:
+            keys.begin(call.patches)
         made: list[Tensor] = []
+        trailing: list[CallContext] = []
         for part, receives in zip(parts, expected, strict=True):
-            result = self._run(call, part, receives, displaced)
+            context = self._context(call, part, displaced)
+            result = self._run(call, part, receives, context)
+            if context.trailing is not None:
+                trailing.append(context)
             if not isinstance(result, Tensor):
                 self._hops.pass_on(result, part.piece, call.text_rows)
+                self._give_keys(call, part.patch)
                 continue
             made.append(result)
             if part.completes:
                 answers.give(made[0] if len(made) == 1 else torch.cat(made), part.patch)
                 made.clear()
+        for context in trailing:  # when the next stage has all it waits for
+            with span(self.group.recorder, "compute"):
+                self.stage.trail(context)
         self._catch_up(call.inputs[self.plan.latent])
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
@@ -241,19 +265,35 @@ class Runner:
                 parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last))
         return parts
 
-    def _run(
-        self, call: Call, part: Part, receives: dict[str, Receive], displaced: Displaced | None
-    ) -> Streams | Tensor:
+    def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
         assert self.request is not None
+        half, patch = part.share.half, part.patch
+        stores = None if call.stores is None else call.stores[half or 0]
+        context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo)
+        context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
+        context.entries = part.share.entries
+        if self._halves:
+            context.turn = (half or 0, 2)
+        elif not patch.whole:
+            context.turn = (patch.index, len(call.patches))
+        for keys in call.shared:
+            if keys.own(patch):
+                context.entering[keys.block] = keys.take
+                if not keys.earlier:
+                    context.leaving[keys.block] = partial(keys.give, patch)
+        return context
+
+    def _give_keys(self, call: Call, patch: Patch) -> None:
+        """Sends the keys and values of a block that the next stage runs too, after the streams it waits for."""
+        for keys in call.shared:
+            if keys.earlier and keys.own(patch):
+                keys.give(patch)
+
+    def _run(self, call: Call, part: Part, receives: dict[str, Receive], context: CallContext) -> Streams | Tensor:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index
             recorder.where = replace(call.where, patch=patch, half=part.share.half)
-        half = part.share.half or 0
-        stores = None if call.stores is None else call.stores[half]
-        context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo, half=half)
-        context.sharing = displaced or sharing_for(self.group, part.patch, part.pieces)
-        context.entries = part.share.entries
         with span(recorder if first else None, "latent"):
             latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
         context.received = {name: receive.take() for name, receive in receives.items()} or None

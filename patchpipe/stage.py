@@ -41,7 +41,10 @@ class CallContext:
         inputs: The arguments of the call.
         sharing: The ranks that share the patch, if there are several.
         entries: Which entries of the batch run; ``None`` for all.
-        half: Which half of the batch they are, or are part of.
+        turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
+        entering: What to do before a shared block runs, by its place.
+        leaving: What to do after it.
+        trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
     """
 
     patch: Patch
@@ -53,7 +56,10 @@ class CallContext:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
     entries: Entries | None = None
-    half: int = 0
+    turn: tuple[int, int] | None = None
+    entering: dict[int, Callable[[], None]] = field(default_factory=dict)
+    leaving: dict[int, Callable[[], None]] = field(default_factory=dict)
+    trailing: Callable[[], Any] | None = None
 
     def whole_argument(self, source: str) -> Any:
         """What an argument is for the call uncut, as a ``SlicedResult`` names it."""
@@ -86,16 +92,20 @@ class StandIn(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the streams it was given, in the order a block returns them."""
-        found = tuple(kwargs[n] if n in kwargs else args[self.positions[n]] for n in self.streams)
+        found = tuple(self.given(args, kwargs).values())
         return found if len(found) > 1 else found[0]
 
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Streams:
+        """The streams among a block's arguments."""
+        return {name: kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams}
 
-class HalfStandIn(StandIn):
-    """Takes the place of a block that its stage runs for one half of a batch; hands the other half's streams through.
+
+class SharedStandIn(StandIn):
+    """Takes the place of a block that a neighbour runs too; hands the streams through where it is the neighbour's turn.
 
     Args:
         place: The block.
-        runs: Whether the half at work is to run it.
+        runs: Whether it is this stage's turn.
     """
 
     def __init__(self, place: BlockPlace, runs: Callable[[], bool]) -> None:
@@ -145,22 +155,25 @@ class Stage:
                 self._share_between_patches(f"{place.name}.{path}")
             for path, names in place.listing.constant.items():
                 self._share_between_calls(f"{place.name}.{path}", names, whole=True)
+        for index in self.owned.shared:
+            self._watch(places[index].block, index)
         if not self.first:
-            for index in {self.owned.first.start, self.owned.second.start}:
+            for index in self.owned.start.places:
                 self._enter_at(places[index], index)
             self._stub_embed()
         if not self.last:
-            for stop in {self.owned.first.stop, self.owned.second.stop}:
+            for stop in self.owned.stop.places:
                 self._leave_at(places[stop - 1], stop)
+            if self.owned.stop.share:
+                self._leave_before(places[self.owned.stop.block])
         for path in self.plan.conditioning:
             self._share_between_patches(path)
         for path, names in self.plan.constant.items():
             self._share_between_calls(path, names, whole=names == (self.plan.text,) and not self.plan.text_inputs)
         for path, sliced in self.plan.sliced.items():
             self._slice(path, sliced)
-        for index in self.owned.held:  # last, since a block is no longer found by its name then
-            if index not in self.owned.first or index not in self.owned.second:
-                self._replace(places[index], HalfStandIn(places[index], partial(self._runs, index)))
+        for index in self.owned.shared:  # last, since a block is no longer found by its name then
+            self._replace(places[index], SharedStandIn(places[index], partial(self._runs, index)))
 
     def detach(self) -> None:
         """Takes every hook off again, last one first."""
@@ -184,6 +197,15 @@ class Stage:
                 return self._forward(**self._cut(inputs, latent), return_dict=False)[0]
         except _StageDone as done:
             return done.streams
+        finally:
+            self.context = None
+
+    def trail(self, context: CallContext) -> None:
+        """Runs the block that the next stage has begun to run, so that this one knows its keys and values too."""
+        assert context.trailing is not None
+        self.context = context
+        try:
+            context.trailing()
         finally:
             self.context = None
 
@@ -227,12 +249,35 @@ class Stage:
 
     @property
     def _now(self) -> range:
-        """The blocks that the half at work runs."""
+        """The blocks that run in this turn."""
         assert self.context is not None
-        return self.owned.of(self.context.half)
+        return self.owned.whole if self.context.turn is None else self.owned.of(*self.context.turn)
+
+    @property
+    def _trails(self) -> bool:
+        """Whether the block after these is the next stage's in this step, but its keys and values are kept here too."""
+        assert self.context is not None
+        shared = self.owned.stop.share > 0 and not self.owned.halves
+        return shared and self.context.turn is None and self.context.stores is not None
 
     def _runs(self, index: int) -> bool:
-        return index in self._now
+        return index in self._now or (index == self.owned.stop.block and self._trails)
+
+    def _watch(self, block: nn.Module, index: int) -> None:
+        """Does what the context asks for before and after a shared block."""
+
+        def enter(*_: Any) -> None:
+            assert self.context is not None
+            if index in self.context.entering:
+                self.context.entering[index]()
+
+        def leave(*_: Any) -> None:
+            assert self.context is not None
+            if index in self.context.leaving:
+                self.context.leaving[index]()
+
+        self._undo.append(block.register_forward_pre_hook(enter).remove)
+        self._undo.append(block.register_forward_hook(leave).remove)
 
     def _replace(self, place: BlockPlace, by: StandIn) -> None:
         blocks = self.model.get_submodule(place.listing.path)
@@ -262,12 +307,24 @@ class Stage:
         names = place.listing.streams
 
         def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            if self._now.stop != stop:
+            if self._now.stop != stop or self._trails:
                 return
             values = output if isinstance(output, tuple) else (output,)
             raise _StageDone(dict(zip(names, values, strict=True)))
 
         self._undo.append(place.block.register_forward_hook(leave).remove)
+
+    def _leave_before(self, place: BlockPlace) -> None:
+        """In a synchronous step the next stage is not kept waiting for a block that both run."""
+        block, stand_in = place.block, StandIn(place.listing.streams, argument_positions(place.block))
+
+        def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert self.context is not None
+            if self._trails and self.context.trailing is None:
+                self.context.trailing = partial(block, *args, **kwargs)
+                raise _StageDone(stand_in.given(args, kwargs))
+
+        self._undo.append(block.register_forward_pre_hook(leave, with_kwargs=True).remove)
 
     def _stub_embed(self) -> None:
         """Before the first owned block nothing but the shape of the tokens matters."""
@@ -337,14 +394,9 @@ class Stage:
         self._override(path, rows_of_patch)
 
     def _hook_attention(self, place: BlockPlace) -> None:
-        for path, kind in place.listing.attention.items():
-            layer = place.block.get_submodule(path) if getattr(place.block, path, None) is not None else None
-            if layer is None:
-                continue
-            name = f"{place.name}.{path}"
-            if kind == "cross":  # its keys and values are the text's: no patch changes them
-                continue
-            joint, text_first = kind == "joint", place.listing.text_first
+        for path, kind in place.self_attention.items():
+            name, joint, text_first = f"{place.name}.{path}", kind == "joint", place.listing.text_first
+            layer = place.block.get_submodule(path)
             self._undo.append(attend_through(layer, partial(self._attending, name, joint, text_first)))
 
     def _attending(self, name: str, joint: bool, text_first: bool) -> Attending | None:

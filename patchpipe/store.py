@@ -90,6 +90,21 @@ class LayerStore:
         joined = _joined(sorted(span for span in ranges if span[0] < span[1]))
         return [tuple(kept[:, :, low:high] for kept in self._kept) for low, high in joined]
 
+    def rows_of(self, patch: Patch) -> Tensor:
+        """A copy of a patch's keys, values and column, in one piece."""
+        return torch.cat([self._taken(kept, patch).reshape(-1) for kept in self._kept])
+
+    def expected(self, patch: Patch) -> tuple[int, torch.dtype]:
+        """Elements of ``rows_of``, and what they are."""
+        return sum(size.numel() for size in self._shapes(patch)), self._kept[0].dtype
+
+    def put(self, patch: Patch, rows: Tensor) -> None:
+        """Takes over what ``rows_of`` gave on another rank."""
+        shapes = self._shapes(patch)
+        pieces = rows.split([shape.numel() for shape in shapes])
+        for kept, shape, piece in zip(self._kept, shapes, pieces, strict=True):
+            self._put(kept, piece.view(shape), patch)
+
     @property
     def bytes(self) -> int:
         """Memory the store holds."""
@@ -121,6 +136,20 @@ class LayerStore:
         image, text = rows.narrow(SEQUENCE, 0, count), rows.narrow(SEQUENCE, count, self.text_rows)
         kept.narrow(SEQUENCE, image_start, count).copy_(image)
         kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows).copy_(text)
+
+    def _shapes(self, patch: Patch) -> list[torch.Size]:
+        count = patch.token_count + (self.text_rows if patch.carries_text else 0)
+        return [torch.Size((*kept.shape[:SEQUENCE], count, *kept.shape[SEQUENCE + 1 :])) for kept in self._kept]
+
+    def _taken(self, kept: Tensor, patch: Patch) -> Tensor:
+        """The rows that ``_put`` would replace, in the same order."""
+        count = patch.token_count
+        image = kept.narrow(SEQUENCE, patch.tokens[0] + (self.text_rows if self.text_first else 0), count)
+        if not (patch.carries_text and self.text_rows):
+            return image
+        start = 0 if self.text_first else kept.shape[SEQUENCE] - self.text_rows
+        text = kept.narrow(SEQUENCE, start, self.text_rows)
+        return torch.cat([text, image] if self.text_first else [image, text], dim=SEQUENCE)
 
     def _existing(self, kept: Tensor) -> Tensor:
         if self._whole:

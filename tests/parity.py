@@ -119,7 +119,8 @@ def sent_by_method(group: Group) -> dict[str, int]:
     """Bytes this rank has sent, by the method that sent them; noise predictions left out."""
     found = {method: group.lines[axis].sent_bytes for method, axis in AXES.items() if axis in group.lines}  # type: ignore[index]
     if group.config.pipefusion > 1:
-        found["pipefusion"] = sum(channel.sent_bytes for channel in group._wires["forward"].channels)
+        wires = [wire for name, wire in group._wires.items() if name != "return"]
+        found["pipefusion"] = sum(channel.sent_bytes for wire in wires for channel in wire.channels)
     return found
 
 

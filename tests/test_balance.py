@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import balanced, block_cost, patch_costs, split_blocks, split_costs
+from patchpipe.balance import (
+    balanced,
+    block_cost,
+    patch_costs,
+    shared_blocks,
+    sizes_of,
+    split_blocks,
+    split_costs,
+    stages_of,
+)
 from patchpipe.models import plan_for
 from patchpipe.precheck import check_folder
 from tests import tiny
@@ -48,11 +57,11 @@ def test_a_dual_stream_block_of_flux_costs_what_its_image_stream_does() -> None:
     places = plan_for(model).blocks_of(model)
     double, single = block_cost(places[0]), block_cost(places[-1])
     width, image, text = 32, 4096, 512
-    attention = 2 * image * (image + text) * width
+    attention = 2 * (image + text) ** 2 * width
     # qkv and out: 4 w², feed-forward: 8 w², of each stream
     assert double == pytest.approx(12 * width**2 * (image + text) + attention)
-    # qkv: 3 w², mlp: 4 w², out of both: 5 w², over one sequence; the text rows count as image rows cost here
-    assert single == pytest.approx(12 * width**2 * image + attention)
+    # qkv: 3 w², mlp: 4 w², out of both: 5 w², over one sequence
+    assert single == pytest.approx(12 * width**2 * (image + text) + attention)
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -61,8 +70,10 @@ def test_stages_cover_all_blocks_in_order(name: str) -> None:
     plan = plan_for(model)
     for stages in range(1, 7):
         split = split_blocks(model, plan, ParallelConfig(pipefusion=stages))
-        for half in (0, 1):
-            assert [index for owned in split for index in owned.of(half)] == list(range(6))
+        for turns in (1, 2, 5, 8):
+            for turn in range(turns):
+                assert [index for owned in split for index in owned.of(turn, turns)] == list(range(6))
+        assert [index for owned in split for index in owned.whole] == list(range(6))
     chosen = split_blocks(model, plan, ParallelConfig(pipefusion=3, stage_blocks=(1, 4, 1)))
     assert [owned.held for owned in chosen] == [range(1), range(1, 5), range(5, 6)]
 
@@ -70,7 +81,7 @@ def test_stages_cover_all_blocks_in_order(name: str) -> None:
 def test_halves_of_a_batch_share_out_the_blocks_that_do_not_divide() -> None:
     """28 blocks on 8 stages: in a step of both halves each stage runs 7, none holds more than 4."""
     split = split_costs([1.0] * 28, 8, halved=True)
-    assert [len(stage.first) + len(stage.second) for stage in split] == [7] * 8
+    assert [len(stage.of(0)) + len(stage.of(1)) for stage in split] == [7] * 8
     assert [len(stage.held) for stage in split] == [4] * 8
     for half in (0, 1):
         assert [index for stage in split for index in stage.of(half)] == list(range(28))
@@ -86,7 +97,7 @@ def test_stages_of_halves_are_for_guided_batches_that_stream_alone() -> None:
     def halved(name: str, **layout: Any) -> bool:
         model = tiny.pipeline(name, blocks=3).transformer
         split = split_blocks(model, plan_for(model), ParallelConfig(pipefusion=2, **layout))
-        return any(stage.first != stage.second for stage in split)
+        return any(stage.halves for stage in split)
 
     assert halved("pixart")
     assert halved("sd3", tensor=2)
@@ -94,6 +105,48 @@ def test_stages_of_halves_are_for_guided_batches_that_stream_alone() -> None:
     assert not halved("pixart", cfg=2)  # each branch has ranks of its own
     assert not halved("pixart", warmup="all")  # which runs whole batches
     assert not halved("pixart", stage_blocks=(2, 1))
+
+
+@pytest.mark.parametrize(("blocks", "stages", "patches"), [(57, 8, 8), (57, 8, 16), (60, 8, 10), (30, 4, 6), (5, 3, 9)])
+def test_shared_blocks_even_out_stages(blocks: int, stages: int, patches: int) -> None:
+    """Every stage runs the same, but for the patches that do not divide, and holds a block or two more."""
+    split = split_costs([1.0] * blocks, stages, shared=None)
+    work = [sum(len(stage.of(patch, patches)) for patch in range(patches)) for stage in split]
+    assert sum(work) == blocks * patches
+    assert max(work) <= patches * blocks / stages + 1
+    assert max(len(stage.held) for stage in split) <= blocks // stages + 2
+    assert all(stage.of(patch, patches) for stage in split for patch in range(patches))
+
+
+@pytest.mark.parametrize(("costs", "stages"), [([1.0] * 56, 8), ([1.0] * 57, 2), ([9, 1, 1, 1], 2), ([1.0] * 4, 4)])
+def test_blocks_are_not_shared_for_nothing(costs: list[float], stages: int) -> None:
+    """56 divide by 8; of 57 the half is hardly less than 29; one dear block is more than its half of the cost."""
+    assert split_costs(costs, stages, shared=None) == split_costs(costs, stages)
+
+
+def test_blocks_are_shared_where_patches_stream_beside_stale_keys() -> None:
+    def shared(name: str, **layout: Any) -> tuple[int, ...]:
+        model = tiny.pipeline(name).transformer  # of four blocks
+        return shared_blocks(split_blocks(model, plan_for(model), ParallelConfig(**{"pipefusion": 3, **layout})))
+
+    assert shared("qwen") == (1, 2)
+    assert shared("qwen", share_blocks=False) == ()
+    assert shared("qwen", warmup="all") == ()
+    assert shared("qwen", warmup=0) == ()  # without a synchronous step no stage would know the others' keys
+    assert shared("qwen", patches=1) == ()
+    assert shared("qwen", stage_blocks=(2, 1, 1)) == ()
+    assert shared("qwen", stage_blocks=(1.5, 1, 1.5)) == (1, 2)
+    assert shared("pixart", split_batch=True) == ()
+    assert shared("pixart", share_blocks=True) == (1, 2)
+
+
+def test_stages_can_be_told_as_numbers_of_blocks() -> None:
+    for sizes in ((3, 4, 2), (2.25, 1.5, 5.25), (1.333, 1.334, 1.333)):
+        assert sizes_of(stages_of(sizes)) == sizes
+    split = split_costs([1.0] * 57, 8, shared=True)
+    assert stages_of(sizes_of(split)) == split
+    assert stages_of((1.5, 2.5))[0].of(0, 4) == range(2)
+    assert stages_of((1.5, 2.5))[0].of(2, 4) == range(1)
 
 
 def test_layouts_that_do_not_fit_the_model_are_refused() -> None:

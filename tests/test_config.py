@@ -33,6 +33,27 @@ from patchpipe import ParallelConfig
             {"split_batch": True, "distrifusion": 2},
             "split_batch=True is for patches that stream; distrifusion has none",
         ),
+        ({"share_blocks": 1}, "share_blocks=1 must be True, False or None"),
+        (
+            {"share_blocks": True, "distrifusion": 2},
+            "share_blocks=True is for patches that stream; distrifusion has none",
+        ),
+        (
+            {"share_blocks": True, "split_batch": True, "pipefusion": 2},
+            "share_blocks=True shares blocks by patches, split_batch=True by halves: leave one of them out",
+        ),
+        (
+            {"stage_blocks": (1.5, 2.5), "split_batch": True, "pipefusion": 2},
+            "stage_blocks=(1.5, 2.5) shares blocks by patches, split_batch=True by halves: leave one of them out",
+        ),
+        (
+            {"stage_blocks": (1.5, 2.5), "warmup": 0, "pipefusion": 2},
+            "stage_blocks=(1.5, 2.5) needs a synchronous step to begin with: use warmup=1 or more",
+        ),
+        (
+            {"stage_blocks": (2, 2), "share_blocks": True, "pipefusion": 2},
+            "share_blocks=True and stage_blocks=(2, 2) exclude each other",
+        ),
         ({"backend": "mpi"}, "backend='mpi' is unknown: use 'auto', 'nccl' or 'gloo'"),
         ({"timeout": 0}, "timeout=0 must be a positive number of seconds"),
         ({"timeout": float("nan")}, "timeout=nan must be a positive number of seconds"),
@@ -45,6 +66,8 @@ def test_nonsense_is_refused(options: dict[str, Any], text: str) -> None:
 
 
 def test_it_survives_json_and_cannot_be_changed() -> None:
+    config = ParallelConfig(pipefusion=2, stage_blocks=[1.25, 2.75], share_blocks=None)
+    assert ParallelConfig(**json.loads(json.dumps(config.as_dict()))) == config
     config = ParallelConfig(pipefusion=2, patch_rows=[3, 1], stage_blocks=[1, 3], warmup="all")
     assert ParallelConfig(**json.loads(json.dumps(config.as_dict()))) == config
     assert config.patch_rows == (3, 1)
@@ -72,6 +95,11 @@ def test_it_describes_itself() -> None:
     assert "3     1    1     stage 2/2, guidance branch 2, text encoder 1, if any\n" in text
     assert "0     0    0     stage 1/2, guidance branch 1, text encoder 4, if any, VAE, gets the images" in text
     assert "sends per step for FLUX.1 at 1024×1024 in bf16: pipefusion 28 MB" in text
+    text = str(
+        ParallelConfig(pipefusion=8)
+    )  # the stream, and keys and values of all rows for each of seven shared blocks
+    assert f"pipefusion {3 * 28.3:.0f} MB" in text
+    assert "pipefusion 28 MB" in str(ParallelConfig(pipefusion=8, share_blocks=False))
     text = str(ParallelConfig(pipefusion=2, tensor=2))  # 19 blocks with two sums over all tokens, 38 with one
     assert f"tensor {(2 * 19 + 38) * 4608 // 2 * 3072 * 2 / 1e6:,.0f} MB" in text
     assert "its noise predictions alone" in str(ParallelConfig(data=2))

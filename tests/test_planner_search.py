@@ -18,6 +18,7 @@ from patchpipe.combinations import check_combination
 from patchpipe.config import DEGREES
 from patchpipe.models.plan import Rows
 from patchpipe.planner import Profile, Workload, predict
+from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.presets import crossed, preset_named
 from patchpipe.planner.report import command, layout_words, reasons
 from patchpipe.planner.search import Choice, Wishes, search
@@ -115,6 +116,20 @@ def test_batches_are_split_where_that_pays() -> None:
     split = dataclasses.replace(five, split_batch=True)
     assert whole.seconds < predict(sd3, split, PCIE).seconds < predict(sd3, five, PCIE).seconds
     assert "--split-batch" in layout_words(split)
+
+
+def test_blocks_are_shared_where_that_pays() -> None:
+    """57 blocks on 8 stages are 7.125 each, of which no stage need wait for one of 8; neighbours hold a block twice."""
+    best = search(FLUX, 8, PCIE, Wishes(methods=("pipefusion",))).best
+    sizes = best.config.stage_blocks
+    assert sizes is not None
+    assert all(6.5 < size < 7.7 for size in sizes)
+    assert "--stage-blocks" in layout_words(best.config)
+    whole = dataclasses.replace(best.config, stage_blocks=balanced_stages(FLUX, PCIE, 8))
+    other = predict(FLUX, whole, PCIE)
+    assert best.seconds < 0.93 * other.seconds
+    assert other.bytes < best.bytes < 1.4 * other.bytes
+    assert best.traffic["pipefusion"] == pytest.approx(3 * other.traffic["pipefusion"])
 
 
 # -- memory --------------------------------------------------------------------------------------

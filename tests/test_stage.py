@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import StageBlocks, stages_of
+from patchpipe.balance import Boundary, StageBlocks, stages_of
 from patchpipe.models import plan_for
 from patchpipe.patches import Cut
 from patchpipe.positions import PositionTable
-from patchpipe.stage import CallContext, HalfStandIn, Stage, StandIn
+from patchpipe.stage import CallContext, SharedStandIn, Stage, StandIn
 from tests import tiny
 
 PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen")
@@ -81,16 +81,17 @@ def test_stages_one_after_the_other_are_the_model(name: str, stages: int) -> Non
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
-def test_a_stage_leaves_the_model_as_it_was(name: str) -> None:
+def test_a_stage_leaves_the_model_as_it_was(name: str, halves: bool) -> None:
     model = tiny.pipeline(name).transformer
     plan, modules = plan_for(model), dict(model.named_modules())
     before = {title: (id(module), sorted(module.__dict__), hooks(module)) for title, module in modules.items()}
-    stage = Stage(model, plan, StageBlocks(range(1, 3), range(2, 4)), first=False, last=False)
+    stage = Stage(model, plan, StageBlocks(Boundary(1, 0.5), Boundary(3, 0.5), halves), first=False, last=False)
     stage.attach()
     kinds = [type(model.get_submodule(place.name)) for place in plan.blocks_of(model)]
-    assert (kinds[0], kinds[1], kinds[3]) == (StandIn, HalfStandIn, HalfStandIn)
+    assert (kinds[0], kinds[1], kinds[3]) == (StandIn, SharedStandIn, SharedStandIn)
     assert kinds[2] is type(plan.blocks_of(model)[2].block)
     stage.detach()
     after = {t: (id(m), sorted(m.__dict__), hooks(m)) for t, m in model.named_modules()}

@@ -54,6 +54,21 @@ def test_without_text_there_are_image_rows_alone(text_first: bool) -> None:
 
 
 @pytest.mark.parametrize("text_first", [True, False])
+def test_a_patchs_rows_can_be_taken_and_put_into_another_store(text_first: bool) -> None:
+    """Text rows go with the first patch; a column of a mask, which all heads share, goes with the keys."""
+    whole, other = LayerStore(TEXT, text_first), LayerStore(TEXT, text_first)
+    make = torch.Generator().manual_seed(0)
+    fresh = [torch.randn(2, heads, TEXT + IMAGE, width, generator=make) for heads, width in ((3, 4), (3, 5), (1, 1))]
+    whole.keep(*fresh)
+    other.keep(*(torch.zeros_like(tensor) for tensor in fresh))
+    for patch in (FIRST, SECOND, THIRD):
+        taken = whole.rows_of(patch)
+        assert other.expected(patch) == (taken.numel(), taken.dtype)
+        other.put(patch, taken)
+    assert all(torch.equal(one, two) for one, two in zip(other._kept, fresh, strict=True))
+
+
+@pytest.mark.parametrize("text_first", [True, False])
 def test_after_a_synchronous_step_all_rows_exist(text_first: bool) -> None:
     store = LayerStore(TEXT, text_first)
     text, image = [91, 92], [1, 2, 3, 4, 5, 6]

@@ -36,6 +36,7 @@ def explain(
     parallel_vae: options.ParallelVae = False,
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
+    share_blocks: options.ShareBlocks = None,
     warmup: options.Warmup = "1",
     height: options.Height = 1024,
     width: options.Width = 1024,

@@ -76,6 +76,7 @@ def generate(
     compile: options.Compile = False,
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
+    share_blocks: options.ShareBlocks = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
     stage_blocks: options.StageBlocks = None,

@@ -53,6 +53,14 @@ SplitBatch = Annotated[
         "--split-batch/--no-split-batch",
     ),
 ]
+ShareBlocks = Annotated[
+    bool | None,
+    _option(
+        _LAYOUT,
+        "Let two stages take turns with the block between them. [dim]Default: if it evens out the stages.[/]",
+        "--share-blocks/--no-share-blocks",
+    ),
+]
 Warmup = Annotated[
     str,
     _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),
@@ -60,7 +68,9 @@ Warmup = Annotated[
 PatchRows = Annotated[str | None, _option(_LAYOUT, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
 StageBlocks = Annotated[
     str | None,
-    _option(_LAYOUT, "Blocks of each stage. [dim]Default: balanced by cost.[/]", metavar="1,2,…"),
+    _option(
+        _LAYOUT, "Blocks of each stage; of 3.5, half the patches. [dim]Default: balanced by cost.[/]", metavar="1,2,…"
+    ),
 ]
 OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
 TextRank = Annotated[
@@ -151,18 +161,19 @@ def read_text_rank(text: str | None) -> int | Literal["spread"] | None:
         raise ValueError(f'--text-rank {text} must be a rank, or "{SPREAD}"') from None
 
 
-def read_numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Reads ``1,2,3``.
+def read_numbers(name: str, text: str | None, *, fractions: bool = False) -> tuple[float, ...] | None:
+    """Reads ``1,2,3``, or with fractions ``1.5,2.5``.
 
     Raises:
-        ValueError: A part of it is not a whole number.
+        ValueError: A part of it is not a number.
     """
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(float(part) if fractions and "." in part else int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"{name} {text} must be whole numbers with commas between them: 1,2,2") from None
+        kind = "numbers" if fractions else "whole numbers"
+        raise ValueError(f"{name} {text} must be {kind} with commas between them: 1,2,2") from None
 
 
 def read_devices(text: str | None) -> str | list[str] | None:
@@ -207,7 +218,7 @@ def read_config(given: dict[str, Any]) -> ParallelConfig:
         "warmup": read_warmup,
         "text_rank": read_text_rank,
         "patch_rows": lambda text: read_numbers("--patch-rows", text),
-        "stage_blocks": lambda text: read_numbers("--stage-blocks", text),
+        "stage_blocks": lambda text: read_numbers("--stage-blocks", text, fractions=True),
     }
     return ParallelConfig(
         **{name: readers[name](value) if name in readers else value for name, value in fields.items()}

@@ -332,3 +332,9 @@ class BlockPlace:
     def name(self) -> str:
         """Its name in the model."""
         return f"{self.listing.path}.{self.index}"
+
+    @property
+    def self_attention(self) -> dict[str, str]:
+        """The kind, joint or image, of each of its layers whose keys and values the patches change, by path."""
+        listed = self.listing.attention.items()
+        return {path: kind for path, kind in listed if kind != "cross" and getattr(self.block, path, None) is not None}

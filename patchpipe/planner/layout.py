@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import StageBlocks, balanced, goes_in_halves, may_go_apart, patch_costs, split_costs, stages_of
+from patchpipe.balance import (
+    StageBlocks,
+    balanced,
+    goes_in_halves,
+    may_go_apart,
+    may_share,
+    patch_costs,
+    split_costs,
+    stages_of,
+)
 from patchpipe.config import ParallelConfig
 from patchpipe.patches import Cut, PatchCosts, balanced_rows
 from patchpipe.planner.cost import Tokens, block_parts
@@ -70,7 +79,7 @@ class Layout:
             return (self.workload.image,)
         if self.system.text_every_patch:
             return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
-        cut = Cut.of(rows, self.config, text, self._patch_costs, self.halves)
+        cut = Cut.of(rows, self.config, text, self._patch_costs, self.halves, self.batch)
         return tuple(patch.token_count for patch in cut.patches)
 
     @property
@@ -89,15 +98,18 @@ class Layout:
             size = ceil(count / stages)
             return tuple(stages_of(tuple(max(0, min(size, count - stage * size)) for stage in range(stages))))
         halved = self.system.entries_overlap and may_go_apart(self.workload.guidance, self.config)
-        return tuple(split_costs(block_seconds(self.workload, self.profile), stages, halved=halved))
+        costs = block_seconds(self.workload, self.profile)
+        return tuple(split_costs(costs, stages, halved=halved, shared=may_share(self.config)))
 
     def held(self, stage: int) -> tuple[Block, ...]:
         """All blocks of a stage."""
         return tuple(self.workload.blocks[index] for index in self.stages[stage].held)
 
-    def run(self, stage: int, half: int) -> tuple[Block, ...]:
-        """The blocks that a stage runs for a half of the batch."""
-        return tuple(self.workload.blocks[index] for index in self.stages[stage].of(half))
+    def run(self, stage: int, half: int, patch: int | None = None) -> tuple[Block, ...]:
+        """The blocks that a stage runs for a half of the batch, and for a patch or, with ``None``, the whole latent."""
+        owned = self.stages[stage]
+        streaming = owned.whole if patch is None else owned.of(patch, len(self.patches))
+        return tuple(self.workload.blocks[index] for index in (owned.of(half) if owned.halves else streaming))
 
     def piece(self, index: int | None) -> Tokens:
         """What a rank computes at once: its part of a half of one patch, or of the whole latent (``None``)."""

@@ -70,9 +70,11 @@ def stored(layout: Layout, stage: int) -> int:
     workload, config = layout.workload, layout.config
     if config.synchronous or (len(layout.patches) == 1 and config.distrifusion == 1):
         return 0
+    apart = layout.stages[stage].halves
+    held = [layout.run(stage, half) if apart else layout.held(stage) for half in range(layout.halves)]
     entries = layout.batch * layout.calls / layout.halves
     elements = 0.0
-    for block in (block for half in range(layout.halves) for block in layout.run(stage, half)):
+    for block in (block for blocks in held for block in blocks):
         for attention in block.attentions:
             tokens = {"joint": workload.image + workload.text, "image": workload.image, "cross": 0}[attention.kind]
             elements += 2 * tokens * attention.width / (config.ulysses * config.tensor)

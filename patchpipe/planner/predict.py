@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from patchpipe.balance import shared_blocks
 from patchpipe.config import ParallelConfig
 from patchpipe.explain import Volume, traffic
 from patchpipe.planner.layout import Layout
@@ -146,18 +147,18 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
 
 def _traffic(layout: Layout) -> dict[str, float]:
     entries = layout.batch * layout.calls
-    return {method: size * entries for method, size in traffic(layout.config, _volume(layout.workload)).items()}
+    return {method: size * entries for method, size in traffic(layout.config, _volume(layout)).items()}
 
 
-def _volume(workload: Workload) -> Volume:
+def _volume(layout: Layout) -> Volume:
+    workload = layout.workload
     image, text = workload.image, workload.joint_text
     both = image + text
     rows = {"image": image, "text": text, "both": both}
     attended = [
-        both if layer.kind == "joint" else image
+        sum(both if layer.kind == "joint" else image for layer in block.attentions if layer.kind != "cross")
         for block in workload.blocks
-        for layer in block.attentions
-        if layer.kind != "cross"
     ]
+    shared = sum(attended[index] for index in shared_blocks(layout.stages))
     summed = [rows[matrix.stream] for block in workload.blocks for matrix in block.matrices if matrix.summed]
-    return Volume(both, workload.width, sum(attended), sum(summed), workload.itemsize)
+    return Volume(both, workload.width, sum(attended), sum(summed), workload.itemsize, shared)

@@ -139,6 +139,8 @@ def layout_words(config: ParallelConfig) -> list[str]:
     words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
     if config.split_batch is not None:
         words.append("--split-batch" if config.split_batch else "--no-split-batch")
+    if config.share_blocks is not None:
+        words.append("--share-blocks" if config.share_blocks else "--no-share-blocks")
     words += ["--stage-blocks", ",".join(map(str, config.stage_blocks))] if config.stage_blocks else []
     words += ["--text-rank", str(config.text_rank)] if config.text_rank is not None else []
     words += ["--parallel-vae"] if config.parallel_vae else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from patchpipe.balance import shared_blocks
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.work import Block
@@ -145,8 +146,8 @@ class Schedule:
         whole = self._synchronous()
         if not streams:
             return total(whole, whole, 0, self.workload.steps, self.layout.calls)
-        halves, pieces = self.layout.halves, map(self.layout.piece, range(len(self.layout.patches)))
-        steady = [self._unit(piece, True, half) for piece in pieces for half in range(halves)]
+        halves, patches = self.layout.halves, range(len(self.layout.patches))
+        steady = [self._unit(self.layout.piece(patch), half, patch) for patch in patches for half in range(halves)]
         return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves)
 
     def _synchronous(self) -> list[Unit]:
@@ -154,20 +155,22 @@ class Schedule:
         piece, halves = self.layout.piece(None), self.layout.halves
         if self.layout.system.entries_overlap and self.config.pipefusion > 1 and piece.batch > 1:
             entry = Tokens(piece.image, piece.text, piece.keys, piece.key_text)
-            return [self._unit(entry, False, number // (piece.batch // halves)) for number in range(piece.batch)]
-        return [self._unit(piece, False)]
+            return [self._unit(entry, number // (piece.batch // halves)) for number in range(piece.batch)]
+        return [self._unit(piece)]
 
-    def _unit(self, piece: Tokens, steady: bool, half: int = 0) -> Unit:
-        times, compute, host = [], [], []
+    def _unit(self, piece: Tokens, half: int = 0, patch: int | None = None) -> Unit:
+        times, compute, host, steady = [], [], [], patch is not None
         outside = OUTSIDE_OPERATIONS * self.device.launch * self.layout.profile.slowdown
         for stage in range(self.config.pipefusion):
-            blocks = self.layout.run(stage, half)
+            blocks = self.layout.run(stage, half, patch)
             spent = [self._block(block, piece, steady) for block in blocks]
             computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
                 exchanged = self.link.exposed(exchanged, computed)
+            spending = outside + computed + exchanged
+            spending += self.link.exposed(self._keys(stage, piece, patch), spending)
             host.append(self._host(blocks, piece))
-            times.append(max(outside + computed + exchanged, host[-1]))
+            times.append(max(spending, host[-1]))
             compute.append(outside + computed)
         return Unit(tuple(times), tuple(compute), self._hops(piece), tuple(host))
 
@@ -191,6 +194,16 @@ class Schedule:
         size = rows * workload.width * workload.itemsize / self.config.tensor
         back = piece.batch * piece.image * PREDICTION_CHANNELS * workload.itemsize
         return (self.link.send(size, line),) * (stages - 1) + (self.link.send(back, line),)
+
+    def _keys(self, stage: int, piece: Tokens, patch: int | None) -> float:
+        """Seconds in which a stage sends the keys and values of blocks that it shares with its neighbours."""
+        if patch is None:
+            return 0.0
+        owned, count = self.layout.stages[stage], len(self.layout.patches)
+        now, whole = owned.of(patch, count), piece.batch * (piece.image + piece.text) * self.layout.parts
+        blocks = sum(index in now for index in shared_blocks([owned]) + shared_blocks(self.layout.stages[:stage][-1:]))
+        size = 2 * whole * self.workload.width * self.workload.itemsize / (self.config.ulysses * self.config.tensor)
+        return blocks * self.link.send(size, self.layout.line("pipefusion")) if blocks else 0.0
 
     def _block(self, block: Block, piece: Tokens, steady: bool) -> tuple[float, float]:
         """Seconds that a block computes, and that it is held up by ranks that share it."""

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 from typing import Any, Literal, cast
 
-from patchpipe.balance import balanced
+from patchpipe.balance import balanced, shared_blocks, sizes_of
 from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
 from patchpipe.patches import fewest_patches
 from patchpipe.planner.devices import GIB
@@ -198,12 +198,19 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
     if wishes.exact or wishes.warmup == ALL_STEPS:
         yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)
         return
-    given |= {"warmup": wishes.warmup, "stage_blocks": blocks}
-    as_it_comes = Layout(workload, ParallelConfig(**given), profile)
+    given |= {"warmup": wishes.warmup}
+    whole = {**given, "stage_blocks": blocks}
+    if shared_blocks(Layout(workload, ParallelConfig(**whole), profile).stages):
+        whole["share_blocks"] = False
+    as_it_comes = Layout(workload, ParallelConfig(**whole), profile)
     for halves in (1, 2) if as_it_comes.batch % 2 == 0 else (1,):
         split = True if halves == 2 else None if as_it_comes.halves == 1 else False
         for patches in _patch_counts(workload, degrees, halves):
-            yield ParallelConfig(**given, patches=patches, split_batch=split)
+            yield ParallelConfig(**whole, patches=patches, split_batch=split)
+    shared = Layout(workload, ParallelConfig(**given, share_blocks=True), profile).stages
+    if shared_blocks(shared):
+        for patches in _patch_counts(workload, degrees, 1):
+            yield ParallelConfig(**given, patches=patches, stage_blocks=sizes_of(shared))
 
 
 def _patch_counts(workload: Workload, degrees: dict[str, int], halves: int) -> list[int]:
