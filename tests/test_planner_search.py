@@ -127,7 +127,7 @@ def test_blocks_are_shared_where_that_pays() -> None:
     assert "--stage-blocks" in layout_words(best.config)
     whole = dataclasses.replace(best.config, stage_blocks=balanced_stages(FLUX, PCIE, 8))
     other = predict(FLUX, whole, PCIE)
-    assert best.seconds < 0.93 * other.seconds
+    assert best.seconds < 0.95 * other.seconds
     assert other.bytes < best.bytes < 1.4 * other.bytes
     assert best.traffic["pipefusion"] == pytest.approx(3 * other.traffic["pipefusion"])
 
