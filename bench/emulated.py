@@ -37,6 +37,7 @@ from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
 from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
+from patchpipe.axes import Mesh
 from patchpipe.balance import sizes_of, split_blocks
 from patchpipe.models import plan_for
 from patchpipe.patches import fewest_patches
@@ -48,13 +49,16 @@ from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
-HYBRID = "pipefusion ring"
-STEPS = {"pipefusion": 6, HYBRID: 6, "distrifusion": 8}  # really run; others are the same in every step and run one
+HYBRID, BRANCHES, COLD = "pipefusion ring", "cfg2 pipefusion", "cold pipefusion"
+# Really run; others are the same in every step and run one.
+STEPS = {"pipefusion": 6, HYBRID: 6, BRANCHES: 6, COLD: 6, "distrifusion": 8}
 # Steps after which all are alike: DistriFusion's sends pile up first.
-ALIKE = {"pipefusion": 2, HYBRID: 2, "distrifusion": 5}
+ALIKE = {"pipefusion": 2, HYBRID: 2, BRANCHES: 2, COLD: 2, "distrifusion": 5}
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
-PERIOD = {"pipefusion": 1.0, HYBRID: 4.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0}
+PERIOD = {
+    "pipefusion": 1.0, HYBRID: 4.0, BRANCHES: 1.5, COLD: 1.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0,
+}  # fmt: skip
 OTHER_PERIOD = 5.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
 TIMEOUT = 240.0
@@ -106,8 +110,8 @@ class Run:
 
     @property
     def batch(self) -> int:
-        """Entries of the batch of a call."""
-        return MODELS[self.model].workload(self.pixels).batch
+        """Entries of a call's batch that a rank runs."""
+        return Layout(MODELS[self.model].workload(self.pixels), self.config, self.profile).batch
 
     def planned(self) -> Run:
         """With the dilation that makes a step last long enough here, and what the planner says of it."""
@@ -139,7 +143,19 @@ def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
     found += [replace(run, contended=False) for run in found if run.config.ulysses > 2]
     found += [new(f"distrifusion{ranks}", options={"distrifusion": ranks})]
     found += [new(f"tensor{ranks}", options={"tensor": ranks})] if ranks <= 8 else []
+    found += _guided(new, ranks, best) if new("", options=deep).batch % 2 == 0 and ranks == 8 else []
     return [run.planned() for run in found]
+
+
+def _guided(new: Callable[..., Run], ranks: int, best: dict[str, Any]) -> list[Run]:
+    """A branch of guidance for each half of the cards, and PipeFusion without a synchronous step."""
+    half = ranks // 2
+    return [
+        new(f"cfg2 pipefusion{half}", options=best_cut(new, {"cfg": 2, "pipefusion": half})),
+        new(f"cfg2 ring{half}", options={"cfg": 2, "ring": half}),
+        new(f"cfg2 ulysses{half}", options={"cfg": 2, "ulysses": half}),
+        new(f"cold pipefusion{ranks}", options={**best, "warmup": 0}),
+    ]
 
 
 def _shared(ranks: int, ulysses: int) -> dict[str, Any]:
@@ -214,7 +230,7 @@ def measure(place: Place, run: Run, file: str) -> dict[str, Any]:
     config = run.config
     pipe, call = model.pipeline(run.pixels, run.steps)
     costs = Costs(model.workload(run.pixels), run.profile, config.tensor)
-    plan, stage = plan_for(pipe.transformer), place.rank * config.pipefusion // config.world_size
+    plan, stage = plan_for(pipe.transformer), Mesh(config.mesh_shape, place.rank).at("pipe")
     emulate(pipe.transformer, plan, costs, device, split_blocks(pipe.transformer, plan, config)[stage])
     shape_link(shares_of(run.profile.link, config, place.rank), model.scale() / run.dilation)
     patchpipe.parallelize(pipe, config, group=place.join(config))

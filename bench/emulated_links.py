@@ -52,14 +52,15 @@ def shares_of(link: Link, config: ParallelConfig, rank: int) -> list[Share]:
     """How fast a rank sends to whom under a layout."""
     ranks = config.world_size
     others = tuple(peer for peer in range(ranks) if peer != rank)
+    inner = ranks // (config.data * config.cfg)  # those that talk to each other
     if config.ulysses == 1:
-        return [Share(others, link.flow(Line(ranks)))]
+        return [Share(others, link.flow(Line(inner)))]
     start = rank // config.ulysses * config.ulysses
     near = tuple(peer for peer in range(start, start + config.ulysses) if peer != rank)
     far = tuple(peer for peer in others if peer not in near)
     shares = [Share(near, exchange_rate(link, Line(config.ulysses)))]
     if far:
-        shares.append(Share(far, link.flow(Line(ranks // config.ulysses, config.ulysses))))
+        shares.append(Share(far, link.flow(Line(inner // config.ulysses, config.ulysses))))
     return shares
 
 
