@@ -34,6 +34,7 @@ from tests.ranks import Place
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 PORT = 29577
 NARROW = {"flux": "flux-wide", "pixart": "pixart-guided"}
+DEEP = {"flux": "flux-deep", "pixart": "pixart-deep"}
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,13 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
+    deep: Annotated[bool, typer.Option("--deep", help="Twice as many blocks.")] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the earlier rows of contenders not asked for.")] = False,
 ) -> None:
     """Measures over shaped links between two hosts of one thread; needs root."""
     if (shape, link) not in CARDS:
         raise typer.BadParameter(f"{shape} over {link}: use one of {', '.join(' '.join(pair) for pair in CARDS)}")
-    card, ranks, narrow = CARDS[shape, link], 2, NARROW[shape]
+    card, ranks, narrow = CARDS[shape, link], 2, (DEEP if deep else NARROW)[shape]
     here = SHAPES[narrow]
     layer = measured_layer_seconds(narrow)
     tokens = here.image + here.text
@@ -130,8 +132,9 @@ def main(
         "bandwidth": bandwidth, "latency": network.latency, "bound": limit, "choice": said.choice,
         "rows": [{**row.as_dict(), "predicted": said.of(row.name, row.patches)} for row in rows],
     }  # fmt: skip
-    name = f"links-{shape}-{link}"
-    asked = f"python -m bench.links --shape {shape} --link {link} --rounds {rounds}{as_options(method)}"
+    name = f"links-{shape}-{link}{'-deep' if deep else ''}"
+    how = f"{' --deep' if deep else ''} --rounds {rounds}{as_options(method)}"
+    asked = f"python -m bench.links --shape {shape} --link {link}{how}"
     if keep:
         asked, figures = with_earlier(load(name), asked + " --keep", figures)
     save(name, asked, figures)

@@ -163,6 +163,6 @@ def with_earlier(earlier: dict[str, Any] | None, command: str, figures: dict[str
     """
     if earlier is None:
         return command, figures
-    names = {row["name"] for row in figures["rows"]}
+    names = {name for row in figures["rows"] for name in (row["name"], f"{row['name']}:{row['patches']}")}
     kept = [row for row in earlier["rows"] if row["name"] not in names]
     return f"{earlier['command']}\n{command}", {**figures, "rows": [*figures["rows"], *kept]}

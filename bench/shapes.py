@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ class Size:
 FULL = Size(64, 4)  # 1024 pixels
 WIDE = Size(64, 4, 1024)  # heads of 128 channels, as FLUX.1 has them, and a third of its width
 GUIDED = Size(48, 4, guided=True)  # 768 pixels: two branches are as many tokens as one of 1086
+DEEP = 8  # blocks, twice as many: a hop is hidden behind more of them
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,8 @@ SHAPES = {
     "flux-wide": _shape(flux, WIDE, 64),
     "sd3": _shape(sd3, FULL, 96),
     "pixart": _shape(pixart, FULL),
+    "flux-deep": _shape(flux, replace(WIDE, blocks=DEEP), 64),
     "pixart-guided": _shape(pixart, GUIDED),
+    "pixart-deep": _shape(pixart, replace(GUIDED, blocks=DEEP)),
     "flux-real": Shape(flux_real, image=4096, text=512, width=3072, blocks=57),
 }

@@ -152,11 +152,14 @@ def test_rows_measured_anew_replace_the_old_ones() -> None:
 
 
 def test_rows_that_a_run_did_not_measure_can_be_kept() -> None:
-    old = {"command": "one", "rows": [{"name": "plain", "speedup": 1.0}, {"name": "ring", "speedup": 1.5}]}
-    new = {"rho": 0.4, "rows": [{"name": "plain", "speedup": 1.0}, {"name": "pipefusion", "speedup": 1.8}]}
+    def row(name: str, patches: int = 1) -> dict[str, Any]:
+        return {"name": name, "patches": patches}
+
+    old = {"command": "one", "rows": [row("plain"), row("ring"), row("pipefusion:4", 4), row("pipefusion:6", 6)]}
+    new = {"rho": 0.4, "rows": [row("plain"), row("pipefusion", 4)]}
     command, figures = with_earlier(old, "two", new)
     assert command == "one\ntwo"
-    assert [row["name"] for row in figures["rows"]] == ["plain", "pipefusion", "ring"]
+    assert [one["name"] for one in figures["rows"]] == ["plain", "pipefusion", "ring", "pipefusion:6"]
     assert with_earlier(None, "two", new) == ("two", new)
 
 

@@ -92,6 +92,15 @@ def test_stages_of_halves_are_compiled_too() -> None:
     assert compiled["graphs"] == {"BasicTransformerBlock": 1}
 
 
+def test_blocks_that_stages_share_are_compiled_too() -> None:
+    """Three blocks on two stages, of which each runs the middle one for some patches."""
+    layouts = [{"pipefusion": 2, "share_blocks": True, "compile": compiled} for compiled in (False, True)]
+    found = run_ranks(2, by_layout, "flux", layouts, "eager", True, 3, True)
+    eager, compiled = found[0]
+    assert relative(compiled["latents"], eager["latents"]) <= TOLERANCE
+    assert all(1 <= number <= 3 for rank in found for number in rank[1]["graphs"].values()), found
+
+
 def by_layout(
     place: Place,
     name: str,

@@ -130,6 +130,8 @@ def test_blocks_are_shared_where_that_pays() -> None:
     other = predict(FLUX, whole, PCIE)
     assert best.seconds < 0.95 * other.seconds
     assert other.bytes < best.bytes < 1.4 * other.bytes
+    cold = search(FLUX, 8, PCIE, Wishes(methods=("pipefusion",), warmup=0)).best  # no stage would know the other's keys
+    assert cold.config.stage_blocks == balanced_stages(FLUX, PCIE, 8)
     keys = 2 * len(shared_blocks(stages_of(sizes))) / 7  # of as many bytes as the stream, by as many stages
     assert best.traffic["pipefusion"] == pytest.approx((1 + keys) * other.traffic["pipefusion"])
 

@@ -207,7 +207,7 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
         split = True if halves == 2 else None if as_it_comes.halves == 1 else False
         for patches in _patch_counts(workload, degrees, halves):
             yield ParallelConfig(**whole, patches=patches, split_batch=split)
-    shared = Layout(workload, ParallelConfig(**given, share_blocks=True), profile).stages
+    shared = Layout(workload, ParallelConfig(**given, share_blocks=wishes.warmup != 0), profile).stages
     if shared_blocks(shared):
         for patches in _patch_counts(workload, degrees, 1):
             yield ParallelConfig(**given, patches=patches, stage_blocks=sizes_of(shared))
