@@ -79,13 +79,17 @@ def _panel(axis: Any, title: str, figures: dict[str, Any]) -> None:
             axis.plot(place, plain / row["predicted"], "_", color="black", markersize=16)
     axis.axhline(figures["bound"], color=COLOURS["pipefusion"], linestyle=":", linewidth=1)
     axis.axhline(1, color="#9aa4ae", linewidth=0.8)
-    names = [row["name"].replace(":", "\nM = ").replace("diffusers-ulysses", "diffusers'\nUlysses") for row in rows]
-    axis.set_xticks(range(len(rows)), names, fontsize=6.5)
+    axis.set_xticks(range(len(rows)), [_label(row) for row in rows], fontsize=6.5)
     axis.set_ylim(0, 2.25)
     axis.set_title(title, fontsize=9)
     axis.set_ylabel("× one rank", fontsize=7)
     axis.tick_params(axis="y", labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(row: dict[str, Any]) -> str:
+    name = row["name"].partition(":")[0]
+    return f"{name}\nM = {row['patches']}" if name == "pipefusion" else name.replace("-ulysses", "'\nUlysses")
 
 
 if __name__ == "__main__":

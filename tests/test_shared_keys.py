@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.describe import describe_model
 from patchpipe.explain import kept, traffic
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
@@ -84,3 +86,13 @@ def test_a_boundary_where_a_cut_leaves_one_side_nothing_is_none() -> None:
     whole = {"pipefusion": 2, "stage_blocks": (1, 3)}
     (plain,) = parity.compare("flux", [whole], [{"patches": 4, "warmup": 1}]).values()
     assert found.sent == plain.sent
+
+
+def test_info_tells_who_runs_a_shared_block_when(tmp_path: Path) -> None:
+    info = describe_model(tiny.save("qwen", tmp_path), ParallelConfig(pipefusion=3))
+    name = "transformer_blocks"
+    assert [stage.blocks for stage in info.stages] == [
+        f"{name} 0…1; {name} 1 for 33% of the patches",
+        f"{name} 1…2; {name} 1 for 67% of the patches; {name} 2 for 67% of the patches",
+        f"{name} 2…3; {name} 2 for 33% of the patches",
+    ]
