@@ -69,7 +69,9 @@ PatchRows = Annotated[str | None, _option(_LAYOUT, "Token rows of each patch, fo
 StageBlocks = Annotated[
     str | None,
     _option(
-        _LAYOUT, "Blocks of each stage; of 3.5, half the patches. [dim]Default: balanced by cost.[/]", metavar="1,2,…"
+        _LAYOUT,
+        "Blocks of each stage; 3.5 runs the fourth for half of the patches. [dim]Default: balanced by cost.[/]",
+        metavar="1,2,…",
     ),
 ]
 OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
