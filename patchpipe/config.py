@@ -117,7 +117,10 @@ class ParallelConfig:
         if self.share_blocks:
             self._check_share_blocks("share_blocks=True")
             if self.stage_blocks is not None:
-                raise ValueError(f"share_blocks=True and stage_blocks={self.stage_blocks} exclude each other")
+                raise ValueError(
+                    f"share_blocks=True and stage_blocks={self.stage_blocks} exclude each other: leave one out, "
+                    f"or give stage_blocks fractions"
+                )
         if self.patch_rows is not None:
             self._check_patch_rows(self.patch_rows)
         if self.stage_blocks is not None:

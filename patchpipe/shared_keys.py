@@ -47,7 +47,7 @@ def shared_with_neighbours(stage: StageBlocks, places: Sequence[BlockPlace], gro
     for boundary, earlier in ((stage.start, False), (stage.stop, True)):
         if boundary.share:
             place = places[boundary.block]
-            layers = tuple(f"{place.name}.{path}" for path in place.self_attention)
+            layers = tuple(map(place.layer, place.self_attention))
             found.append(SharedBlock(boundary, layers, earlier, *group.channels_for_keys(to_next=earlier)))
     return found
 

@@ -152,9 +152,9 @@ class Stage:
         for place in self.blocks:
             self._hook_attention(place)
             for path in place.listing.conditioning:
-                self._share_between_patches(f"{place.name}.{path}")
+                self._share_between_patches(place.layer(path))
             for path, names in place.listing.constant.items():
-                self._share_between_calls(f"{place.name}.{path}", names, whole=True)
+                self._share_between_calls(place.layer(path), names, whole=True)
         for index in self.owned.shared:
             self._watch(places[index].block, index)
         if not self.first:
@@ -395,7 +395,7 @@ class Stage:
 
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, kind in place.self_attention.items():
-            name, joint, text_first = f"{place.name}.{path}", kind == "joint", place.listing.text_first
+            name, joint, text_first = place.layer(path), kind == "joint", place.listing.text_first
             layer = place.block.get_submodule(path)
             self._undo.append(attend_through(layer, partial(self._attending, name, joint, text_first)))
 

@@ -338,3 +338,7 @@ class BlockPlace:
         """The kind, joint or image, of each of its layers whose keys and values the patches change, by path."""
         listed = self.listing.attention.items()
         return {path: kind for path, kind in listed if kind != "cross" and getattr(self.block, path, None) is not None}
+
+    def layer(self, path: str) -> str:
+        """The name in the model of one of its layers."""
+        return f"{self.name}.{path}"
