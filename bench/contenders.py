@@ -22,6 +22,7 @@ from patchpipe import ParallelConfig
 from tests.ranks import Place
 
 PLAIN, BESIDE, THEIRS = "plain", "plain-beside", "diffusers-ulysses"
+NOT_OURS = (PLAIN, BESIDE, THEIRS)  # what they wait and send is not counted
 COMPILED = "+compiled"
 OURS = ("pipefusion", "ulysses", "ring", "tensor", "distrifusion")
 EVERY = (PLAIN, BESIDE, *OURS, THEIRS)

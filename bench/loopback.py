@@ -9,11 +9,12 @@ from statistics import median
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.contenders import BESIDE, OURS, PLAIN, THEIRS, as_options, known
-from bench.rounds import Row, bound, rows_of, save, take_turns
+from bench.contenders import BESIDE, NOT_OURS, OURS, PLAIN, THEIRS, as_options, known
+from bench.rounds import Row, bound, load, rows_of, save, take_turns, with_earlier
 from bench.shapes import SHAPES, STEPS
 from tests.ranks import run_ranks
 
@@ -24,6 +25,7 @@ def main(
     method: Annotated[list[str] | None, typer.Option(help="A contender; may be given several times.")] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 3,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = STEPS,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the earlier rows of contenders not asked for.")] = False,
 ) -> None:
     """Measures, prints a table and writes bench/results."""
     theirs = [THEIRS] if shape.startswith("flux") else []  # the other classes have no plan of diffusers' own for it
@@ -33,21 +35,26 @@ def main(
     show(f"{shape}, {steps} steps, {ranks} ranks of one thread", rows, limit)
     command = f"python -m bench.loopback --shape {shape} --rounds {rounds}{as_options(method)}"
     figures = {"shape": shape, "ranks": ranks, "steps": steps, "bound": limit, "rows": [row.as_dict() for row in rows]}
-    save(f"loopback-{shape}-{ranks}", command, figures)
+    name = f"loopback-{shape}-{ranks}"
+    if keep:
+        command, figures = with_earlier(load(name), command + " --keep", figures)
+    save(name, command, figures)
 
 
 def show(title: str, rows: list[Row], limit: float) -> None:
-    """A table for the terminal."""
-    table = Table(
-        "method", "patches", "seconds", "speed-up", "spread", "of bound", "waited s by rank", "MB sent by rank"
-    )
+    """A table for the terminal; what was waited and sent is given for each rank."""
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("method", no_wrap=True)
+    for name in ("M", "seconds", "speed-up (spread)", "of bound", "waited s", "sent GB"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        counted = row.name not in NOT_OURS
         share = f"{row.speedup / limit:.1%}" if row.name.startswith("pipefusion") else ""
         table.add_row(
-            row.name, str(row.patches), f"{median(row.seconds):.2f}", f"{row.speedup:.2f}×",
-            f"{min(row.ratios):.2f}-{max(row.ratios):.2f}", share,
-            " ".join(f"{seconds:.2f}" for seconds in row.waited),
-            " ".join(f"{size / 1e6:.0f}" for size in row.sent_bytes),
+            row.name, str(row.patches), f"{median(row.seconds):.1f}",
+            f"{row.speedup:.2f}× ({min(row.ratios):.2f}-{max(row.ratios):.2f})", share,
+            " ".join(f"{seconds:.1f}" for seconds in row.waited) if counted else "",
+            " ".join(f"{size / 1e9:.2f}" for size in row.sent_bytes) if counted else "",
         )  # fmt: skip
     console = Console()
     console.print(f"{title}; the bound of PipeFusion is S/(1+(S-1)/N) = {limit:.2f}×")

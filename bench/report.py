@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bench import emulated_report
-from bench.contenders import BESIDE, COMPILED
+from bench.contenders import BESIDE, COMPILED, NOT_OURS
 from bench.one_device import cells
 from bench.planner import predictions
 from bench.rounds import load
@@ -114,9 +114,10 @@ def _speedup(row: dict[str, Any]) -> str:
 
 
 def _row(row: dict[str, Any], limit: float) -> str:
-    share = f"{row['speedup'] / limit:.0%}" if row["name"].startswith("pipefusion") else ""
-    waited = " / ".join(f"{seconds:.1f} s" for seconds in row["waited"])
-    sent = " / ".join(f"{size / 1e6:.0f} MB" for size in row["sent_bytes"])
+    share = f"{row['speedup'] / limit:.1%}" if row["name"].startswith("pipefusion") else ""
+    counted = row["name"] not in NOT_OURS
+    waited = " / ".join(f"{seconds:.1f} s" for seconds in row["waited"]) if counted else ""
+    sent = " / ".join(f"{size / 1e6:.0f} MB" for size in row["sent_bytes"]) if counted else ""
     return (
         f"| {row['name']} | {row['patches']} | {median(row['seconds']):.1f} | {_speedup(row)} | "
         f"{share} | {waited} | {sent} |{_predicted(row)}"

@@ -47,7 +47,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert bound(steps=20, ranks=2) == pytest.approx(1.905, abs=1e-3)
     machine = {"cpu": "a CPU", "torch": "2", "cores": 2, "python": "3"}
     figures = {"command": "x", "machine": machine, "bound": 2.0, "steps": 20, "rows": [ours.as_dict()]}
-    assert "| pipefusion | 3 | 6.0 | 2.00× (1.25-2.00) | 100% | 0.5 s / 0.5 s | 0 MB / 0 MB |" in table(figures)
+    assert "| pipefusion | 3 | 6.0 | 2.00× (1.25-2.00) | 100.0% | 0.5 s / 0.5 s | 0 MB / 0 MB |" in table(figures)
 
 
 def test_what_busy_ranks_cost_each_other_is_told() -> None:
