@@ -69,13 +69,13 @@ def draw(found: list[tuple[str, dict[str, Any]]], out: Path) -> Path:
 
 def _panel(axis: Any, title: str, figures: dict[str, Any]) -> None:
     rows = [row for row in figures["rows"] if row["name"] not in (PLAIN, BESIDE)]
-    plain = median(next(row["seconds"] for row in figures["rows"] if row["name"] == PLAIN))
     for place, row in enumerate(rows):
         name = row["name"].partition(":")[0]
         axis.bar(place, row["speedup"], BAR, color=COLOURS[name])
         look = {"ha": "center", "va": "top", "fontsize": 7, "color": "white"}  # inside, away from the prediction's mark
         axis.text(place, row["speedup"] - 0.03, f"{row['speedup']:.2f}", **look)
         if row.get("predicted"):
+            plain = median(ratio * own for ratio, own in zip(row["ratios"], row["seconds"], strict=True))  # of its run
             axis.plot(place, plain / row["predicted"], "_", color="black", markersize=16)
     axis.axhline(figures["bound"], color=COLOURS["pipefusion"], linestyle=":", linewidth=1)
     axis.axhline(1, color="#9aa4ae", linewidth=0.8)
