@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,15 @@ def test_law_7_a_failing_request_ends_all_of_them_everywhere(dies: bool) -> None
         assert ranks[1][2] == []
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Has an interrupt raise, also where a shell started the tests in the background and so with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_no_request_running() -> None:
     config = ParallelConfig(patches=2)
     pipe = patchpipe.parallelize(tiny.pipeline("flux"), config)
