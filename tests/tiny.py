@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from patchpipe.demo import MODEL_DIR
 MODELS = ("flux", "sd3", "pixart", "qwen")
 PROMPT, OTHER_PROMPT = "red apple", "a blue dog in 3d style and a cherry blossom"
 WIDTH = 32
+_BUILDING = threading.Lock()  # weights are drawn from the process's generator, which ranks in threads share
 QWEN_TEMPLATE = """<|im_start|>system
 Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects \
 and background:<|im_end|>
@@ -52,6 +54,11 @@ and background:<|im_end|>
 
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """A tiny pipeline: ``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``pixart``, ``pixart-sigma`` or ``qwen``."""
+    with _BUILDING:
+        return _pipeline(name, blocks, dtype, seed)
+
+
+def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
     torch.manual_seed(seed)
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35,
