@@ -25,6 +25,26 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from error
 
 
+def check_new(path: Path, force: bool) -> None:
+    """Makes sure that a file can be written to ``path`` and, without ``force``, that none is lost by it.
+
+    Raises:
+        ValueError: It cannot, or there is one.
+    """
+    check_writable(path)
+    if path.exists() and not force:
+        raise ValueError(f"{path} is already there: name another file, or add --force to overwrite it")
+
+
+def free_name(path: Path, count: int = 1) -> Path:
+    """``path``, or ``NAME-2``, ``NAME-3``, … where the files that ``numbered`` makes of it would overwrite any."""
+    number, free = 1, path
+    while any(file.exists() for file in numbered(free, count)):
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
 def write_text(text: str, path: Path) -> None:
     """Writes a text file so that it is either whole or not there."""
     with replacing(path) as temporary:

@@ -32,7 +32,7 @@ from patchpipe.planner import (
     predict,
     preset_named,
 )
-from patchpipe.planner.devices import DEVICES
+from patchpipe.planner.cards import DEVICES
 from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.links import LINKS
 from patchpipe.planner.measure import fit_products
@@ -187,7 +187,7 @@ def test_small_patches_are_less_efficient() -> None:
 
 
 def test_seconds_grow_with_queries_keys_text_and_batch() -> None:
-    card = DEVICES[0]
+    card = next(device for device in DEVICES if device.name == "l40")
     base = block_seconds(dual(1536), 1024, 4096, card, text=128)
     assert block_seconds(dual(1536), 1100, 4096, card, text=128) > base
     assert block_seconds(dual(1536), 1024, 8192, card, text=128) > base
@@ -354,7 +354,7 @@ def test_profiles_survive_a_file_and_refuse_another_version(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("device", "link", "text"), [("l41", "pcie4", "'l41' is unknown: use l40"), ("l40", "x", "use pcie3")]
+    ("device", "link", "text"), [("m9", "pcie4", "'m9' is unknown: use gb200"), ("l40", "x", "use pcie3")]
 )
 def test_unknown_names_list_the_known(device: str, link: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,7 +44,8 @@ Prompts = Annotated[
 
 def generate(
     prompts: Prompts,
-    out: options.Out = Path("out.png"),
+    out: options.Out = None,
+    force: options.Force = False,
     sheet: options.Sheet = False,
     compare: options.Compare = False,
     rounds: options.Rounds = 1,
@@ -114,6 +114,7 @@ def generate(
         threads=threads,
         variant=variant,
         out=out,
+        force=force,
         sheet=sheet,
         compare=compare,
         rounds=rounds,

@@ -16,13 +16,15 @@ from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.combinations import check_together
 from patchpipe.config import ParallelConfig
-from patchpipe.files import check_writable, numbered, write_text
+from patchpipe.files import check_new, free_name, numbered, write_text
 from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from patchpipe.engine import Engine, Result
+
+DEFAULT_OUT = Path("out.png")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Job:
     dtype: str | None
     threads: int | None
     variant: str | None
-    out: Path
+    out: Path | None
+    force: bool
     sheet: bool
     compare: bool
     rounds: int
@@ -75,6 +78,12 @@ class Job:
         """Where the timeline of every request, or of every set of requests in flight, goes."""
         count = 1 if self.config.data > 1 else -(-len(self.prompts) * self.images // self.in_flight)
         return [None] * count if self.trace is None else list(numbered(self.trace, count))
+
+    def files(self) -> list[Path]:
+        """Where the pictures go."""
+        assert self.out is not None
+        several = 1 if self.sheet or self.compare else len(self.prompts) * self.images
+        return numbered(self.out, several)
 
     def requests(self) -> Iterator[tuple[str, int]]:
         """Prompt and seed of every picture, in order."""
@@ -139,10 +148,18 @@ def run(job: Job) -> None:
 
 
 def _check_targets(job: Job) -> Job:
-    job = dataclasses.replace(job, out=pictures.check_target(job.out))
-    if job.report is not None and job.report != Path("-"):
-        check_writable(job.report)
-    return job if job.trace is None else dataclasses.replace(job, trace=check_target(job.trace))
+    """The job with files that can be written and that overwrite none, unless that was asked for."""
+    named = DEFAULT_OUT if job.out is None else job.out
+    job = dataclasses.replace(job, out=pictures.check_target(named))
+    if job.out is not None and named is DEFAULT_OUT and not job.force:
+        job = dataclasses.replace(job, out=free_name(job.out, len(job.files())))
+    if job.trace is not None:
+        job = dataclasses.replace(job, trace=check_target(job.trace))
+    reports = [] if job.report in (None, Path("-")) else [job.report]
+    for file in (*job.files(), *job.traces(), *reports):
+        if file is not None:
+            check_new(file, job.force)
+    return job
 
 
 def _start(job: Job, view: View) -> Engine:
@@ -204,11 +221,11 @@ def _paint_together(
 
 
 def _write(job: Job, painted: list[Painted]) -> list[Path]:
+    files = job.files()
     if job.sheet:
         tiles = [Tile([one.picture], [""], one.prompt) for one in painted]
-        pictures.write_picture(pictures.sheet(tiles), job.out)
-        return [job.out]
-    files = numbered(job.out, len(painted))
+        pictures.write_picture(pictures.sheet(tiles), files[0])
+        return files
     for file, one in zip(files, painted, strict=True):
         pictures.write_picture(one.picture, file)
     return files
@@ -218,8 +235,9 @@ def _write_comparison(job: Job, comparison: Comparison) -> Path:
     many = f"{comparison.devices} device{'s' if comparison.devices > 1 else ''}"
     labels = ("1 device", many if comparison.devices > 1 else "patchpipe")
     tiles = [Tile([pair.one, pair.many], labels, f"{pair.prompt} ({likeness(pair.psnr)})") for pair in comparison.pairs]
-    pictures.write_picture(pictures.sheet(tiles), job.out)
-    return job.out
+    [file] = job.files()
+    pictures.write_picture(pictures.sheet(tiles), file)
+    return file
 
 
 def _describe(painted: Painted) -> dict[str, Any]:

@@ -123,7 +123,17 @@ InFlight = Annotated[
 ]
 Images = Annotated[int, _option(_PICTURE, "Pictures for each prompt.", "-n", "--images", default=True)]
 
-Out = Annotated[Path, _option(_OUTPUT, "Picture to write; several are numbered.", "-o", "--output", default=True)]
+Out = Annotated[
+    Path | None,
+    _option(
+        _OUTPUT,
+        "Picture to write; several are numbered. [dim]Default: out.png, or the next number that is free.[/]",
+        "-o",
+        "--output",
+        metavar="FILE",
+    ),
+]
+Force = Annotated[bool, _option(_OUTPUT, "Overwrite files that are already there.", "-f", "--force")]
 Sheet = Annotated[bool, _option(_OUTPUT, "Write several pictures as one sheet.", "--sheet")]
 Compare = Annotated[bool, _option(_OUTPUT, "Also paint on one device with plain diffusers, side by side.", "--compare")]
 Rounds = Annotated[int, _option(_OUTPUT, "Timed runs of each side under --compare.", default=True)]

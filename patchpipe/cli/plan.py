@@ -15,7 +15,7 @@ from rich.table import Table
 from patchpipe.cli import options
 from patchpipe.cli.info import count, size
 from patchpipe.cli.options import option
-from patchpipe.files import check_writable, write_text
+from patchpipe.files import check_new, write_text
 
 if TYPE_CHECKING:
     from patchpipe.planner import Prediction, Workload
@@ -107,13 +107,14 @@ def plan(
     single: Single = None,
     top: Top = 10,
     json_file: Report = None,
+    force: options.Force = False,
     _debug: options.Debug = False,
 ) -> None:
     """Rank the layouts of a model on so many devices by predicted seconds, and tell how to run the best."""
     if top < 1:
         raise ValueError(f"--top {top} must be 1 or more")
     if json_file is not None and json_file != Path("-"):
-        check_writable(json_file)
+        check_new(json_file, force)
     from patchpipe.demo import MODEL_DIR
     from patchpipe.planner import report, search, workloads  # heavy, and not needed for --help
     from patchpipe.planner.choose import read_machine

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from patchpipe.cli import options
 from patchpipe.cli.info import size
-from patchpipe.files import check_writable
+from patchpipe.files import check_new
 
 if TYPE_CHECKING:
     from patchpipe.planner.profiles import Profile
@@ -46,6 +46,7 @@ def profile(
     device: Kind = None,
     ranks: Ranks = None,
     threads: options.Threads = None,
+    force: options.Force = False,
     _debug: options.Debug = False,
 ) -> None:
     """Measure how fast this machine computes and how fast its ranks reach each other, in under a minute."""
@@ -55,7 +56,7 @@ def profile(
         raise ValueError(f"--ranks {ranks} must be 2 or more: a link has two ends")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be 1 or more")
-    check_writable(out)
+    check_new(out, force)
     console = Console(highlight=False)
     found = _measure(console, _places(device, ranks), threads)
     found.save(out)

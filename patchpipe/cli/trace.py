@@ -13,7 +13,7 @@ from rich.table import Table
 
 from patchpipe.cli import options
 from patchpipe.cli.info import size
-from patchpipe.files import check_writable
+from patchpipe.files import check_new, free_name
 from patchpipe.tracing.busy import Busy, busy, steps_stretch
 from patchpipe.tracing.draw import draw
 from patchpipe.tracing.timeline import Timeline, read
@@ -33,7 +33,12 @@ LONGEST_WAITS = 3
 TraceFile = Annotated[Path, typer.Argument(help="What --trace wrote.", metavar="FILE")]
 Drawing = Annotated[
     Path | None,
-    typer.Option("-o", "--output", help="Picture to write. [dim]Default: FILE-timeline.png[/]", show_default=False),
+    typer.Option(
+        "-o",
+        "--output",
+        help="Picture to write. [dim]Default: FILE-timeline.png, or the next number that is free.[/]",
+        show_default=False,
+    ),
 ]
 Steps = Annotated[
     str | None,
@@ -41,13 +46,20 @@ Steps = Annotated[
 ]
 
 
-def trace(file: TraceFile, out: Drawing = None, steps: Steps = None, _debug: options.Debug = False) -> None:
+def trace(
+    file: TraceFile,
+    out: Drawing = None,
+    steps: Steps = None,
+    force: options.Force = False,
+    _debug: options.Debug = False,
+) -> None:
     """Draw the timeline of a request, and tell how busy every rank was."""
     window = read_steps(steps)
-    target = (out or file.with_name(f"{file.stem}-timeline.png")).expanduser()  # FILE.png may be the picture painted
+    usual = file.with_name(f"{file.stem}-timeline.png")  # FILE.png may be the picture painted
+    target = (out or (usual if force else free_name(usual))).expanduser()
     timeline = read(file)
     stretch = None if window is None else steps_stretch(timeline, *window)
-    check_writable(target)
+    check_new(target, force)
     draw(timeline, target, window)
     console = Console(highlight=False)
     _show(console, timeline, busy(timeline, stretch), window)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from patchpipe.engine.messages import GeneratorState
+from patchpipe.errors import did_you_mean
 
 Seed = int | Sequence[int] | None
 
@@ -23,8 +23,8 @@ def check_names(names: Iterable[str], known: Sequence[str], any_argument: bool, 
         return
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            near = did_you_mean(name, known)
+            hint = f"did you mean {near!r}?" if near else f"it takes {', '.join(known)}"
             raise TypeError(f"{pipeline} takes no argument {name!r}: {hint}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from patchpipe.planner.cards import device_named
 from patchpipe.planner.cost import Tokens, block_parts, block_seconds
-from patchpipe.planner.devices import Device, device_named
+from patchpipe.planner.devices import Device
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.links import Line, Link, link_named
 from patchpipe.planner.predict import Prediction, calibrated, predict

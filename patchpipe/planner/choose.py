@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchpipe.config import ParallelConfig
-from patchpipe.planner.devices import device_named
+from patchpipe.planner.cards import device_named
 from patchpipe.planner.links import link_named
 from patchpipe.planner.profiles import Profile
 from patchpipe.planner.search import Wishes, search

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from patchpipe.errors import did_you_mean
 from patchpipe.planner.devices import GB
 
 
@@ -107,6 +109,12 @@ LINKS: tuple[Link, ...] = (
     Link(
         "nvlink4", 360 * GB, 12e-6, 8, 48 * GB, 0.0, 0.3, "H100 with NVSwitch, 450 GB/s each way, about 360 under NCCL"
     ),
+    Link(
+        "nvlink5", 720 * GB, 12e-6, 8, 48 * GB, 0.0, 0.3, "B200 with NVSwitch, 900 GB/s each way; share as of NVLink 4"
+    ),
+    Link("nvlink2", 60 * GB, 12e-6, 8, 12 * GB, 0.0, 0.3, "V100 in a cube of eight: 25 to 50 GB/s a pair, two hops"),
+    Link("xgmi3", 50 * GB, 15e-6, 8, 48 * GB, 0.0, 0.3, "MI300X: a link of 64 GB/s each way to each of seven others"),
+    Link("xgmi2", 40 * GB, 15e-6, 8, 24 * GB, 0.0, 0.3, "MI250: 50 GB/s each way between dies of neighbouring cards"),
     Link("25gbe", 2.9 * GB, 40e-6, 1, 1e15, 0.0, 0.2, "25 Gbit/s less 6 % of headers; a rank a host, on one switch"),
     Link("100gbe", 11.6 * GB, 40e-6, 1, 1e15, 0.0, 0.2, "100 Gbit/s less 6 % of headers; a rank a host, on one switch"),
 )
@@ -116,10 +124,13 @@ def link_named(name: str) -> Link:
     """A link by its name, in any case.
 
     Raises:
-        ValueError: It is unknown; lists those known.
+        ValueError: It is unknown; names the nearest, or lists those known.
     """
+    given = re.sub(r"[\s_-]", "", name.lower()).replace("pciegen", "pcie")
     for link in LINKS:
-        if link.name == name.strip().lower():
+        if link.name == given:
             return link
-    known = ", ".join(link.name for link in LINKS)
-    raise ValueError(f"link {name!r} is unknown: use {known}, or measure your own with `patchpipe profile`")
+    names = [link.name for link in LINKS]
+    near = did_you_mean(given, names)
+    known = f"did you mean {near}?" if near else f"use {', '.join(names)}."
+    raise ValueError(f"link {name!r} is unknown: {known} Or measure your own with `patchpipe profile`")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from patchpipe.files import write_text
-from patchpipe.planner.devices import Device, device_named
+from patchpipe.planner.cards import device_named
+from patchpipe.planner.devices import Device
 from patchpipe.planner.links import Link, link_named
 
 VERSION = 2

@@ -1,0 +1,138 @@
+"""What a newcomer meets: cards by the names people use, files that are not lost, and what was probably meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from patchpipe.cli import app
+from patchpipe.errors import did_you_mean
+from patchpipe.files import check_new, free_name, numbered
+from patchpipe.planner.cards import CARDS, card_found, card_named
+from patchpipe.planner.links import LINKS, link_named
+
+pytestmark = pytest.mark.timeout(120)
+
+
+# -- cards ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        *((name, "rtx4090") for name in ("4090", "rtx 4090", "RTX4090", "NVIDIA GeForce RTX 4090")),
+        *((name, "h100") for name in ("h100-sxm", "H100", "NVIDIA H100 80GB HBM3")),
+        *((name, "h100-pcie") for name in ("NVIDIA H100 PCIe", "h100 pcie")),
+        *((name, "a100-40gb") for name in ("NVIDIA A100-SXM4-40GB", "a100 40gb", "A100-40")),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx-pro-6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx-6000-ada"),
+        ("a6000", "rtx-a6000"),
+        ("Tesla T4", "t4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("AMD Instinct MI300X OAM", "mi300x"),
+        ("4070 ti", "rtx4070ti"),
+    ],
+)
+def test_a_card_has_the_names_that_people_and_drivers_give_it(name: str, card: str) -> None:
+    assert card_named(name).device.name == card
+
+
+def test_every_card_has_a_source_and_a_link_and_no_name_twice() -> None:
+    names = [name for card in CARDS for name in card.names]
+    assert len(names) == len(set(names))
+    assert all(card.device.source for card in CARDS)
+    assert {card.link for card in CARDS} <= {link.name for link in LINKS}
+    wanted = (
+        "4090 5090 5080 3090 4080 4070ti a6000 6000ada pro6000 l4 l40 l40s a10 a10g a100 h100 h200 b200 gb200 t4 v100"
+    )
+    assert all(card_found(name) for name in wanted.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rtx4099", "did you mean rtx4090?"),
+        ("50900", "did you mean rtx5090?"),
+        ("m3 max", "use gb200, b200, h200"),
+        ("GeForce RTX 4090 Laptop GPU", "is unknown"),  # a chip of its own under the desktop card's name
+    ],
+)
+def test_an_unknown_card_gets_a_near_miss_or_the_list(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match="is unknown") as caught:
+        card_named(name)
+    assert words in str(caught.value)
+
+
+def test_links_are_found_in_any_spelling() -> None:
+    assert link_named("PCIe 4") is link_named("pcie-gen4") is link_named("pcie4")
+    with pytest.raises(ValueError, match="did you mean nvlink4"):
+        link_named("nvlnk4")
+
+
+# -- near misses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("heigth", "height"),
+        ("negative", "negative_prompt"),
+        ("Guidance_Scale", "guidance_scale"),
+        ("steps", "num_inference_steps"),
+        ("foo", None),
+        ("image", None),  # five letters of "height" and "generator" are no near miss
+        ("strength", None),
+    ],
+)
+def test_suggestions_are_near_misses_or_none(given: str, meant: str | None) -> None:
+    known = ["prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "generator"]
+    assert did_you_mean(given, known) == meant
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_the_next_free_name_overwrites_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert free_name(out) == out
+    out.touch()
+    assert free_name(out).name == "out-2.png"
+    assert free_name(out, 2) == out  # out-1.png and out-2.png are free
+    (tmp_path / "out-2.png").touch()
+    assert free_name(out).name == "out-3.png"
+    assert [file.name for file in numbered(free_name(out, 2), 2)] == ["out-2-1.png", "out-2-2.png"]
+
+
+def test_a_file_is_overwritten_only_when_asked_to(tmp_path: Path) -> None:
+    file = tmp_path / "mine.png"
+    file.write_text("precious")
+    with pytest.raises(ValueError, match=r"mine\.png is already there: name another file, or add --force"):
+        check_new(file, force=False)
+    check_new(file, force=True)
+    assert file.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["generate", "x", "-o", "mine.png"], "mine.png"),
+        (["generate", "x", "y", "-o", "mine.png"], "mine-2.png"),
+        (["generate", "x", "y", "--sheet", "-o", "mine.png"], "mine.png"),
+        (["generate", "x", "--json", "mine.json"], "mine.json"),
+        (["generate", "x", "y", "--pipefusion", "2", "--trace", "mine.json"], "mine-1.json"),
+        (["plan", "--devices", "2", "--device", "l40", "--json", "mine.json"], "mine.json"),
+        (["profile", "-o", "mine.json"], "mine.json"),
+    ],
+)
+def test_no_command_overwrites_a_file(
+    command: list[str], file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_text("precious")
+    assert app(args=command) == 2
+    assert f"{file} is already there" in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == [file]
+    assert Path(file).read_text() == "precious"
