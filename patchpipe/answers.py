@@ -62,7 +62,8 @@ class Call:
 class Answers:
     """The noise prediction of one call, as the first stage's ranks put it together.
 
-    Receives are posted at once; a patch is put together when it is asked for.
+    A patch's receives are posted when this rank has run it, and it is put together when it is asked for. Not sooner:
+    over NCCL a posted receive is a kernel that spins, and this rank's own work on the patch may be what it waits for.
     """
 
     def __init__(self, call: Call, plan: ModelPlan, model: nn.Module, group: Group, dtype: torch.dtype) -> None:
@@ -72,19 +73,37 @@ class Answers:
         self._makers = [self._rank(share, part) for share in call.shares for part in range(group.mesh.parts)]
         self._found: dict[tuple[int, int], Tensor | Receive] = {}
         self._whole: Tensor | None = None
-        if group.first:
-            for patch in call.patches:
-                self._expect(patch)
 
     def give(self, result: Tensor, patch: Patch) -> None:
-        """Sends what this rank made to every rank of the first stage."""
+        """Sends what this rank made to every rank of the first stage.
+
+        Raises:
+            RuntimeError: The model returned another dtype than the first stage expects.
+        """
         if self.group.mesh.at("tensor") > 0:
             return  # its neighbour made the same
+        if result.dtype != self._dtype:
+            raise RuntimeError(
+                f"the noise prediction left the model as {result.dtype}, the first stage expects {self._dtype}"
+            )
         for rank in self.group.mesh.stage(0):
             if rank == self.group.rank:
                 self._found[patch.index, rank] = result
             else:
                 self.group.answers(rank).send(result)
+
+    def expect(self, patch: Patch) -> None:
+        """Posts what other ranks make of a patch, on a rank that holds the latent."""
+        if not self.group.first:
+            return
+        pieces, makers = self.call.pieces(patch, self.group.mesh.parts), iter(self._makers)
+        shape = list(self._shape)
+        for share in self.call.shares:
+            for piece in pieces:
+                rank = next(makers)
+                shape[0], shape[self.plan.grid.dim] = share.size, piece.units[1] - piece.units[0]
+                if rank != self.group.rank:
+                    self._found[patch.index, rank] = self.group.answers(rank).expect(tuple(shape), self._dtype)
 
     def patch(self, index: int) -> Tensor:
         """A patch of the prediction; waits for it."""
@@ -100,16 +119,6 @@ class Answers:
 
     def _rank(self, share: BatchShare, part: int) -> int:
         return self.group.mesh.maker(share.data, share.cfg, self.group.config.pipefusion - 1, part)
-
-    def _expect(self, patch: Patch) -> None:
-        pieces, makers = self.call.pieces(patch, self.group.mesh.parts), iter(self._makers)
-        shape = list(self._shape)
-        for share in self.call.shares:
-            for piece in pieces:
-                rank = next(makers)
-                shape[0], shape[self.plan.grid.dim] = share.size, piece.units[1] - piece.units[0]
-                if rank != self.group.rank:
-                    self._found[patch.index, rank] = self.group.answers(rank).expect(tuple(shape), self._dtype)
 
     def _together(self, patch: Patch) -> Tensor:
         pieces = [self._take(patch, rank) for rank in self._makers]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from patchpipe.agreement import attempt
-from patchpipe.balance import StageBlocks, goes_in_halves, shared_blocks, split_blocks
+from patchpipe.balance import StageBlocks, goes_in_halves, sharing_stages, split_blocks
 from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.flights import Flights, Refused
@@ -71,8 +71,7 @@ class Attachment:
         model: nn.Module = pipe.transformer
         plan = plan_for(model)
         stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last)
-        if shared_blocks(split):
-            group.open_keys()
+        group.open_keys(sharing_stages(split))
         shared = shared_with_neighbours(split[group.stage], plan.blocks_of(model), group)
         self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split), shared=shared)
         self._pipe, self._stage, self._part = pipe, stage, part

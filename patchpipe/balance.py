@@ -138,6 +138,11 @@ def shared_blocks(split: Sequence[StageBlocks]) -> tuple[int, ...]:
     return tuple(stage.stop.block for stage in split if stage.stop.share and not stage.halves)
 
 
+def sharing_stages(split: Sequence[StageBlocks]) -> tuple[int, ...]:
+    """The stages that share their last block with the next one."""
+    return tuple(index for index, stage in enumerate(split) if stage.stop.share and not stage.halves)
+
+
 def may_go_apart(guidance: str, config: ParallelConfig) -> bool:
     """Whether the halves of guided batches may have stages of their own.
 

@@ -9,13 +9,15 @@ A rank so keeps the keys and values of the whole latent, for all layers: as much
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from patchpipe.attention import Attend, Attending
+from patchpipe.exchange import Exchange, Pieces
 from patchpipe.mesh import Group
 from patchpipe.patches import Cut, Patch
-from patchpipe.transport import Exchange, Receive
 
 ROWS = 3  # dim of the rows in a part [key and value, batch, heads, rows, channels]
 
@@ -33,33 +35,29 @@ class PartStore:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._parts: list[Tensor | Receive | None] = [None] * exchange.size
-        self._sizes = [0] * exchange.size
+        self._parts: list[Tensor | None] = [None] * exchange.size
+        self._coming: Pieces | None = None
+        self.bytes = 0  # of the rows it holds, with the room for those under way
 
-    def put(self, part: int, rows: Tensor | Receive, size: int) -> None:
-        """Takes a part's rows in place of older ones.
+    def put_own(self, rows: Tensor) -> None:
+        """Takes this rank's fresh ``[key and value, batch, heads, rows, channels]`` in place of older ones."""
+        self._parts[self._exchange.index] = rows
 
-        Args:
-            part: Which part.
-            rows: ``[key and value, batch, heads, rows, channels]``, or the promise of it.
-            size: Their bytes.
-        """
-        self._parts[part], self._sizes[part] = rows, size
+    def expect(self, coming: Pieces, size: int) -> None:
+        """Takes the promise of every part's rows, ``size`` bytes in all."""
+        self._coming, self.bytes = coming, size
 
     def existing(self) -> tuple[Tensor, ...]:
         """Keys and values of every row some step has computed; waits for those under way.
 
         They come part by part, each with its own text rows: attention does not depend on the order of keys.
         """
-        for index, rows in enumerate(self._parts):
-            if isinstance(rows, Receive):
-                self._parts[index] = self._exchange.take(rows)
-        return torch.cat([rows for rows in self._parts if isinstance(rows, Tensor)], dim=ROWS).unbind(0)
-
-    @property
-    def bytes(self) -> int:
-        """Memory the store holds, with the room for rows under way."""
-        return sum(self._sizes)
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            own = self._parts[self._exchange.index]
+            self._parts[:] = coming.take()
+            self._parts[self._exchange.index] = own
+        return torch.cat([rows for rows in self._parts if rows is not None], dim=ROWS).unbind(0)
 
 
 class Displaced:
@@ -90,7 +88,7 @@ class Displaced:
     def _seen(self, own: Tensor, text_rows: int) -> tuple[Tensor, ...]:
         """Own fresh rows beside the others', which are fresh or stale; the gathering that is started is not awaited."""
         store = self._next_store()
-        store.put(self.exchange.index, own, own.nbytes)
+        store.put_own(own)
         if self.synchronous:
             self._gather(store, own, text_rows)
             return store.existing()
@@ -109,8 +107,7 @@ class Displaced:
     def _gather(self, store: PartStore, own: Tensor, text_rows: int) -> None:
         """Starts to gather all parts; returns at once."""
         shapes = [(*own.shape[:ROWS], _length(piece, text_rows), own.shape[-1]) for piece in self.pieces]
-        for part, receive in self.exchange.spread(own, shapes).items():
-            store.put(part, receive, torch.Size(shapes[part]).numel() * own.element_size())
+        store.expect(self.exchange.spread(own, shapes), sum(map(prod, shapes)) * own.element_size())
 
 
 def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchronous: bool) -> Displaced | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from patchpipe.transport import Exchange
+from patchpipe.exchange import Exchange
 
 SHARED_BY_HEADS = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from time import sleep
 from typing import Any
@@ -14,16 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patchpipe.agreement import agree, gather
-from patchpipe.axes import SEQUENCE_AXES, Axis, Mesh
+from patchpipe.axes import Axis, Mesh
 from patchpipe.config import ParallelConfig
+from patchpipe.distributed.communicators import Link, answer_links, key_links, line_axes, stage_links
+from patchpipe.distributed.guard import Guard, say_goodbye
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.exchange import Exchange
 from patchpipe.process_groups import ProcessGroups, gist
 from patchpipe.tracing.recorder import Recorder, span
-from patchpipe.transport import Channel, Exchange, Wire
+from patchpipe.transport import Channel, Wire
 from patchpipe.vae.rows import WireRows, join_rows
 
 CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
-KEYS_FORWARD, KEYS_BACK = "keys-forward", "keys-back"  # wires
 LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
 GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
@@ -32,7 +34,8 @@ class Group:
     """The ranks of one parallel pipeline, and the wires between them.
 
     Forward hops, the return hop and everything shared by all ranks have separate process groups, so that
-    none waits behind another. A group of one rank has none.
+    none waits behind another. A group of one rank has none. Over NCCL every communicator is made here, or when the
+    pipeline is attached, and none in a request.
 
     Args:
         config: The layout.
@@ -61,33 +64,60 @@ class Group:
         self._agreements = 0
         self.lines: dict[Axis, Exchange] = {}
         self._groups = ProcessGroups(store, config.timeout)
+        self._guard: Guard | None = None
+        self._lifeline: Any = None
         if self.world_size == 1:
             return
         self._control = self._groups.make("control", "gloo", rank, self.world_size)
-        for name, carries in (("forward", "stream"), ("return", "prediction")):
-            self._wires[name] = self._wire(name, carries)
-        for axis in (*SEQUENCE_AXES, "tensor"):
-            if self.mesh.size(axis) > 1:
-                self.lines[axis] = self._line(axis)
+        if backend == "nccl":
+            self._guard = self._watch()
+        self._add_wire("forward", "stream", stage_links(self.mesh))
+        self._add_wire("return", "prediction", answer_links(self.mesh))
+        for axis in line_axes(self.mesh):
+            self.lines[axis] = self._line(axis)
 
-    def _wire(self, name: str, carries: str) -> Wire:
-        inner = self._groups.make(name, self.backend, self.rank, self.world_size)
-        return Wire(inner, self.device, self.backend, self.config.timeout, self.explain, carries)
+    def open_keys(self, boundaries: Sequence[int]) -> None:
+        """Makes the ways for keys and values of blocks that two stages share; every rank calls it alike.
 
-    def open_keys(self) -> None:
-        """Makes the wires for keys and values of blocks that two stages share; every rank calls it alike.
-
-        One for each way: what NCCL does between two ranks it does in order, and neither side must wait for the other.
+        Args:
+            boundaries: The earlier stage of each such pair.
         """
-        for name in (KEYS_FORWARD, KEYS_BACK):
-            self._wires[name] = self._wire(name, "keys")
+        self._add_wire("keys", "keys", key_links(self.mesh, boundaries))
+
+    def _add_wire(self, name: str, carries: str, links: Sequence[Link]) -> None:
+        """Makes what the links need, and over NCCL lets the ranks of each meet, in the order of the links."""
+        if not links:
+            return
+        options = (self.device, self.backend, self.config.timeout, self.explain, carries, self._guard)
+        if self.backend == "gloo":
+            self._wires[name] = Wire(self._groups.make(name, "gloo", self.rank, self.world_size), *options)
+            return
+        groups: dict[Link, Any] = {}
+        wire = self._wires[name] = Wire(None, *options, groups)
+        for link in links:
+            if self.rank == link.sender:
+                groups[link] = self._groups.make(f"{name}/{link.sender}-{link.receiver}", self.backend, 0, 2)
+                wire.channel(link.receiver).send_nothing(torch.Size((1,)), torch.float32)
+            elif self.rank == link.receiver:
+                groups[link] = self._groups.make(f"{name}/{link.sender}-{link.receiver}", self.backend, 1, 2)
+                wire.channel(link.sender).expect((1,), torch.float32)
+        self.drain()
 
     def _line(self, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
         inner = self._groups.make(f"{axis}/{ranks[0]}", self.backend, index, len(ranks))
-        options = (self.config.timeout, self.explain, CARRIES.get(axis, axis))
-        wire = Wire(inner, self.device, self.backend, *options)
-        return Exchange(wire, index, len(ranks), ranks)
+        options = (self.config.timeout, self.explain, CARRIES.get(axis, axis), self._guard)
+        line = Exchange(Wire(inner, self.device, self.backend, *options), index, len(ranks), ranks)
+        if self.backend == "nccl":
+            line.meet()
+        return line
+
+    def _watch(self) -> Guard:
+        """Looks on where waits order streams; see ``Guard``."""
+        guard = Guard(self.config.timeout, self._told_failure, self._explain_to_all, self._abort)
+        self._lifeline = self._groups.make("lifeline", "gloo", self.rank, self.world_size)
+        guard.watch(self._lifeline, (self.rank + 1) % self.world_size)
+        return guard
 
     # -- who is where ----------------------------------------------------------------------------
 
@@ -119,11 +149,9 @@ class Group:
         """Streams to the stage after."""
         return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage + 1))
 
-    def channels_for_keys(self, *, to_next: bool) -> tuple[Channel, Channel]:
-        """Keys and values to the stage after, or before, and from there."""
-        peer = self.mesh.peer(pipe=self.stage + (1 if to_next else -1))
-        forward, back = (self._wires[name].channel(peer) for name in (KEYS_FORWARD, KEYS_BACK))
-        return (forward, back) if to_next else (back, forward)
+    def channel_for_keys(self, *, to_next: bool) -> Channel:
+        """Keys and values to and from the stage after, or the one before."""
+        return self._wires["keys"].channel(self.mesh.peer(pipe=self.stage + (1 if to_next else -1)))
 
     def answers(self, rank: int) -> Channel:
         """Noise predictions between a rank of the last stage and one of the first."""
@@ -131,24 +159,28 @@ class Group:
 
     @property
     def _all_wires(self) -> list[Wire]:
-        return [*self._wires.values(), *(line.wire for line in self.lines.values())]
+        return [*self._wires.values(), *(each.wire for each in (*self.lines.values(), *self._strips))]
+
+    @property
+    def _ends(self) -> list[Channel | Exchange]:
+        """All that tensors leave through."""
+        return [*(channel for wire in self._wires.values() for channel in wire.channels), *self.lines.values()]
 
     def next_call(self) -> None:
         """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
-        for wire in self._all_wires:
-            for channel in wire.channels:
-                channel.next_call(self._in_flight)
+        for end in self._ends:
+            end.next_call(self._in_flight)
 
     def drain(self) -> None:
         """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
-        for wire in self._all_wires:
-            wire.drain()
+        for end in self._ends:
+            end.drain()
+        if self._guard is not None:
+            self._guard.settle()
 
     def traffic(self) -> tuple[int, float]:
         """Bytes this rank sent in hops and exchanges so far, and seconds it waited for them."""
-        ends: list[Channel | Exchange] = [channel for wire in self._wires.values() for channel in wire.channels]
-        ends += self.lines.values()
-        return sum(end.sent_bytes for end in ends), sum(end.waited_seconds for end in ends)
+        return sum(end.sent_bytes for end in self._ends), sum(end.waited_seconds for end in self._ends)
 
     def rows(self) -> WireRows:
         """All ranks as strips of a picture, for the VAE."""
@@ -163,8 +195,7 @@ class Group:
     def record(self, recorder: Recorder | None) -> None:
         """From here on, every wait and every tensor sent goes to ``recorder``; ``None`` ends that."""
         self.recorder = recorder
-        lines, strips = self.lines.values(), self._strips
-        for wire in (*self._wires.values(), *(line.wire for line in lines), *(rows.wire for rows in strips)):
+        for wire in self._all_wires:
             wire.recorder = recorder
 
     # -- what all ranks share --------------------------------------------------------------------
@@ -177,6 +208,7 @@ class Group:
         if self.rank == root:
             assert tensor is not None
             data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            self.check()  # the copy waits for the device, which goes on when communicators are aborted
             self._broadcast_bytes(data, root, "latent")
             return tensor
         staged = torch.empty(shape, dtype=dtype)
@@ -203,6 +235,15 @@ class Group:
         if failed:
             raise value
         return value
+
+    def check(self) -> None:
+        """Raises what has gone wrong where no wait could tell, over NCCL.
+
+        Raises:
+            PatchpipeError: The first cause.
+        """
+        if self._guard is not None:
+            self._guard.check()
 
     def _share_mine(self, root: int, compute: Callable[[], Any], carries: str) -> Any:
         error: Exception | None = None
@@ -260,9 +301,12 @@ class Group:
 
     def report_failure(self, text: str) -> None:
         """Tells the other ranks why this one fails, unless another told first."""
+        self._tell_failure(text, lost=False)
+
+    def _tell_failure(self, text: str, *, lost: bool) -> None:
         if self._store is None:
             return
-        message = json.dumps({"rank": self.rank, "text": text})
+        message = json.dumps({"rank": self.rank, "text": text, "lost": lost})
         try:
             self._store.compare_set(self._failure_key, "", message)
         except RuntimeError:  # the store's own process is gone: nobody is left to tell
@@ -270,13 +314,29 @@ class Group:
 
     def explain(self, error: Exception, peer: str) -> PatchpipeError:
         """The error to raise when waiting for ``peer`` failed: the group's first failure where one is known."""
-        first = self._first_failure()
-        if first is not None and first["rank"] != self.rank:
-            return RankFailed(f"rank {first['rank']} failed first: {first['text']}")
+        told = self._told_failure()
+        if told is not None:
+            return told
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
             late = self._silent_rank(peer)
             return RankLost(f"{late} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
         return RankLost(f"{peer} closed its connection: its process has died or was killed ({gist(error)})")
+
+    def _told_failure(self) -> PatchpipeError | None:
+        """The first failure that another rank has told of, or that one has told of another."""
+        first = self._first_failure()
+        if first is None:
+            return None
+        if first.get("lost"):
+            return RankLost(first["text"])
+        return None if first["rank"] == self.rank else RankFailed(f"rank {first['rank']} failed first: {first['text']}")
+
+    def _explain_to_all(self, error: Exception, peer: str) -> PatchpipeError:
+        """The same as ``explain``, told to the other ranks too: they may wait for one that waits itself."""
+        problem = self.explain(error, peer)
+        if isinstance(problem, RankLost):
+            self._tell_failure(str(problem), lost=True)
+        return problem
 
     def _silent_rank(self, peer: str) -> str:
         """The rank everybody waits for in the end: one that does not wait itself."""
@@ -316,13 +376,24 @@ class Group:
 
     def close(self) -> None:
         """Closes the connections; peers that wait for this rank see it at once."""
-        for wire in [*self._all_wires, *(strip.wire for strip in self._strips)]:
+        if self._guard is not None and self._lifeline is not None:
+            self._guard.end()
+            say_goodbye(self._lifeline, (self.rank - 1) % self.world_size)
+        for line in self.lines.values():
+            line.forget()
+        for wire in self._all_wires:
             wire.close()
-        self._control = None
+        self._control = self._lifeline = None
         self._wires.clear()
         self.lines.clear()
         self._strips.clear()
         self._groups.close()
+
+
+    def _abort(self) -> None:
+        """Ends all that is under way on the device."""
+        for wire in self._all_wires:
+            wire.abort()
 
 
 class _Explained:

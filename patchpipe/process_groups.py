@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from patchpipe.errors import RankLost
+
+
+WATCHDOG_FACTOR = 10  # torch's own deadline beside ours: the guard is to notice first, and to say what is wrong
+PAIR_CTAS = 4  # multiprocessors that a posted receive may hold while it waits
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 
 
 class ProcessGroups:
@@ -42,10 +49,11 @@ class ProcessGroups:
         """
         assert self.store is not None
         scoped = dist.PrefixStore(name, self.store)
-        kind = dist.ProcessGroupNCCL if backend == "nccl" else dist.ProcessGroupGloo
-        options = self._nccl() if backend == "nccl" else self._gloo()
         try:
-            return kind(scoped, rank, size, options)
+            if backend == "nccl":
+                with _own_error_handling():
+                    return dist.ProcessGroupNCCL(scoped, rank, size, self._nccl(pair=size == 2))
+            return dist.ProcessGroupGloo(scoped, rank, size, self._gloo())
         except RuntimeError as error:
             raise RankLost(f"a rank died or did not connect within {self.timeout:g} s ({gist(error)})") from error
 
@@ -53,9 +61,13 @@ class ProcessGroups:
         """Lets the shared thread end with the last of the groups."""
         self._devices.clear()
 
-    def _nccl(self) -> Any:
+    def _nccl(self, *, pair: bool) -> Any:
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=self.timeout)
+        # Counted from when the host posts an operation, long before its turn; it ends the process without a word.
+        options._timeout = timedelta(seconds=WATCHDOG_FACTOR * self.timeout)
+        options.is_high_priority_stream = True  # a hop that waits for a free multiprocessor holds up another device
+        if pair and hasattr(options, "config"):
+            options.config.max_ctas = PAIR_CTAS
         return options
 
     def _gloo(self) -> Any:
@@ -78,6 +90,19 @@ def _devices() -> list[Any]:
             f"GLOO_SOCKET_IFNAME={names} names no interface of this host that has an address ({gist(error)}): "
             f"unset it, or give one that `ip addr` lists"
         ) from error
+
+
+@contextmanager
+def _own_error_handling() -> Iterator[None]:
+    """Keeps torch from ending the process when a communicator breaks: the guard aborts it, and says why."""
+    if ERROR_HANDLING in os.environ:  # the user knows better
+        yield
+        return
+    os.environ[ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[ERROR_HANDLING]
 
 
 def gist(error: Exception) -> str:

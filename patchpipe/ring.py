@@ -17,7 +17,7 @@ from torch.nn import functional
 from patchpipe.attention import Attend, Attending
 from patchpipe.masks import as_mask, gather_columns
 from patchpipe.patches import Patch
-from patchpipe.transport import Exchange
+from patchpipe.exchange import Exchange
 from patchpipe.ulysses import Ulysses
 
 CHANNEL_ALIGNMENT = 8  # both CUDA kernels want the channels of a head to be a multiple of it

@@ -217,6 +217,8 @@ class Runner:
         """Runs every patch of this rank's share of a call through this stage."""
         share = call.share_of(self.group.mesh)
         if share is None:
+            for patch in call.patches:
+                answers.expect(patch)
             return
         parts = self._parts(call, share)
         sizes = [(part.share.size, part.piece) for part in parts]
@@ -230,14 +232,18 @@ class Runner:
             result = self._run(call, part, receives, context)
             if context.trailing is not None:
                 trailing.append(context)
-            if not isinstance(result, Tensor):
+            if isinstance(result, Tensor):
+                made.append(result)
+            else:
                 self._hops.pass_on(result, part.piece, call.text_rows)
                 self._give_keys(call, part.patch)
-                continue
-            made.append(result)
-            if part.completes:
+            if part.completes and made:
                 answers.give(made[0] if len(made) == 1 else torch.cat(made), part.patch)
                 made.clear()
+            if part.completes:
+                answers.expect(part.patch)
+        for keys in call.shared:
+            keys.end()
         for context in trailing:  # when the next stage has all it waits for
             with span(self.group.recorder, "compute"):
                 self.stage.trail(context)

@@ -28,15 +28,13 @@ class SharedBlock:
         boundary: The boundary.
         layers: Names of its self-attention layers.
         earlier: Whether this stage is the one before the boundary.
-        sends: To the rank that runs the block on the other side.
-        receives: From there.
+        channel: To and from the rank that runs the block on the other side.
     """
 
     boundary: Boundary
     layers: tuple[str, ...]
     earlier: bool
-    sends: Channel
-    receives: Channel
+    channel: Channel
 
 
 def shared_with_neighbours(stage: StageBlocks, places: Sequence[BlockPlace], group: Group) -> list[SharedBlock]:
@@ -48,7 +46,7 @@ def shared_with_neighbours(stage: StageBlocks, places: Sequence[BlockPlace], gro
         if boundary.share:
             place = places[boundary.block]
             layers = tuple(map(place.layer, place.self_attention))
-            found.append(SharedBlock(boundary, layers, earlier, *group.channels_for_keys(to_next=earlier)))
+            found.append(SharedBlock(boundary, layers, earlier, group.channel_for_keys(to_next=earlier)))
     return found
 
 
@@ -63,27 +61,33 @@ class SharedKeys:
     def __init__(self, shared: SharedBlock, stores: Mapping[str, LayerStore]) -> None:
         self.shared, self.stores = shared, stores
         self.block, self.earlier = shared.boundary.block, shared.earlier
-        self._taken, self._both = 0, False  # patches of a call before the boundary; whether there are others too
-        self._coming: list[tuple[LayerStore, Patch, Receive]] = []  # of the call that runs
+        self._patches: tuple[Patch, ...] = ()  # of the call that runs
+        self._taken, self._both = 0, False  # those of them before the boundary; whether there are others too
         self._due: list[tuple[LayerStore, Patch, Receive]] = []  # what the next turn of this stage needs
 
     def begin(self, patches: Sequence[Patch]) -> None:
-        """Posts what a call will bring."""
-        self._taken = self.shared.boundary.taken(len(patches))
+        """Begins a call; the later stage posts what it will bring."""
+        self._patches, self._taken = tuple(patches), self.shared.boundary.taken(len(patches))
         self._both = 0 < self._taken < len(patches)
-        if not self._both:
-            return
-        if self.earlier:
-            self._due = self._coming
-        self._coming = [
-            (self.stores[name], patch, self.shared.receives.expect((size,), dtype))
-            for patch in patches
+        if self._both and not self.earlier:
+            self._due = self._expect()
+
+    def end(self) -> None:
+        """Ends a call; the earlier stage posts what the others bring for the next one.
+
+        Not sooner: it is this stage's own work that they wait for.
+        """
+        if self._both and self.earlier:
+            self._due = self._expect()
+
+    def _expect(self) -> list[tuple[LayerStore, Patch, Receive]]:
+        return [
+            (self.stores[name], patch, self.shared.channel.expect((size,), dtype))
+            for patch in self._patches
             if not self.own(patch)
             for name in self.shared.layers
             for size, dtype in (self.stores[name].expected(patch),)
         ]
-        if not self.earlier:
-            self._due = self._coming
 
     def own(self, patch: Patch) -> bool:
         """Whether this stage runs the block for a patch."""
@@ -98,4 +102,4 @@ class SharedKeys:
     def give(self, patch: Patch) -> None:
         """Sends the keys and values of a patch that this stage has run."""
         for name in self.shared.layers if self._both else ():
-            self.shared.sends.send(self.stores[name].rows_of(patch))
+            self.shared.channel.send(self.stores[name].rows_of(patch))

@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.refusals import check_divisible, heads_of, no_tensor_plan
-from patchpipe.transport import Exchange
+from patchpipe.exchange import Exchange
 
 OUTPUTS, INPUTS = 0, 1  # dims of a Linear's weight
 
@@ -199,15 +199,8 @@ def all_reduce(exchange: Exchange, tensor: Tensor) -> Tensor:
     if tensor.numel() == 0:  # patches after the first carry no text rows, on any rank
         return tensor
     wire = exchange.wire
-    staged = (tensor.to("cpu") if wire.staged else tensor).contiguous()
-    whom = f"one of the ranks {exchange.ranks}"
-    started = perf_counter()
-    try:
-        work = wire.group.allreduce([staged])
-    except RuntimeError as error:
-        raise wire.explain(error, whom) from error
-    wire.wait_for(work, whom)
-    exchange.waited_seconds += perf_counter() - started
+    staged = tensor.to(wire.place).contiguous()
+    exchange.wait(wire.start(lambda: wire.group.allreduce([staged]), exchange.whom))
     size = reduced_bytes(staged.nbytes, exchange.size)
     exchange.sent_bytes += size
     wire.sent(size, f"the ranks {exchange.ranks}")

@@ -1,13 +1,14 @@
 """Ordered asynchronous tensors between two ranks, whose shapes both sides know beforehand.
 
 Receives are posted before the data is needed and waited for once; what is sent is kept alive until it
-has left. On gloo, CUDA tensors go through host memory, so that ranks may share a device.
+has left. On gloo, CUDA tensors go through host memory, so that ranks may share a device, and a wait blocks the host until
+its deadline. On NCCL a wait orders streams and returns at once; a ``Guard`` notices trouble.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from time import perf_counter
 from typing import Any
@@ -15,38 +16,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchpipe.distributed.communicators import Link
+from patchpipe.distributed.guard import Guard
 from patchpipe.tracing.recorder import Recorder, span
 
 Explain = Callable[[Exception, str], Exception]
-EXCHANGE_TAG = 1  # apart from the tensors of channels, whose receives may be posted long before
 CALLS_IN_FLIGHT = 3  # of the transformer, for each request: it waits for the last step's answers, two calls at most
 
 
 class Wire:
-    """One process group, seen as channels to its ranks.
+    """What carries one kind of tensors among some ranks, seen as channels between two of them.
 
     Args:
-        group: The process group (gloo or NCCL).
+        group: The process group of all its ranks; ``None`` where every link has one of its own.
         device: Where this rank computes.
         backend: ``"gloo"`` or ``"nccl"``.
         timeout: Seconds any wait may last.
         explain: Turns a failed wait into the error to raise.
         carries: What kind of tensors it carries, for the timeline.
+        guard: Watches over what is under way, over NCCL.
+        links: Over NCCL the process group of every link to and from this rank. Its ranks are 0, the sender, and 1.
 
     Attributes:
         recorder: Of the request under way, if it is traced.
     """
 
     def __init__(
-        self, group: Any, device: torch.device, backend: str, timeout: float, explain: Explain, carries: str = ""
+        self,
+        group: Any,
+        device: torch.device,
+        backend: str,
+        timeout: float,
+        explain: Explain,
+        carries: str = "",
+        guard: Guard | None = None,
+        links: Mapping[Link, Any] | None = None,
     ) -> None:
         self.group, self.device, self.backend = group, device, backend
         self.staged = backend == "gloo" and device.type != "cpu"
+        self.place = torch.device("cpu") if self.staged else device  # of what is sent and received
         self.timeout = timedelta(seconds=timeout)
         self.explain = explain
         self.ranks: tuple[int, ...] | None = None  # of the group's members among all ranks, where they differ
         self.carries = carries
         self.recorder: Recorder | None = None
+        self._guard, self._links = guard, links
         self._channels: dict[int, Channel] = {}
 
     def channel(self, peer: int) -> Channel:
@@ -65,14 +79,56 @@ class Wire:
         for channel in self._channels.values():
             channel.drain()
 
+    def abort(self) -> None:
+        """Over NCCL, ends all that is under way on the device; what waits for it goes on with whatever is there."""
+        groups = [self.group, *(self._links or {}).values()] if self.backend == "nccl" else []
+        for group in groups:
+            if group is not None and not isinstance(group, Closed):
+                group.abort()
+
     def close(self) -> None:
-        """Gives up the process group and whatever is under way, so that the connections close at once."""
-        self.group = Closed()
+        """Gives up the process groups and whatever is under way, so that the connections close at once."""
+        self.abort()
+        self.group, self._links = Closed(), None
         for channel in self._channels.values():
             channel.forget()
 
+    # -- operations ------------------------------------------------------------------------------
+
+    def start(self, begin: Callable[[], Any], whom: str) -> Any:
+        """Begins an operation with the ranks named; returns its work."""
+        if self._guard is not None:
+            self._guard.check()
+        try:
+            work = begin()
+        except RuntimeError as error:
+            raise self.explain(error, whom) from error
+        if self._guard is not None:
+            self._guard.began(work, whom)
+        return work
+
+    def send(self, tensor: Tensor, peer: int) -> Any:
+        """Begins to send a tensor, which must live until the work is waited for."""
+        group, at = self._end(peer, sending=True)
+        return self.start(lambda: group.send([tensor], at, 0), self.name(peer))
+
+    def receive(self, buffer: Tensor, peer: int) -> Any:
+        """Begins to receive into a tensor."""
+        group, at = self._end(peer, sending=False)
+        return self.start(lambda: group.recv([buffer], at, 0), self.name(peer))
+
+    def _end(self, peer: int, *, sending: bool) -> tuple[Any, int]:
+        """The process group to a rank or from it, and the rank's place there."""
+        if self._links is None:
+            return self.group, peer
+        link = next((link for link in self._links if (link.receiver if sending else link.sender) == peer), None)
+        if link is None:
+            way = "to" if sending else "from"
+            raise RuntimeError(f"no communicator for {self.carries} {way} {self.name(peer)} was made at start-up")
+        return self._links[link], 1 if sending else 0
+
     def wait(self, work: Any, peer: int) -> None:
-        """Waits for one operation, until the deadline.
+        """Waits for one operation: on gloo until the deadline, on NCCL in the order of streams.
 
         Raises:
             PatchpipeError: The peer died, failed or did not answer.
@@ -87,158 +143,19 @@ class Wire:
         """The same for ranks named in words."""
         with span(self.recorder, "wait", channel=self.carries, peer=whom):
             try:
-                work.wait(self.timeout)
+                if self.backend == "nccl":
+                    work.wait()
+                else:
+                    work.wait(self.timeout)
             except RuntimeError as error:
                 raise self.explain(error, whom) from error
+        if self._guard is not None:
+            self._guard.check()
 
     def sent(self, size: int, whom: str) -> None:
         """Notes, for the timeline, that ``size`` bytes set out for a rank or for several."""
         if self.recorder is not None:
             self.recorder.sent(self.carries, size, whom)
-
-
-class Exchange:
-    """All-to-all, all-gather and hops around a ring, among the ranks of one line of the mesh.
-
-    Args:
-        wire: Their process group.
-        index: This rank's place in the line.
-        size: Ranks in the line.
-        ranks: Their ranks in the whole group, for messages.
-    """
-
-    def __init__(self, wire: Wire, index: int, size: int, ranks: tuple[int, ...]) -> None:
-        self.wire, self.index, self.size, self.ranks = wire, index, size, ranks
-        self.wire.ranks = ranks
-        self.sent_bytes = 0
-        self.waited_seconds = 0.0
-
-    def spread(self, own: Tensor, shapes: list[tuple[int, ...]]) -> dict[int, Receive]:
-        """Starts to give every rank this one's tensor and to get theirs; returns at once.
-
-        Args:
-            own: This rank's tensor; not to be written to afterwards.
-            shapes: Shape of each rank's tensor, all of one dtype.
-
-        Returns:
-            The receive of each other rank's tensor.
-        """
-        receives = {}
-        for peer in (*range(self.index), *range(self.index + 1, self.size)):
-            channel = self.wire.channel(peer)
-            # NCCL runs what one pair does in order: the two must not both begin with a send.
-            if self.index < peer:
-                channel.send(own)
-            receives[peer] = channel.expect(shapes[peer], own.dtype)
-            if self.index > peer:
-                channel.send(own)
-        self.sent_bytes += own.nbytes * len(receives)
-        return receives
-
-    def take(self, receive: Receive) -> Tensor:
-        """What another rank gave in ``spread``; waits for it."""
-        started = perf_counter()
-        receive.wait()
-        self.waited_seconds += perf_counter() - started
-        return receive.take()
-
-    def all_to_all(self, sent: list[Tensor], shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Gives each rank its tensor and returns what each gave this one, of the ``shapes`` known beforehand."""
-        place = torch.device("cpu") if self.wire.staged else self.wire.device
-        out = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in sent]
-        outgoing = torch.cat(out).to(place)
-        sizes = [torch.Size(shape).numel() * sent[0].element_size() for shape in shapes]
-        incoming = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
-        started = perf_counter()
-        self.wire.wait_for(self._begin(incoming, outgoing, sizes, [piece.numel() for piece in out]), self.whom)
-        self.waited_seconds += perf_counter() - started
-        size = outgoing.numel() - out[self.index].numel()
-        self.sent_bytes += size
-        self.wire.sent(size, f"the ranks {self.ranks}")
-        pieces = incoming.to(self.wire.device).split(sizes)
-        return [piece.view(sent[0].dtype).view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-
-    def pass_on(self, sent: Tensor, shape: torch.Size | tuple[int, ...]) -> Shift:
-        """Starts giving a tensor to the next rank of the line and taking one from the rank before; returns at once.
-
-        Args:
-            sent: Any shape; the next rank knows it.
-            shape: Of what comes from the rank before; of the same dtype.
-        """
-        place = torch.device("cpu") if self.wire.staged else self.wire.device
-        outgoing = sent.contiguous().view(-1).view(torch.uint8).to(place)
-        size = torch.Size(shape).numel() * sent.element_size()
-        incoming = torch.empty(size, dtype=torch.uint8, device=place)
-        # One all-to-all that is empty between other ranks: NCCL would run a lone send before a lone receive, and
-        # ranks in a circle would then wait for each other.
-        out, into = [0] * self.size, [0] * self.size
-        out[(self.index + 1) % self.size], into[(self.index - 1) % self.size] = outgoing.numel(), size
-        work = self._begin(incoming, outgoing, into, out)
-        self.sent_bytes += outgoing.numel()
-        self.wire.sent(outgoing.numel(), self.wire.name((self.index + 1) % self.size))
-        return Shift(self, work, outgoing, incoming, sent.dtype, shape)
-
-    def _begin(self, incoming: Tensor, outgoing: Tensor, into: list[int], out: list[int]) -> Any:
-        try:
-            if self.wire.backend == "gloo":
-                return self._begin_in_pairs(incoming.split(into), outgoing.split(out))
-            return self.wire.group.alltoall_base(incoming, outgoing, into, out)
-        except RuntimeError as error:
-            raise self.wire.explain(error, self.whom) from error
-
-    def _begin_in_pairs(self, incoming: Sequence[Tensor], outgoing: Sequence[Tensor]) -> Works:
-        """The same by sends and receives, which go both ways at once: gloo's all-to-all takes the ways in turn."""
-        incoming[self.index].copy_(outgoing[self.index])
-        peers = [(self.index + step) % self.size for step in range(1, self.size)]
-        group = self.wire.group
-        receives = [group.recv([incoming[peer]], peer, EXCHANGE_TAG) for peer in peers if incoming[peer].numel()]
-        sends = [group.send([outgoing[peer]], peer, EXCHANGE_TAG) for peer in peers if outgoing[peer].numel()]
-        return Works([*receives, *sends])
-
-    @property
-    def whom(self) -> str:
-        """The ranks of the line, for messages."""
-        return f"one of the ranks {self.ranks}"
-
-
-class Works:
-    """Several operations waited for as one."""
-
-    def __init__(self, works: list[Any]) -> None:
-        self._works = works
-
-    def wait(self, timeout: timedelta) -> None:
-        """Waits for all of them, each until the deadline."""
-        for work in self._works:
-            work.wait(timeout)
-
-
-class Shift:
-    """A tensor on its way to the next rank of a line, and one on its way from the rank before."""
-
-    def __init__(
-        self,
-        exchange: Exchange,
-        work: Any,
-        outgoing: Tensor,
-        incoming: Tensor,
-        dtype: torch.dtype,
-        shape: torch.Size | tuple[int, ...],
-    ) -> None:
-        self._exchange, self._work, self._incoming = exchange, work, incoming
-        self._dtype, self._shape = dtype, shape
-        self._alive: Tensor | None = outgoing  # until it has left
-
-    def take(self) -> Tensor:
-        """The tensor from the rank before, on this rank's device; once only."""
-        if self._work is None:
-            raise RuntimeError("a passed tensor was taken twice")
-        exchange, work, self._work = self._exchange, self._work, None
-        started = perf_counter()
-        exchange.wire.wait_for(work, exchange.whom)
-        exchange.waited_seconds += perf_counter() - started
-        self._alive = None
-        return self._incoming.to(exchange.wire.device).view(self._dtype).view(self._shape)
 
 
 class Closed:
@@ -266,13 +183,8 @@ class Channel:
         self.wire.sent(size, self.wire.name(self.peer))
 
     def _send(self, tensor: Tensor) -> int:
-        staged = tensor.detach().to("cpu") if self.wire.staged else tensor.detach()
-        staged = staged.contiguous()
-        try:
-            work = self.wire.group.send([staged], self.peer, 0)
-        except RuntimeError as error:
-            raise self.wire.explain(error, self.wire.name(self.peer)) from error
-        self._sends.append((work, staged))
+        staged = tensor.detach().to(self.wire.place).contiguous()
+        self._sends.append((self.wire.send(staged, self.peer), staged))
         return staged.nbytes
 
     def next_call(self, requests: int = 1) -> None:
@@ -289,13 +201,8 @@ class Channel:
 
     def expect(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Receive:
         """Posts the receive of the next tensor."""
-        place = torch.device("cpu") if self.wire.staged else self.wire.device
-        buffer = torch.empty(shape, dtype=dtype, device=place)
-        try:
-            work = self.wire.group.recv([buffer], self.peer, 0)
-        except RuntimeError as error:
-            raise self.wire.explain(error, self.wire.name(self.peer)) from error
-        receive = Receive(self, work, buffer)
+        buffer = torch.empty(shape, dtype=dtype, device=self.wire.place)
+        receive = Receive(self, self.wire.receive(buffer, self.peer), buffer)
         self._receives.append(receive)
         while self._receives and self._receives[0].done:
             self._receives.popleft()
@@ -352,4 +259,4 @@ class Receive:
         if self._buffer is None:
             raise RuntimeError("a received tensor was taken twice")
         tensor, self._buffer = self._buffer, None
-        return tensor.to(self._channel.wire.device, non_blocking=True)
+        return tensor.to(self._channel.wire.device)

@@ -13,7 +13,7 @@ from patchpipe.attention import Attend, Attending
 from patchpipe.axes import shares
 from patchpipe.masks import gather_columns
 from patchpipe.patches import Patch
-from patchpipe.transport import Exchange
+from patchpipe.exchange import Exchange
 
 HEADS, ROWS = 1, 2  # dims of [batch, heads, rows, channels]
 

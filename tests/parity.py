@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,12 @@ def differences(
 
 
 def compare(
-    name: str, layouts: Sequence[dict[str, Any]], schedules: Sequence[dict[str, Any]], **call: Any
+    name: str,
+    layouts: Sequence[dict[str, Any]],
+    schedules: Sequence[dict[str, Any]],
+    *,
+    run: Callable[..., list[Any]] = run_ranks,
+    **call: Any,
 ) -> dict[str, Made]:
     """Each layout under each schedule against plain diffusers, or the oracle where keys and values are stale.
 
@@ -53,6 +58,7 @@ def compare(
         name: A tiny pipeline.
         layouts: Degrees, all of one world size.
         schedules: Patches and warm-up.
+        run: Runs a function on every rank: ``run_ranks`` or ``run_threads``.
         call: Changes to the call's arguments.
     """
     world_size = ParallelConfig(**layouts[0]).world_size
@@ -61,7 +67,7 @@ def compare(
         for model in {suited(name, layout) for layout in layouts}
         for schedule in schedules
     }
-    ranks = run_ranks(world_size, paint, name, list(layouts), schedules, call)
+    ranks = run(world_size, paint, name, list(layouts), schedules, call)
     found = {}
     for layout in layouts:
         for schedule in schedules:

@@ -20,7 +20,8 @@ from torch.nn import functional
 from patchpipe.planner.devices import HOST, Device
 from patchpipe.planner.links import Link
 from patchpipe.process_groups import ProcessGroups
-from patchpipe.transport import Exchange, Wire
+from patchpipe.exchange import Exchange
+from patchpipe.transport import Wire
 
 Progress = Callable[[str], None]
 CPU_ROWS, CUDA_ROWS = (16, 64, 256, 1024), (64, 256, 1024, 4096)
