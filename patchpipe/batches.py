@@ -15,6 +15,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.refusals import no_guidance
 
 Range = tuple[int, int]
+SLICES_KEPT = 4  # of each input: one for every guidance branch there is
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,15 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
     if part == (0, batch) or name == plan.latent or name in plan.unbatched_inputs:
         return value
     if isinstance(value, dict):
-        return {key: _sliced(entry, name, plan, batch, part, kept) for key, entry in value.items()}
+        return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch:
         return value
+    key = ("batch", name, part)
+    known: list[tuple[Tensor, int, Tensor]] = kept.setdefault(key, ([], None))[0]
     version = 0 if value.is_inference() else value._version
-    key = ("batch", id(value), version, part)
-    if key not in kept:
-        kept[key] = (value, value[part[0] : part[1]].contiguous())
-    return kept[key][1]
+    for tensor, seen, piece in known:
+        if tensor is value and seen == version:
+            return piece
+    known.append((value, version, value[part[0] : part[1]].contiguous()))
+    del known[:-SLICES_KEPT]  # what changes from call to call, such as the residuals of a ControlNet, must not pile up
+    return known[-1][2]

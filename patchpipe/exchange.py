@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from datetime import timedelta
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from patchpipe.transport import CALLS_IN_FLIGHT, Wire
 
-Shape = torch.Size | tuple[int, ...]
+Shape: TypeAlias = torch.Size | tuple[int, ...]
 EXCHANGE_TAG = 1  # apart from the tensors of channels, whose receives may be posted long before
 
 
@@ -95,7 +94,8 @@ class Exchange:
     def wait(self, work: Any) -> None:
         """Waits for an operation of the whole line."""
         started = perf_counter()
-        self.wire.wait_for(work, self.whom)
+        for one, whom in work if isinstance(work, list) else [(work, self.whom)]:
+            self.wire.wait_for(one, whom)
         self.waited_seconds += perf_counter() - started
 
     def _start(self, sent: Sequence[Tensor], shapes: Sequence[Shape]) -> Pieces:
@@ -113,31 +113,21 @@ class Exchange:
         return Pieces(self, work, kept, incoming, outgoing)
 
     def _begin(self, incoming: list[Tensor], outgoing: list[Tensor]) -> Any:
+        """The work of the exchange; over gloo those of its parts, each with the rank it is with."""
         group = self.wire.group
         if self.wire.backend == "nccl":
             return group.alltoall(incoming, outgoing)
         # By sends and receives, which go both ways at once: gloo's all-to-all takes the ways in turn.
         peers = [(self.index + step) % self.size for step in range(1, self.size)]
-        receives = [group.recv([incoming[peer]], peer, EXCHANGE_TAG) for peer in peers if incoming[peer].numel()]
-        sends = [group.send([outgoing[peer]], peer, EXCHANGE_TAG) for peer in peers if outgoing[peer].numel()]
-        return Works([*receives, *sends])
+        come, go = ([peer for peer in peers if pieces[peer].numel()] for pieces in (incoming, outgoing))
+        works = [group.recv([incoming[peer]], peer, EXCHANGE_TAG) for peer in come]
+        works += [group.send([outgoing[peer]], peer, EXCHANGE_TAG) for peer in go]
+        return [(work, self.wire.name(peer)) for work, peer in zip(works, (*come, *go), strict=True)]
 
     @property
     def whom(self) -> str:
         """The ranks of the line, for messages."""
         return f"one of the ranks {self.ranks}"
-
-
-class Works:
-    """Several operations waited for as one."""
-
-    def __init__(self, works: list[Any]) -> None:
-        self._works = works
-
-    def wait(self, timeout: timedelta) -> None:
-        """Waits for all of them, each until the deadline."""
-        for work in self._works:
-            work.wait(timeout)
 
 
 class Pieces:

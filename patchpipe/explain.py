@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from patchpipe.axes import AXES, Mesh
 from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.distributed.communicators import count
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,18 @@ def describe_ranks(config: ParallelConfig) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     mesh = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, config.mesh_shape, strict=True) if size > 1)
-    return "\n".join(
-        [config.describe(), f"{config.world_size} ranks: {mesh or 'one device'}", *lines, *_expected(config)]
-    )
+    title = [config.describe(), f"{config.world_size} ranks: {mesh or 'one device'}"]
+    return "\n".join([*title, *lines, *_expected(config), *communicators(config)])
+
+
+def communicators(config: ParallelConfig) -> list[str]:
+    """How many communicators a rank makes at start-up, of the rank that makes most."""
+    every = [count(Mesh(config.mesh_shape, rank)) for rank in range(config.world_size)]
+    most = max(every, key=lambda found: sum(found.values()))
+    if not most:
+        return []
+    told = ", ".join(f"{what} {number}" for what, number in most.items())
+    return [f"communicators over NCCL, all made at start-up, on a rank: at most {sum(most.values())} ({told})"]
 
 
 def _expected(config: ParallelConfig) -> list[str]:

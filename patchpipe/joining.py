@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from patchpipe.agreement import agree, read
 from patchpipe.config import ParallelConfig
 from patchpipe.mesh import Group
+
+logger = logging.getLogger("patchpipe")
 
 
 def join(
@@ -35,7 +38,8 @@ def join(
         rank: This rank; ``None`` reads the environment that ``torchrun`` sets.
         world_size: Number of ranks; likewise.
         store: Where the ranks meet; ``None`` takes ``torchrun``'s.
-        device: Where this rank computes; ``None`` takes the CUDA device of its local rank, else the CPU.
+        device: Where this rank computes; ``None`` takes the CUDA device of its local rank, as ``"cuda"`` does, else
+            the CPU.
         about: What else all ranks must have alike, by name.
         problem: Why this rank cannot go on, if it cannot; raised once the others know.
 
@@ -113,11 +117,13 @@ def _store_from_environment(timeout: timedelta) -> dist.Store:
 
 
 def _device_for(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    return torch.device("cpu")
+    """The device asked for, as the current one of this process: streams and communicators are made there."""
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
+    if place.type == "cuda":
+        if place.index is None:
+            place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
+        torch.cuda.set_device(place)
+    return place
 
 
 def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: int, device: torch.device) -> str:
@@ -129,4 +135,22 @@ def _backend(config: ParallelConfig, store: dist.Store, rank: int, world_size: i
     uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
     store.set(f"device/{rank}", f"{socket.gethostname()}/{uuid}" if uuid else "cpu")
     seen = [read(store, f"device/{other}", other, config.timeout).decode() for other in range(world_size)]
-    return "nccl" if "cpu" not in seen and len(set(seen)) == world_size else "gloo"
+    if "cpu" in seen:
+        return "gloo"
+    if len(set(seen)) < world_size:
+        _warn_of_sharing(rank, seen, device)
+        return "gloo"
+    return "nccl"
+
+
+def _warn_of_sharing(rank: int, seen: list[str], device: torch.device) -> None:
+    """Tells, once on every host, that ranks share a device while others of the host are idle."""
+    mates = [other for other, place in enumerate(seen) if place == seen[rank]]
+    host = seen[rank].partition("/")[0]
+    on_host = [other for other, place in enumerate(seen) if place.partition("/")[0] == host]
+    if len(mates) > 1 and rank == min(on_host) and torch.cuda.device_count() >= len(on_host):
+        logger.warning(
+            "ranks %s share %s although this host has %d GPUs, so that they take turns and talk through the host: "
+            "give each its own, with pipe.to(f'cuda:{os.environ[\"LOCAL_RANK\"]}') or device='cuda'",
+            ", ".join(map(str, mates)), device, torch.cuda.device_count(),
+        )  # fmt: skip

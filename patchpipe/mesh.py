@@ -159,7 +159,8 @@ class Group:
 
     @property
     def _all_wires(self) -> list[Wire]:
-        return [*self._wires.values(), *(each.wire for each in (*self.lines.values(), *self._strips))]
+        lines = [line.wire for line in self.lines.values()]
+        return [*self._wires.values(), *lines, *(rows.wire for rows in self._strips)]
 
     @property
     def _ends(self) -> list[Channel | Exchange]:
@@ -388,7 +389,6 @@ class Group:
         self.lines.clear()
         self._strips.clear()
         self._groups.close()
-
 
     def _abort(self) -> None:
         """Ends all that is under way on the device."""

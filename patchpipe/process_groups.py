@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from patchpipe.errors import RankLost
 
-
 WATCHDOG_FACTOR = 10  # torch's own deadline beside ours: the guard is to notice first, and to say what is wrong
 PAIR_CTAS = 4  # multiprocessors that a posted receive may hold while it waits
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"

@@ -15,9 +15,9 @@ from torch.backends import cuda
 from torch.nn import functional
 
 from patchpipe.attention import Attend, Attending
+from patchpipe.exchange import Exchange
 from patchpipe.masks import as_mask, gather_columns
 from patchpipe.patches import Patch
-from patchpipe.exchange import Exchange
 from patchpipe.ulysses import Ulysses
 
 CHANNEL_ALIGNMENT = 8  # both CUDA kernels want the channels of a head to be a multiple of it

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from diffusers.hooks.tensor_parallel import PackedRowwiseParallel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchpipe.exchange import Exchange
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.refusals import check_divisible, heads_of, no_tensor_plan
-from patchpipe.exchange import Exchange
 
 OUTPUTS, INPUTS = 0, 1  # dims of a Linear's weight
 

@@ -1,8 +1,8 @@
 """Ordered asynchronous tensors between two ranks, whose shapes both sides know beforehand.
 
-Receives are posted before the data is needed and waited for once; what is sent is kept alive until it
-has left. On gloo, CUDA tensors go through host memory, so that ranks may share a device, and a wait blocks the host until
-its deadline. On NCCL a wait orders streams and returns at once; a ``Guard`` notices trouble.
+Receives are posted before the data is needed and waited for once; what is sent is kept alive until it has left. On
+gloo, CUDA tensors go through host memory, so that ranks may share a device, and a wait blocks the host until its
+deadline. On NCCL a wait orders streams and returns at once; a ``Guard`` notices trouble.
 """
 
 from __future__ import annotations

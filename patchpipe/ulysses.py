@@ -11,9 +11,9 @@ from torch import Tensor
 
 from patchpipe.attention import Attend, Attending
 from patchpipe.axes import shares
+from patchpipe.exchange import Exchange
 from patchpipe.masks import gather_columns
 from patchpipe.patches import Patch
-from patchpipe.exchange import Exchange
 
 HEADS, ROWS = 1, 2  # dims of [batch, heads, rows, channels]
 

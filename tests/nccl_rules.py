@@ -7,8 +7,8 @@ What it holds to, as read in torch's `ProcessGroupNCCL`:
 - What one communicator does, it does in the order posted: sends and receives of a pair, in both directions, stand in
   one line. Collectives of a group stand in another.
 - A send is over only when its receive has been posted, and has got to the head of the other rank's line.
-- `wait()` orders the stream, not the host. There is but one thread of work here, so it waits too, but it may: it stands for
-  the stream. What was received is poison (NaN) until then, so that whoever reads without a wait shows.
+- `wait()` orders the stream, not the host. There is but one thread of work here, so it waits too, but it may: it stands
+  for the stream. What was received is poison (NaN) until then, so that whoever reads without a wait shows.
 - `wait(timeout)` blocks the host and is counted as a stall.
 - Something sent must not be written to until the send is over.
 - After `abort` nothing arrives any more, and whoever waits goes on with what is there: poison.
@@ -31,9 +31,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CONTACT_SECONDS = 8.0  # two ranks that have not met by then never will
+from patchpipe.process_groups import ProcessGroups
+from patchpipe.runner import Runner
+
+CONTACT_SECONDS = 15.0  # two ranks that have not met by then never will
 STUCK_SECONDS = 20.0  # nor does a line move again that has stood still so long
 POISON = 0xFF  # four, two or eight of these bytes are a NaN
+
+
+_here = threading.local()  # whether this thread, a rank, is in a request
 
 
 class Broken(AssertionError):
@@ -47,7 +53,7 @@ class Seen:
     Attributes:
         stalls: Waits that blocked the host.
         contacts: Communicators made, by group and members.
-        late: Those of them that were made after ``freeze``.
+        late: Those of them that were made in a request.
         written: Tensors that were written to while they were being sent.
     """
 
@@ -55,7 +61,12 @@ class Seen:
     contacts: list[str] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
-    frozen: bool = False
+
+    def check(self) -> None:
+        """Asserts that the host never stalled, nothing was made late, and nothing was written to under way."""
+        assert not self.stalls, f"the host waited for the device {len(self.stalls)} times: {self.stalls[:5]}"
+        assert not self.late, f"communicators were made in a request: {self.late[:5]}"
+        assert not self.written, f"written to while it was sent: {self.written[:5]}"
 
 
 class Operation:
@@ -70,8 +81,10 @@ class Operation:
         """Waits as the stream would or, if told how long, as a host that has nothing better to do."""
         if timeout is not None:
             self.group.seen.stalls.append(self.title)
-            if not self.over.wait(timeout.total_seconds()):
-                raise RuntimeError(f"{self.title} timed out")
+            patience = min(STUCK_SECONDS, timeout.total_seconds())
+            if not self.over.wait(patience):
+                kind = Broken if patience == STUCK_SECONDS else RuntimeError
+                raise kind(f"{self.title} timed out: {self.group.standing()}")
         elif not self.over.wait(STUCK_SECONDS):
             raise Broken(f"{self.title} never ends: {self.group.standing()}")
         if self.error is not None:
@@ -226,7 +239,7 @@ class NcclDouble:
         """Blocks this thread until all members have come."""
         title = f"{self.name} {key} on {self.rank()}"
         self.seen.contacts.append(title)
-        if self.seen.frozen:
+        if getattr(_here, "in_request", False):
             self.seen.late.append(title)
         self.store.set(f"{key}/{self.rank()}", "here")
         try:
@@ -248,10 +261,24 @@ def _fill(tensor: Tensor, arrived: Tensor) -> None:
 
 
 @contextmanager
+def over(transport: str) -> Iterator[None]:
+    """Ranks of this process talk over gloo as it is, or under NCCL's rules, which they must keep.
+
+    Args:
+        transport: ``"gloo"`` or ``"nccl"``.
+    """
+    if transport == "gloo":
+        yield
+        return
+    with under_nccl_rules() as seen:
+        yield
+    assert seen.contacts, "nothing went through the double: nothing was tested"
+    seen.check()
+
+
+@contextmanager
 def under_nccl_rules() -> Iterator[Seen]:
     """While it lasts, patchpipe takes the CPU's ranks for ones with a GPU each, and the double for NCCL."""
-    from patchpipe.process_groups import ProcessGroups
-
     seen, make = Seen(), ProcessGroups.make
 
     def made(self: ProcessGroups, name: str, backend: str, rank: int, size: int) -> Any:
@@ -261,8 +288,20 @@ def under_nccl_rules() -> Iterator[Seen]:
         assert self.store is not None
         return NcclDouble(inner, dist.PrefixStore(name, self.store), name, seen)
 
+    open_request = Runner.open
+
+    @contextmanager
+    def opened(self: Runner, *args: Any) -> Iterator[None]:
+        _here.in_request = True
+        try:
+            with open_request(self, *args):
+                yield
+        finally:
+            _here.in_request = False
+
     with (
-        mock.patch("patchpipe.joining._backend", lambda *_: "nccl"),
+        mock.patch("patchpipe.joining._backend", return_value="nccl"),
         mock.patch.object(ProcessGroups, "make", made),
+        mock.patch.object(Runner, "open", opened),
     ):
         yield seen

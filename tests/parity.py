@@ -38,10 +38,10 @@ class Made:
 
 
 def differences(
-    name: str, layouts: Sequence[dict[str, Any]], schedules: Sequence[dict[str, Any]], **call: Any
+    name: str, layouts: Sequence[dict[str, Any]], schedules: Sequence[dict[str, Any]], **options: Any
 ) -> dict[str, float]:
     """The relative errors of ``compare``."""
-    return {case: made.error for case, made in compare(name, layouts, schedules, **call).items()}
+    return {case: made.error for case, made in compare(name, layouts, schedules, **options).items()}
 
 
 def compare(

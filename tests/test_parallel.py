@@ -15,7 +15,9 @@ from patchpipe import ParallelConfig
 from patchpipe.axes import Mesh
 from patchpipe.models import plan_for
 from tests import parity, tiny
+from tests.nccl_rules import over
 from tests.ranks import run_ranks
+from tests.threads import run_threads
 
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py
 SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0, "split_batch": True}]
@@ -40,13 +42,15 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
 }
 
 
+@pytest.mark.parametrize("transport", ["gloo", "nccl"])
 @pytest.mark.parametrize("ranks", LAYOUTS)
 @pytest.mark.parametrize("name", [*MODELS, "sd35"])
-def test_layouts_paint_what_one_device_paints(name: str, ranks: int) -> None:
+def test_layouts_paint_what_one_device_paints(name: str, ranks: int, transport: str) -> None:
     call: dict[str, Any] = {}
     if ranks > 3:  # patches of rows enough for four ranks, and pictures to share
         call = {"height": 16 * 9, "num_images_per_prompt": 2, "num_inference_steps": 3}
-    errors = parity.differences(name, LAYOUTS[ranks], SCHEDULES, **call)
+    with over(transport):
+        errors = parity.differences(name, LAYOUTS[ranks], SCHEDULES, run=run_threads, **call)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 

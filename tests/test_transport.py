@@ -133,7 +133,7 @@ def counted_and_left(place: Place) -> dict[str, tuple[int, int]]:
 
     ways = {
         "send": send,
-        "spread": lambda: [line.take(receive) for receive in line.spread(own, [(ELEMENTS,)] * size).values()],
+        "spread": lambda: line.spread(own, [(ELEMENTS,)] * size).take(),
         "all-to-all": lambda: line.all_to_all([own] * size, [(ELEMENTS,)] * size),
         "pass on": lambda: line.pass_on(own, (ELEMENTS,)).take(),
         "all-reduce": lambda: all_reduce(line, own.clone()),

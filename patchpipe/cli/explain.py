@@ -53,7 +53,7 @@ def explain(
     config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR)
     from patchpipe.describe import volume_of  # heavy, and not needed to refuse bad input
-    from patchpipe.explain import kept, ranks_table, traffic
+    from patchpipe.explain import communicators, kept, ranks_table, traffic
 
     tokens = (height or 1024) // PIXELS_PER_TOKEN * ((width or 1024) // PIXELS_PER_TOKEN)
     console = Console(highlight=False)
@@ -71,3 +71,5 @@ def explain(
         console.print(f"  {method:14}{size(int(sent_bytes))}")
     if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
         console.print(f"and holds {size(int(kept(config, volume)))} of keys and values")
+    for line in communicators(config):
+        console.print(line)

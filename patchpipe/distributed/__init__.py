@@ -1,1 +1,1 @@
-"""Ranks that talk to one another: which communicators a layout needs, and who notices that one of them is in trouble."""
+"""Ranks that talk to one another: which communicators a layout needs, and who notices that one is in trouble."""

@@ -1,8 +1,8 @@
 """Which communicators a layout needs: a pair of ranks each for what goes one way, and one for every line of the mesh.
 
-NCCL makes a communicator when two ranks first meet, and that blocks both. So all are made at start-up, in one order that
-every rank keeps, and none in a request. What one communicator does it does in order; so the two directions between two
-ranks have one each, lest a receive that waits for its data hold up a send.
+NCCL makes a communicator when two ranks first meet, and that blocks both. So all are made at start-up, in one order
+that every rank keeps, and none in a request. What one communicator does it does in order. So the two directions between
+two ranks have one each, lest a receive that waits for its data hold up a send.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def count(mesh: Mesh, boundaries: Sequence[int] = ()) -> dict[str, int]:
         "keys of shared blocks": key_links(mesh, boundaries),
     }
     found = {what: sum(mesh.rank in (link.sender, link.receiver) for link in links) for what, links in carried.items()}
-    return {what: number for what, number in {**found, **dict.fromkeys(line_axes(mesh), 1)}.items() if number}
+    for axis in line_axes(mesh):
+        found[axis] = 1
+    return {what: number for what, number in found.items() if number}
 
 
 def _neighbours(mesh: Mesh) -> Iterator[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """Notices on the control plane what a GPU's own waits cannot: that a rank has died, failed or fallen silent.
 
-Over NCCL a wait orders streams, and the host runs ahead; a kernel that waits for a dead rank spins for ever. So a thread
-of every rank looks on: at the store, where the first failure is told; at a connection to the next rank, which breaks when
-that one dies; and at whether anything under way still makes progress. In trouble it aborts the communicators. Stuck kernels
-end, the host wakes up, and the next thing it does on a wire raises the cause.
+Over NCCL a wait orders streams, and the host runs ahead; a kernel that waits for a dead rank spins for ever. So a
+thread of every rank looks on: at the store, where the first failure is told; at a connection to the next rank, which
+breaks when that one dies; and at whether anything under way still makes progress. In trouble it aborts the
+communicators. Stuck kernels end, the host wakes up, and the next thing it does on a wire raises the cause.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from time import monotonic
 from typing import Any
 
@@ -22,6 +24,7 @@ LOOK_SECONDS = 0.2  # between two looks
 GRACE_SECONDS = 1.0  # for what is under way to end, after another rank has told of a failure
 SETTLE_SECONDS = 0.0005  # between two looks of a host that waits for its device
 LIFELINE_TAG = 3
+FOR_EVER = timedelta(days=3650)  # else gloo takes the group's deadline
 
 
 class Guard:
@@ -127,7 +130,7 @@ class Guard:
 
     def _hold(self, group: Any, after: int) -> None:
         try:
-            group.recv([torch.empty(1, dtype=torch.uint8)], after, LIFELINE_TAG).wait()
+            group.recv([torch.empty(1, dtype=torch.uint8)], after, LIFELINE_TAG).wait(FOR_EVER)
         except RuntimeError as error:
             if not self._ended.is_set():
                 self.give_up(self._explain(error, f"rank {after}"))
@@ -135,4 +138,5 @@ class Guard:
 
 def say_goodbye(group: Any, before: int) -> None:
     """Lets the rank before know that this one leaves of its own will."""
-    group.send([torch.zeros(1, dtype=torch.uint8)], before, LIFELINE_TAG)
+    with suppress(RuntimeError):  # it has gone first
+        group.send([torch.zeros(1, dtype=torch.uint8)], before, LIFELINE_TAG).wait(timedelta(seconds=1))

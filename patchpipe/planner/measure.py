@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.multiprocessing as processes
 from torch.nn import functional
 
+from patchpipe.exchange import Exchange
 from patchpipe.planner.devices import HOST, Device
 from patchpipe.planner.links import Link
 from patchpipe.process_groups import ProcessGroups
-from patchpipe.exchange import Exchange
 from patchpipe.transport import Wire
 
 Progress = Callable[[str], None]
