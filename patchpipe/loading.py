@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
+# What builds a model without weights changes torch for the whole process meanwhile: one thread at a time.
+_BUILDING = threading.Lock()
 
 
 def from_pretrained(
@@ -90,7 +93,8 @@ def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str
     found.checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
     _finish(transformer, group.device)
     parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **options}
-    pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
+    with _BUILDING:
+        pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group, found.stages, part).attach()
     return pipe
@@ -157,7 +161,7 @@ class PipelineFolder:
     def build(self, part: str, dtype: torch.dtype) -> Any:
         """A part without weights: parameters on ``meta``, computed buffers real."""
         library, name = self.index[part]
-        with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+        with _BUILDING, _default_dtype(dtype), init_empty_weights(include_buffers=False):
             if library == "diffusers":
                 kind = getattr(diffusers, name)
                 return kind.from_config(self.config(part))

@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError, UnsupportedModel
 from tests import tiny
+from tests.nccl_rules import over
 from tests.ranks import Place, quieten, run_ranks
+from tests.threads import run_threads
 
 MODELS = tiny.MODELS
 THOROUGH = ("flux", "sd3", "pixart")  # of each way text enters one, through every layout; the others through some
@@ -128,6 +130,17 @@ def plain(folder: Path, name: str, layouts: list[Layout], calls: Mapping[str, Ca
     }
 
 
+def under_rules(stages: int, target: Callable[..., Any], *args: Any) -> list[Any]:
+    """Ranks that are threads, under NCCL's rules."""
+    with over("nccl"):
+        return run_threads(stages, target, *args, timeout=240)
+
+
+def ranks_of(stages: int, target: Callable[..., Any], *args: Any) -> list[Any]:
+    """Two processes that talk over gloo, or three threads or more under NCCL's rules."""
+    return (run_ranks if stages == 2 else under_rules)(stages, target, *args)
+
+
 def labels(layouts: list[Layout], calls: Mapping[str, Call]) -> list[str]:
     return [label(layout, title) for layout in layouts for title in calls_for(layout, calls)]
 
@@ -162,7 +175,7 @@ def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) ->
     expected = plain(folder(name), name, SYNCHRONOUS, CALLS)
     must_equal([alone(folder(name), name, SYNCHRONOUS, CALLS)], expected, "N=1")
     for stages in (2, 3, 4):
-        ranks = run_ranks(stages, serve, folder(name), name, SYNCHRONOUS, CALLS)
+        ranks = ranks_of(stages, serve, folder(name), name, SYNCHRONOUS, CALLS)
         must_equal(ranks, expected, f"N={stages}")
 
 
@@ -170,7 +183,7 @@ def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) ->
 def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
     layouts = [{"patches": 3, "warmup": "all"}]
     expected = plain(folder(name), name, layouts, CALLS)
-    must_equal(run_ranks(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
+    must_equal(under_rules(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
 
 
 # ------------------------------------------------------------------------------------------------ law 2
@@ -207,7 +220,7 @@ def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]
     oracle = alone(folder(name), name, patched(1), CALLS)
     for stages in (2, 3, 4):
         layouts = patched(stages)
-        ranks = run_ranks(stages, serve, folder(name), name, layouts, CALLS)
+        ranks = ranks_of(stages, serve, folder(name), name, layouts, CALLS)
         must_equal(ranks, {title: oracle[title] for title in labels(layouts, CALLS)}, f"N={stages}")
     layouts = [{"patch_rows": (3, 4, 4), "warmup": warmup} for warmup in (1, "all")]
     stale, fresh = alone(folder(name), name, layouts, UNEVEN).values()
@@ -218,7 +231,7 @@ def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]
 def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(name: str, folder: Callable[[str], Path]) -> None:
     for stages, layouts in PLACED.items():
         expected = alone(folder(name), name, layouts, UNEVEN)
-        must_equal(run_ranks(stages, serve, folder(name), name, layouts, UNEVEN), expected, f"N={stages}")
+        must_equal(ranks_of(stages, serve, folder(name), name, layouts, UNEVEN), expected, f"N={stages}")
 
 
 @pytest.mark.parametrize("name", RELATIVES)
@@ -228,7 +241,7 @@ def test_law_2_the_schedule_never_shows_for_relatives(name: str, folder: Callabl
         {"patches": 4, "warmup": 0, "split_batch": False},
     ]
     expected = alone(folder(name), name, layouts, CALLS)
-    must_equal(run_ranks(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
+    must_equal(under_rules(2, serve, folder(name), name, layouts, CALLS), expected, "N=2")
 
 
 # ------------------------------------------------------------------------------------------------ law 3
@@ -279,7 +292,7 @@ def test_law_3_text_once_per_step(name: str, stages: int, folder: Callable[[str]
     steps, image = 3, 11 * 3
     # SD3 also takes the 32 tokens of its CLIP encoders; Qwen's two words are followed by five tokens of its template.
     text = {"flux": 8, "sd3": 8 + 32, "pixart": 8, "qwen": 2 + 5}[name]
-    ranks = run_ranks(stages, rows_by_layer, folder(name), name, steps)
+    ranks = (run_ranks if stages < 3 else under_rules)(stages, rows_by_layer, folder(name), name, steps)
     seen = {title: count for rank in ranks for title, count in rank.items()}
     assert sum(map(len, ranks)) == len(seen), "a block ran on two ranks"
     assert sorted(seen) == sorted(linears_of_blocks(tiny.pipeline(name).transformer))
@@ -349,7 +362,7 @@ def in_a_row(place: Place, folder: Path, name: str, calls: list[Call]) -> list[n
 
 @pytest.mark.parametrize("name", MODELS)
 def test_law_5_a_request_leaves_nothing_behind(name: str, folder: Callable[[str], Path]) -> None:
-    together = run_ranks(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0]
+    together = under_rules(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0]
     small, large = (run_ranks(2, in_a_row, folder(name), name, [call])[0][0] for call in (SMALL, LARGE))
     for index, (made, fresh) in enumerate(zip(together, (small, large, small), strict=True)):
         assert np.array_equal(made, fresh), f"request {index} is off by {np.abs(made - fresh).max()}"
