@@ -24,6 +24,8 @@ from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
+from patchpipe.pipeline.adapters import Adapters, adapter_members
+from patchpipe.pipeline.blocks import Blocks
 from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
@@ -56,7 +58,6 @@ class Attachment:
         config: The layout.
         group: The ranks.
         runner: Runs the transformer's calls.
-        graphs: Graphs that were compiled so far, by kind of block.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class Attachment:
         group.open_keys(sharing_stages(split))
         shared = shared_with_neighbours(split[group.stage], plan.blocks_of(model), group)
         self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split), shared=shared)
-        self._pipe, self._stage, self._part = pipe, stage, part
+        self._blocks = Blocks(stage, part, config, group)
+        self._adapters = Adapters(pipe, self._blocks, self.runner)
+        self._pipe = pipe
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
-        self.graphs: Mapping[str, int] = {}
 
     @property
     def last(self) -> RequestStats:
@@ -134,14 +136,15 @@ class Attachment:
     def attach(self) -> None:
         """Hooks the pipeline: its call, its transformer, its text encoding and its VAE."""
         pipe, model = self._pipe, self._pipe.transformer
-        if self._part is not None:
-            self._part.attach(self.group.lines["tensor"])
-            self._undo.append(self._part.detach)
-        self._stage.attach()
-        self._undo.append(self._stage.detach)
-        if self.config.compile:
-            self._compile()
+        try:
+            self._blocks.attach()
+        except ValueError:
+            self.group.close()
+            raise
+        self._undo.append(self._blocks.detach)
         self._set(model, "forward", self.runner.forward)
+        for name, method in self._adapters.model_methods().items():
+            self._set(model, name, method)
         if hasattr(model, "cache_context"):
             original = model.cache_context
             self._set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
@@ -155,15 +158,14 @@ class Attachment:
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
 
-    def _compile(self) -> None:
-        from patchpipe.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
+    @property
+    def graphs(self) -> Mapping[str, int]:
+        """Graphs that were compiled so far, by kind of block."""
+        return self._blocks.graphs
 
-        try:
-            self.graphs, undo = compile_blocks(self._stage.blocks)
-        except ValueError:
-            self.detach()
-            raise
-        self._undo.append(undo)
+    def change_adapters(self, name: str, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Runs one of diffusers' methods for LoRA; see ``pipeline.adapters``."""
+        return self._adapters.change(name, method, args, kwargs)
 
     def _hook_text(self) -> None:
         """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""
@@ -438,5 +440,6 @@ def _served_class(kind: type) -> type:
         "device": device,
         "_execution_device": device,
         "__doc__": kind.__doc__,
+        **adapter_members(kind),
     }
     return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})

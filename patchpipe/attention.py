@@ -240,9 +240,13 @@ def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Ca
     Returns:
         A function that undoes it.
     """
+    previous = layer.__dict__.get("forward")
     layer.forward = Attended(layer, find)  # type: ignore[method-assign]
 
     def undo() -> None:
-        del layer.__dict__["forward"]
+        if previous is None:
+            del layer.__dict__["forward"]
+        else:  # a hook that was there before, or a forward of the user's own
+            layer.forward = previous  # type: ignore[method-assign]
 
     return undo

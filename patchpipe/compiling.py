@@ -252,11 +252,14 @@ class CompiledBlock:
         return result
 
 
-def compile_blocks(places: list[BlockPlace]) -> tuple[Mapping[str, int], Callable[[], None]]:
+def compile_blocks(
+    places: list[BlockPlace], kinds: dict[Any, Kind] | None = None
+) -> tuple[Mapping[str, int], Callable[[], None]]:
     """Compiles hooked blocks, as they are needed.
 
     Args:
         places: The blocks a stage owns.
+        kinds: Kinds of an earlier time, whose graphs serve again; new ones are added.
 
     Returns:
         A live count of the graphs of each kind, and a function that undoes it all.
@@ -266,7 +269,7 @@ def compile_blocks(places: list[BlockPlace]) -> tuple[Mapping[str, int], Callabl
     """
     for place in places:
         _check(place)
-    kinds: dict[Any, Kind] = {}
+    kinds = {} if kinds is None else kinds
     device = next(places[0].block.parameters()).device
     order = torch.zeros(1, device=device)
     blocks = []

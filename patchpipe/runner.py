@@ -20,6 +20,7 @@ from patchpipe.displaced import Displaced, displaced_for
 from patchpipe.hops import Hops
 from patchpipe.lazy import PatchTensor, patch_of
 from patchpipe.mesh import Group
+from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
 from patchpipe.request import Branch, Request, RequestStats
@@ -166,7 +167,9 @@ class Runner:
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self.request.context)
-        prediction = self._call(inputs, cut, branch)
+        plain, scale = split_scale(inputs, self.plan.ignored_inputs)
+        with scaled(self.model, scale):
+            prediction = self._call(plain, cut, branch)
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)

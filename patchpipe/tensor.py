@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchpipe.exchange import Exchange
+from patchpipe.models.lora import check_adapters, lora_parts
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.refusals import check_divisible, heads_of, no_tensor_plan
 
@@ -67,16 +68,24 @@ class SplitLinear:
     dim: int
     blocks: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Of that dim while the matrix is whole."""
+        return sum(self.blocks)
+
     def slices(self, index: int, degree: int) -> dict[str, Slice]:
-        """The slices of its parameters that a rank holds; a bias added after the sum is whole everywhere."""
+        """The slices of its parameters that a rank holds, by ``"weight"`` and ``"bias"``.
+
+        A bias added after the sum is whole everywhere.
+        """
         ranges, start = [], 0
         for block in self.blocks:
             size = block // degree
             ranges.append((start + index * size, start + (index + 1) * size))
             start += block
-        found = {f"{self.name}.weight": Slice(self.dim, tuple(ranges))}
+        found = {"weight": Slice(self.dim, tuple(ranges))}
         if self.dim == OUTPUTS and self.linear.bias is not None:
-            found[f"{self.name}.bias"] = Slice(0, tuple(ranges))
+            found["bias"] = Slice(0, tuple(ranges))
         return found
 
 
@@ -91,24 +100,35 @@ class TensorPart:
         owned: Range of the blocks in running order that this rank's stage owns.
         index: This rank's place in the line.
         degree: Ranks in the line.
+
+    Attributes:
+        slices: The part of each split tensor to load, by name.
+        loaded: Whether only those parts were loaded, so that this rank has no whole matrix.
     """
 
     def __init__(self, model: nn.Module, plan: ModelPlan, owned: range, index: int, degree: int) -> None:
         places = plan.blocks_of(model)
-        self.model, self.degree = model, degree
+        self.model, self.plan, self.index, self.degree = model, plan, index, degree
         self._places = [places[at] for at in owned]
-        self._linears = [found for place in self._places for found in split_linears(model, plan, place)]
         self.slices: dict[str, Slice] = {}
-        for split in self._linears:
-            self.slices.update(split.slices(index, degree))
-        self._originals = {name: model.get_parameter(name) for name in self.slices}
+        self._found: list[tuple[nn.Linear, str, nn.Parameter]] = []
+        for split in self._linears():
+            for leaf, part in split.slices(index, degree).items():
+                self.slices[f"{split.name}.{leaf}"] = part
+                self._found.append((split.linear, leaf, split.linear.get_parameter(leaf)))
+        self._kept: dict[tuple[nn.Linear, str], nn.Parameter] = {}  # slices that were put away by ``release``
         self._undo: list[Callable[[], None]] = []
+
+    @property
+    def loaded(self) -> bool:
+        """Whether this rank has nothing but its slices: what it found at first was on ``meta``."""
+        return any(whole.is_meta for _, _, whole in self._found)
 
     def attach(self, exchange: Exchange) -> None:
         """Takes this rank's slices, unless they were loaded as such, and sums where a pair of Linears ends."""
-        for name, part in self.slices.items():
-            self._narrow(name, part)
-        for split in self._linears:
+        for split in self._linears():
+            for leaf, part in split.slices(self.index, self.degree).items():
+                self._narrow(split, leaf, part)
             if split.dim == INPUTS:
                 self._set(split.linear, "forward", _summed(split.linear, exchange))
         for place in self._places:
@@ -117,17 +137,42 @@ class TensorPart:
                     if hasattr(layer, name):
                         self._set(layer, name, getattr(layer, name) // self.degree)
 
-    def detach(self) -> None:
-        """Puts the whole matrices back; of a model loaded in slices those are empty, so that it cannot run."""
+    def release(self) -> None:
+        """Lets layers be added to the matrices, until ``attach``: each has its whole shape again.
+
+        One that was loaded as a slice has the shape alone, in a tensor that takes no memory.
+        """
         while self._undo:
             self._undo.pop()()
 
-    def _narrow(self, name: str, part: Slice) -> None:
-        path, _, leaf = name.rpartition(".")
-        owner, original = self.model.get_submodule(path), self._originals[name]
-        if owner._parameters[leaf] is original:
-            owner._parameters[leaf] = nn.Parameter(part.of(original.detach()), requires_grad=original.requires_grad)
-        self._undo.append(lambda: owner._parameters.__setitem__(leaf, original))
+    def detach(self) -> None:
+        """Puts the whole matrices back; of a model loaded in slices those are empty, so that it cannot run."""
+        self.release()
+        for linear, leaf, whole in self._found:
+            if whole.is_meta:
+                linear._parameters[leaf] = whole
+
+    def _linears(self) -> list[SplitLinear]:
+        return [found for place in self._places for found in split_linears(self.model, self.plan, place)]
+
+    def _narrow(self, split: SplitLinear, leaf: str, part: Slice) -> None:
+        linear, held = split.linear, split.linear.get_parameter(leaf)
+        kept = self._kept.pop((linear, leaf), None)
+        if kept is None and held.shape[part.dim] != split.size:
+            kept = held  # it was loaded as a slice
+        if kept is not None:
+            linear._parameters[leaf] = kept
+            self._undo.append(lambda: self._keep(split, leaf, part.dim))
+            return
+        linear._parameters[leaf] = nn.Parameter(part.of(held.detach()), requires_grad=held.requires_grad)
+        self._undo.append(lambda: linear._parameters.__setitem__(leaf, held))
+
+    def _keep(self, split: SplitLinear, leaf: str, dim: int) -> None:
+        """Puts a slice away, and in its place a tensor that has no more than the shape of the whole."""
+        held = split.linear.get_parameter(leaf)
+        shape = [split.size if at == dim else size for at, size in enumerate(held.shape)]
+        self._kept[split.linear, leaf] = held
+        split.linear._parameters[leaf] = nn.Parameter(held.new_zeros(()).expand(shape), requires_grad=False)
 
     def _set(self, owner: nn.Module, name: str, value: Any) -> None:
         had, previous = name in owner.__dict__, owner.__dict__.get(name)
@@ -171,7 +216,7 @@ def split_linears(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> list[
     """The Linears of one block that are split; what a block lacks, such as a last block's text side, is passed over.
 
     Raises:
-        ValueError: A module to split is not a plain Linear.
+        ValueError: A module to split is not a plain Linear, with or without LoRA beside it.
     """
     found = []
     for pattern, style in (tensor_plan(model, plan) or {}).items():
@@ -179,14 +224,30 @@ def split_linears(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> list[
         linear = _submodule(place.block, path) if listing == place.listing.path else None
         if linear is None:
             continue
-        name = f"{place.name}.{path}"
-        if type(linear) is not nn.Linear:
-            raise ValueError(
-                f"{name} is a {type(linear).__name__}, not a plain Linear: merge or unload adapters and quantization "
-                f"before the matrices are split, or use tensor=1"
-            )
-        found.append(_split_linear(name, linear, style))
+        found += _with_adapters(f"{place.name}.{path}", linear, style)
     return found
+
+
+def _with_adapters(name: str, module: nn.Module, style: Any) -> list[SplitLinear]:
+    """A Linear and the LoRA layers beside it.
+
+    The change that LoRA makes to a matrix ``W`` is a product ``B·A``. Where the outputs of ``W`` are split so are
+    those of ``B``. Where its inputs are split so are those of ``A``, whose results are then summed over the ranks
+    like those of ``W``.
+    """
+    check_adapters(name, module)
+    parts = lora_parts(module)
+    linear = module if parts is None else parts.base
+    if type(linear) is not nn.Linear:
+        raise ValueError(
+            f"{name} is a {type(linear).__name__}, not a plain Linear: load the model without quantization, or use "
+            f"tensor=1"
+        )
+    if parts is None:
+        return [_split_linear(name, linear, style)]
+    base = _split_linear(f"{name}.base_layer", linear, style)
+    beside = parts.outputs if base.dim == OUTPUTS else parts.inputs
+    return [base, *(SplitLinear(f"{name}.{path}", each, base.dim, base.blocks) for path, each in beside.items())]
 
 
 def all_reduce(exchange: Exchange, tensor: Tensor) -> Tensor:

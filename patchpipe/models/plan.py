@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from patchpipe.errors import UnsupportedModel
+from patchpipe.models.lora import SCALE
 
 AttentionKind = Literal["joint", "image", "cross"]
 RowKind = Literal["text", "image"]
@@ -215,7 +216,8 @@ class ModelPlan:
         text_mask: Input ``[batch, text rows]`` that tells which text rows to attend to, ``None`` for all; every joint
             attention layer must mask these keys alike. Patches without text rows are given ``None``.
         shared_inputs: Inputs every patch takes whole.
-        ignored_inputs: Inputs that change nothing here when empty; any other input is refused.
+        ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
+            strength of LoRA, as ``scale``.
         embed: Module that turns the latent into tokens: the first stage's own.
         head: Modules and parameters after the blocks: the last stage's own.
         conditioning: Modules whose result is the same for every patch of a call.
@@ -277,9 +279,10 @@ class ModelPlan:
     def _ignorable(self, name: str, value: Any) -> bool:
         if value is None or value is False:
             return True
-        return (
-            name in self.ignored_inputs and isinstance(value, dict) and not any(v is not None for v in value.values())
-        )
+        if name not in self.ignored_inputs or not isinstance(value, dict):
+            return False
+        given = {key: inner for key, inner in value.items() if inner is not None}
+        return set(given) <= {SCALE} and all(isinstance(inner, (int, float)) for inner in given.values())
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuses a model of the class that is configured in a way nothing tests.
