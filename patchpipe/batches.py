@@ -65,7 +65,8 @@ def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig
     """Who runs what of one call, in the order of the batch.
 
     Where both guidance branches come in one batch, ``cfg`` splits it into its halves; where each branch is a
-    call of its own, the ranks of one branch run it and the others wait for their own.
+    call of its own, the ranks of one branch run it and the others wait for their own. With ``idle_branch`` the ranks of
+    the second branch have nothing to do in a request that has but one.
 
     Args:
         batch: Entries of the call's batch.
@@ -77,9 +78,10 @@ def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig
         ValueError: The batch does not divide as the layout asks.
     """
     halves: list[tuple[int, Range]] = [(branch % config.cfg, (0, batch))]
-    if config.cfg == 2 and plan.guidance == "batch":
-        if batch % 2:
+    if config.cfg == 2 and plan.guidance == "batch" and batch % 2:
+        if not config.idle_branch:
             raise no_guidance(plan)
+    elif config.cfg == 2 and plan.guidance == "batch":
         halves = [(0, (0, batch // 2)), (1, (batch // 2, batch))]
     if min(stop - start for _, (start, stop) in halves) < config.data:
         raise ValueError(

@@ -48,6 +48,8 @@ class ParallelConfig:
             ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.
         data: Parts the batch is split into, each run by ranks of its own.
         cfg: Guidance branches that run side by side: 2 gives the two branches ranks of their own.
+        idle_branch: Whether ``cfg=2`` also takes requests without guidance, whose only branch then runs on half of the
+            ranks while the others wait. ``False`` refuses them, since with ``cfg=1`` they would be quicker.
         ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
             (DeepSpeed-Ulysses, arXiv 2309.14509).
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
@@ -78,6 +80,7 @@ class ParallelConfig:
     text_rank: int | Literal["spread"] | None = None
     data: int = 1
     cfg: int = 1
+    idle_branch: bool = False
     ulysses: int = 1
     ring: int = 1
     tensor: int = 1
@@ -104,8 +107,9 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be True, False or None")
             if value and self.distrifusion > 1:
                 raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile={self.compile!r} must be True or False")
+        for name in ("compile", "idle_branch"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.patches is not None:

@@ -16,7 +16,7 @@ def no_guidance(plan: ModelPlan) -> ValueError:
     remedy = "true_cfg_scale above 1 and a negative_prompt" if plan.guidance == "calls" else "guidance_scale above 1"
     return ValueError(
         f"cfg=2 gives the second branch of guidance ranks of its own, but this request has one branch only: set "
-        f"{remedy}, or cfg=1"
+        f"{remedy}, or cfg=1; idle_branch=True lets those ranks wait"
     )
 
 
@@ -37,19 +37,23 @@ def check_guidance(
     Raises:
         ValueError: The request has no second branch.
     """
-    if config.cfg == 1:
+    if config.cfg == 1 or config.idle_branch:
         return
     try:
         bound = inspect.signature(call).bind(*args, **kwargs)
     except TypeError:
         return  # the pipeline itself says it best
     bound.apply_defaults()
-    given = bound.arguments
+    if not guided(bound.arguments, plan):
+        raise no_guidance(plan)
+
+
+def guided(given: Mapping[str, Any], plan: ModelPlan) -> bool:
+    """Whether a call with these arguments, defaults among them, has two branches of guidance, as far as they tell."""
     scale = given.get("true_cfg_scale" if plan.guidance == "calls" else "guidance_scale")
     negative = [given[name] for name in ("negative_prompt", "negative_prompt_embeds") if name in given]
     lacks_negative = plan.guidance == "calls" and negative and all(value is None for value in negative)
-    if lacks_negative or (isinstance(scale, (int, float)) and scale <= 1):
-        raise no_guidance(plan)
+    return not (lacks_negative or (isinstance(scale, (int, float)) and scale <= 1))
 
 
 def check_calls(

@@ -251,7 +251,8 @@ class Request:
             if last_latent is latent and last_key[:2] == key[:2]:
                 key = (*key[:2], last_key[2] + 1)
         self._last = (latent, key)
-        if self.config.cfg > 1 and self.plan.guidance == "calls" and list(self._branches) == [key]:
+        alone = self.plan.guidance == "calls" and list(self._branches) == [key]
+        if self.config.cfg > 1 and alone and not self.config.idle_branch:
             raise no_guidance(self.plan)
         if key not in self._branches:
             branch = self._branches[key] = Branch(index=len(self._branches))

@@ -67,6 +67,7 @@ def generate(
     variant: options.Variant = None,
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
+    idle_branch: options.IdleBranch = False,
     data: options.Data = 1,
     ulysses: options.Ulysses = 1,
     ring: options.Ring = 1,

@@ -35,6 +35,9 @@ option = _option  # for commands with options of their own
 
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
 Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
+IdleBranch = Annotated[
+    bool, _option(_LAYOUT, "With --cfg 2: take unguided requests too; half of the ranks then wait.", "--idle-branch")
+]
 Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
 Ulysses = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
 Ring = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]

@@ -8,12 +8,11 @@ from typing import Any
 from patchpipe.config import ALL_STEPS, ParallelConfig
 from patchpipe.planner.predict import Prediction
 from patchpipe.planner.presets import preset_named
-from patchpipe.planner.search import Choice
+from patchpipe.planner.search import ALIKE, Choice
 from patchpipe.planner.work import Workload
 
 DEGREE_FLAGS = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 PROMPT = "a lighthouse in a storm"
-ALIKE = 0.01  # a difference the model cannot tell
 
 
 def reasons(choice: Choice, fresh: float) -> list[str]:
@@ -49,7 +48,7 @@ def _over_next(choice: Choice) -> str:
     best, second = choice.ranked[:2]
     longer = second.seconds / best.seconds - 1
     name = _name(second)
-    if longer < 0:
+    if longer < -ALIKE:
         return f"the next, {name}, is faster but sees fewer fresh keys"
     told = f"about as fast is {name}" if longer < ALIKE else f"the next, {name}, takes {longer:.0%} longer"
     return (

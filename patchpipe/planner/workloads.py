@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -86,7 +87,7 @@ def workload_for(model: str | Path, asked: Asked) -> Workload:
     if preset is not None:
         return _from_preset(preset, asked)
     try:
-        return _from_folder(str(model), _configuration(model), asked)
+        return _from_folder(str(model), read_folder(model), asked)
     except FileNotFoundError as error:
         names = ", ".join(preset.name for preset in PRESETS)
         raise FileNotFoundError(f"{error}; known without a download are {names}") from error
@@ -102,22 +103,50 @@ def _from_preset(preset: Preset, asked: Asked) -> Workload:
     return replace(found, itemsize=asked.itemsize, components=components, text=text)
 
 
-def _configuration(model: str | Path) -> PipelineFolder:
-    """A local folder, or a hub id's configuration files without its weights."""
-    source = resolve_source(model)
+def read_folder(model: str | Path, **hub: Any) -> PipelineFolder:
+    """A local folder, or a hub id's configuration files without its weights.
+
+    Args:
+        model: The folder or hub id.
+        **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for the hub.
+    """
+    source = resolve_source(model, **hub)
     folder = Path(source.path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(
-            snapshot_download(source.path, allow_patterns=list(CONFIGURATION), local_files_only=source.offline)
-        )
+        options = {"local_files_only": source.offline, **hub}
+        folder = Path(snapshot_download(source.path, allow_patterns=list(CONFIGURATION), **options))
     return PipelineFolder(folder)
 
 
 def _from_folder(name: str, source: PipelineFolder, asked: Asked) -> Workload:
-    plan, advised = source.plan(), call_defaults(source.path)
-    transformer = source.build("transformer", torch.float32)
+    plan, transformer = source.plan(), source.build("transformer", torch.float32)
+    components = {part: count * asked.itemsize for part, count in component_parameters(source).items()}
+    scale = _latent_scale(source)
+    return workload_of(name, plan, transformer, scale, components, call_defaults(source.path), asked)
+
+
+def workload_of(
+    name: str,
+    plan: ModelPlan,
+    transformer: Any,
+    scale: int,
+    components: Mapping[str, int],
+    advised: Mapping[str, Any],
+    asked: Asked,
+) -> Workload:
+    """The workload of a request to a transformer.
+
+    Args:
+        name: What to call the model.
+        plan: Its plan.
+        transformer: It, with or without weights.
+        scale: Pixels to a pixel of its latent.
+        components: Bytes of the text encoders and the VAE.
+        advised: Its usual call.
+        asked: The request.
+    """
     height = asked.height or advised.get("height") or USUAL_SIZE
     width = asked.width or advised.get("width") or USUAL_SIZE
     blocks = _blocks(transformer, plan)
@@ -127,7 +156,7 @@ def _from_folder(name: str, source: PipelineFolder, asked: Asked) -> Workload:
         model=name,
         blocks=blocks,
         heads=transformer.config.num_attention_heads,
-        rows=_rows(source, plan, transformer, height, width),
+        rows=_rows(scale, plan, transformer, height, width),
         text=asked.text_tokens or _text(plan, advised),
         joint=bool(plan.text_inputs),
         branches=2 if _guided(plan, advised, asked) else 1,
@@ -137,7 +166,7 @@ def _from_folder(name: str, source: PipelineFolder, asked: Asked) -> Workload:
         itemsize=asked.itemsize,
         embedders=sum(sizes.values()) - head - sum(block.parameters for block in blocks),
         head=head,
-        components={part: count * asked.itemsize for part, count in component_parameters(source).items()},
+        components=components,
         height=height,
         pixels=height * width,
         transformer=plan.model,
@@ -149,12 +178,12 @@ def _without_head(model: nn.Module, plan: ModelPlan) -> list[str]:
     return owned_names(model, plan, range(len(plan.blocks_of(model))), last=False)
 
 
-def _text(plan: ModelPlan, advised: dict[str, Any]) -> int:
+def _text(plan: ModelPlan, advised: Mapping[str, Any]) -> int:
     usual = USUAL_TEXT.get(plan.model, 512)
     return advised.get("max_sequence_length") or usual
 
 
-def _guided(plan: ModelPlan, advised: dict[str, Any], asked: Asked) -> bool:
+def _guided(plan: ModelPlan, advised: Mapping[str, Any], asked: Asked) -> bool:
     """FLUX has its guidance distilled into one branch, unless ``true_cfg_scale`` asks for two."""
     if asked.guidance is not None:
         return asked.guidance
@@ -163,9 +192,9 @@ def _guided(plan: ModelPlan, advised: dict[str, Any], asked: Asked) -> bool:
     return advised.get("guidance_scale", 2.0) > 1
 
 
-def _rows(source: PipelineFolder, plan: ModelPlan, transformer: Any, height: int, width: int) -> Rows:
+def _rows(scale: int, plan: ModelPlan, transformer: Any, height: int, width: int) -> Rows:
     patch = transformer.config.patch_size if isinstance(plan.grid, ImageRows) else PACKED
-    pixels = _latent_scale(source) * patch
+    pixels = scale * patch
     if height % pixels or width % pixels:
         raise ValueError(f"{height}×{width} pixels are no multiple of the {pixels} that make a token of {plan.model}")
     return Rows(height // pixels, width // pixels, patch)
