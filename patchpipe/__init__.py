@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from patchpipe.config import ParallelConfig
+from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import PatchpipeError, RankFailed, RankLost, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AutoLayout",
     "Engine",
     "ParallelConfig",
     "PatchpipeError",

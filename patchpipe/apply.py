@@ -17,9 +17,9 @@ from torch import nn
 from patchpipe.agreement import attempt
 from patchpipe.balance import StageBlocks, goes_in_halves, sharing_stages, split_blocks
 from patchpipe.combinations import check_together
-from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.config import SPREAD, AutoLayout, ParallelConfig
 from patchpipe.flights import Flights, Refused
-from patchpipe.joining import meet
+from patchpipe.joining import meet, settle
 from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
@@ -350,7 +350,7 @@ class Attachment:
         self._undo.append(lambda: object.__setattr__(owner, name, previous) if had else object.__delattr__(owner, name))
 
 
-def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None) -> Any:
+def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *, group: Group | None = None) -> Any:
     """Spreads a pipeline that is already in memory over the ranks of this process's group.
 
     Every rank calls it with the same pipeline. Call the pipeline as ever afterwards: the output rank gets the
@@ -359,7 +359,8 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
 
     Args:
         pipe: A diffusers pipeline whose transformer has a plan.
-        config: The layout.
+        config: The layout; ``None`` takes the planner's for the ranks there are, an ``AutoLayout`` says more of what is
+            wanted of it.
         group: The ranks; ``None`` joins those ``torchrun`` started.
 
     Returns:
@@ -374,14 +375,22 @@ def parallelize(pipe: Any, config: ParallelConfig, *, group: Group | None = None
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
     model: nn.Module = pipe.transformer
-    fitted, problem = attempt(lambda: _fit(model, config))
+    layout, store = settle(config, group, partial(_choose, pipe))
+    fitted, problem = attempt(lambda: _fit(model, layout))
     about = {"model": type(model).__name__, "model_config": _settings(model)}
-    group = meet(config, group, _device_of(pipe), about, problem)
+    group = meet(layout, group, _device_of(pipe), about, problem, store)
     assert fitted is not None
     plan, split = fitted
-    part = tensor_part(model, plan, split[group.stage].held, group.mesh.at("tensor"), config.tensor)
-    Attachment(pipe, config, group, split, part).attach()
+    part = tensor_part(model, plan, split[group.stage].held, group.mesh.at("tensor"), layout.tensor)
+    Attachment(pipe, layout, group, split, part).attach()
     return pipe
+
+
+def _choose(pipe: Any, auto: AutoLayout, ranks: int) -> ParallelConfig:
+    """The planner's layout of so many ranks."""
+    from patchpipe.planner.choosing import layout_for_ranks, workload_of_pipeline  # heavy, and needed here alone
+
+    return layout_for_ranks(auto, workload_of_pipeline(pipe, auto), _device_of(pipe).type, ranks)
 
 
 def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:

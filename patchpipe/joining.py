@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from patchpipe.agreement import agree, read
-from patchpipe.config import ParallelConfig
+from patchpipe.agreement import agree, attempt, read
+from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.mesh import Group
 
 logger = logging.getLogger("patchpipe")
@@ -67,12 +69,61 @@ def join(
     return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
 
 
+def settle(
+    config: ParallelConfig | AutoLayout | None,
+    group: Group | None,
+    choose: Callable[[AutoLayout, int], ParallelConfig],
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    store: dist.Store | None = None,
+) -> tuple[ParallelConfig, dist.Store | None]:
+    """The layout of all ranks: as given or, where none is, as rank 0 chooses.
+
+    Args:
+        config: What this rank was given; every rank must be given alike.
+        group: Ranks that have joined before, whose layout it then is.
+        choose: Finds the layout of so many ranks; called on rank 0.
+        rank: See ``join``.
+        world_size: See ``join``.
+        store: See ``join``.
+
+    Returns:
+        The layout, and where the ranks met if they have.
+
+    Raises:
+        ValueError: Ranks were given differently, or there is no layout of so many; the same text on every rank.
+        RankLost: A rank did not show up in time.
+    """
+    if isinstance(config, ParallelConfig):
+        return config, store
+    if group is not None:
+        return group.config, store
+    auto = config or AutoLayout()
+    if rank is None or world_size is None:
+        rank, world_size = _place_from_environment()
+    if world_size == 1:
+        return auto.alone(), store
+    store = store or _store_from_environment(timedelta(seconds=auto.timeout))
+    scoped = _meeting_point(store, rank, auto.timeout)
+    agree(scoped, "layout", rank, world_size, {"config": dataclasses.asdict(auto)}, auto.timeout)
+    if rank == 0:
+        chosen, problem = attempt(lambda: choose(auto, world_size))
+        told = {"problem": f"{problem}"} if chosen is None else {"config": chosen.as_dict()}
+        scoped.set("chosen", json.dumps(told))
+    found = json.loads(read(scoped, "chosen", 0, auto.timeout))
+    if "problem" in found:
+        raise ValueError(found["problem"])
+    return ParallelConfig(**found["config"]), store
+
+
 def meet(
     config: ParallelConfig,
     group: Group | None,
     device: torch.device | str | None,
     about: Mapping[str, Any],
     problem: Exception | None,
+    store: dist.Store | None = None,
 ) -> Group:
     """The ranks of a pipeline, once all of them know that they were started alike and can go on.
 
@@ -82,12 +133,13 @@ def meet(
         device: See ``join``.
         about: See ``join``.
         problem: See ``join``.
+        store: See ``join``.
 
     Raises:
         ValueError: As for ``join``; or the group was joined for another layout.
     """
     if group is None:
-        return join(config, device=device, about=about, problem=problem)
+        return join(config, store=store, device=device, about=about, problem=problem)
     group.agree({"config": config.as_dict(), **about}, problem)
     if group.config != config:
         raise ValueError(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from patchpipe.agreement import attempt
 from patchpipe.apply import Attachment
 from patchpipe.balance import StageBlocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
-from patchpipe.config import ParallelConfig
+from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import UnsupportedModel
-from patchpipe.joining import meet
+from patchpipe.joining import meet, settle
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
@@ -40,7 +41,7 @@ _BUILDING = threading.Lock()
 
 def from_pretrained(
     model: str | Path,
-    config: ParallelConfig | None = None,
+    config: ParallelConfig | AutoLayout | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -56,7 +57,8 @@ def from_pretrained(
 
     Args:
         model: A folder in diffusers format, or a hub id.
-        config: The layout; ``None`` is one rank.
+        config: The layout; ``None`` takes the planner's for the ranks there are, an ``AutoLayout`` says more of what is
+            wanted of it.
         dtype: ``torch.bfloat16`` or its name; ``None`` takes float32, as diffusers does.
         device: Where this rank computes; ``None`` takes its CUDA device, else the CPU.
         variant: File variant such as ``"fp16"``.
@@ -72,16 +74,31 @@ def from_pretrained(
         ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
         FileNotFoundError: The model or a part of it is missing.
     """
-    config = config or ParallelConfig()
-    found, problem = attempt(lambda: _Found.at(model, config, dtype, variant))
-    group = meet(config, group, device, found.about if found else {}, problem)
+    layout, store = settle(config, group, partial(_choose, model, dtype, device))
+    found, problem = attempt(lambda: _Found.at(model, layout, dtype, variant))
+    group = meet(layout, group, device, found.about if found else {}, problem, store)
     assert found is not None
     try:
-        return _load(found, config, group, kwargs)
+        return _load(found, layout, group, kwargs)
     except Exception as error:
         group.report_failure(f"{type(error).__name__}: {error}")
         group.close()  # peers that have loaded theirs must not wait for the deadline
         raise
+
+
+def _choose(
+    model: str | Path,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str | None,
+    auto: AutoLayout,
+    ranks: int,
+) -> ParallelConfig:
+    """The planner's layout of so many ranks."""
+    from patchpipe.planner.choosing import layout_for_ranks, workload_of_folder  # heavy, and needed here alone
+
+    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    name = None if dtype is None else str(as_dtype(dtype)).removeprefix("torch.")
+    return layout_for_ranks(auto, workload_of_folder(model, name, kind, auto), kind, ranks)
 
 
 def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str, Any]) -> Any:

@@ -378,7 +378,7 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_share_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_cuda_count", lambda: 2)
+    monkeypatch.setattr(devices, "cuda_count", lambda: 2)
     assert devices.choose_devices(None, 3, "auto") == ["cuda:0", "cuda:1", "cuda:0"]
     with pytest.raises(ValueError, match="use backend='gloo'"):
         devices.choose_devices(None, 3, "nccl")

@@ -90,7 +90,7 @@ def loopback_interface() -> str | None:
 
 
 def _default_devices(ranks: int, backend: str) -> list[str]:
-    count = _cuda_count()
+    count = cuda_count()
     if count == 0:
         return ["cpu"] * ranks
     if count < ranks and backend == "nccl":
@@ -103,7 +103,7 @@ def _default_devices(ranks: int, backend: str) -> list[str]:
 
 def _spread(name: str, ranks: int) -> list[str]:
     if name == "cuda":
-        return [f"cuda:{rank % max(1, _cuda_count())}" for rank in range(ranks)]
+        return [f"cuda:{rank % max(1, cuda_count())}" for rank in range(ranks)]
     return [name] * ranks
 
 
@@ -111,8 +111,8 @@ def _check_device(name: str) -> None:
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name.endswith(":"):
         raise ValueError(f"device {name!r} is unknown: use 'cpu', 'cuda' or 'cuda:0', 'cuda:1', …")
-    if kind == "cuda" and int(index or 0) >= _cuda_count():
-        raise ValueError(f"device {name!r} is not there: this machine has {_cuda_count()} CUDA devices")
+    if kind == "cuda" and int(index or 0) >= cuda_count():
+        raise ValueError(f"device {name!r} is not there: this machine has {cuda_count()} CUDA devices")
 
 
 def _check_nccl(names: list[str]) -> None:
@@ -128,7 +128,8 @@ def _numbered(name: str) -> str:
     return "cuda:0" if name == "cuda" else name.split(":")[0] if name.startswith("cpu") else name
 
 
-def _cuda_count() -> int:
+def cuda_count() -> int:
+    """CUDA devices of this machine."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.combinations import check_together
-from patchpipe.config import ParallelConfig
+from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.engine import requests
-from patchpipe.engine.devices import choose_devices, dtype_name, threads_per_rank
+from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
+from patchpipe.engine.devices import dtype_name, threads_per_rank
 from patchpipe.engine.failures import from_death
 from patchpipe.engine.messages import Call, CallTogether, Done, RankInfo, Ready, Start, Step
 from patchpipe.engine.processes import Worker, Workers
@@ -49,7 +50,8 @@ class Engine:
 
     Args:
         path: A local folder in diffusers' format, or a hub id.
-        config: The layout; ``None`` runs plain diffusers in one worker.
+        config: The layout; ``None`` takes the planner's for the devices there are, an ``AutoLayout`` says more of what
+            is wanted of it, ``"plain"`` runs diffusers as it is in one worker.
         devices: One device name for all ranks or one for each. ``None`` prefers CUDA devices.
         dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or a ``torch.dtype``; ``None`` takes the pipeline's default.
         variant: The checkpoint's variant, such as ``"fp16"``.
@@ -67,7 +69,7 @@ class Engine:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        config: ParallelConfig | None = None,
+        config: ParallelConfig | AutoLayout | Literal["plain"] | None = None,
         devices: str | Sequence[str] | None = None,
         dtype: torch.dtype | str | None = None,
         variant: str | None = None,
@@ -79,22 +81,20 @@ class Engine:
         if sys.platform == "win32":
             raise PatchpipeError("the engine needs Linux or macOS; on Windows use torchrun")
         began = time.monotonic()
-        self.config = config
-        layout = config or ParallelConfig()
-        self._silence = layout.timeout + SILENCE_GRACE
-        self._output_rank = layout.output_rank
+        wanted = read_wanted(config)
         source = resolve_source(path, **load_options)
         self.path = source.path
-        if config is not None and Path(source.path).is_dir():
-            check_folder(Path(source.path), config)
-        self.devices = tuple(choose_devices(devices, layout.world_size, layout.backend if config else "auto"))
-        self.threads = threads_per_rank(threads, layout.world_size)
+        if isinstance(wanted, ParallelConfig) and Path(source.path).is_dir():
+            check_folder(Path(source.path), wanted)
+        self.devices = devices_for(wanted, devices, threads)
+        self.threads = threads_per_rank(threads, len(self.devices))
         self._lock = threading.Lock()
         self._request = _START
-        listener = None if config is None else _listen(port)
-        self._workers = Workers(layout.world_size, self.threads, offline=source.offline)
+        listener = None if wanted is None else _listen(port)
+        self._workers = Workers(len(self.devices), self.threads, offline=source.offline)
         self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
         try:
+            self._take_layout(wanted, threads, dtype_name(dtype), load_options, start_timeout)
             self._store = None if listener is None else _serve_store(listener)
             ready = self._start(dtype_name(dtype), variant, load_options, start_timeout)
         except BaseException:
@@ -104,6 +104,23 @@ class Engine:
         self._arguments = ready[self._output_rank].arguments
         self._any_argument = ready[self._output_rank].any_argument
         self.start_seconds = time.monotonic() - began
+
+    def _take_layout(
+        self, wanted: Wanted, threads: int | None, dtype: str | None, options: Mapping[str, Any], timeout: float
+    ) -> None:
+        """Settles the layout, with as many workers as it needs."""
+        self.layout_reason: str | None = None
+        if isinstance(wanted, AutoLayout):
+            planned = ask(self._workers.members[0], wanted, self.path, self.devices, dtype, options, timeout)
+            self.config, self.layout_reason = planned.config, planned.why
+        else:
+            self.config = wanted
+        layout = self.config or ParallelConfig()
+        self._workers.keep(layout.world_size)
+        self.devices = self.devices[: layout.world_size]
+        self.threads = threads_per_rank(threads, layout.world_size)
+        self._silence = layout.timeout + SILENCE_GRACE
+        self._output_rank = layout.output_rank
 
     def __call__(
         self,

@@ -11,6 +11,29 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from patchpipe.config import AutoLayout, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parent to worker, before ``Start`` if at all: choose a layout for these devices."""
+
+    auto: AutoLayout
+    path: str
+    devices: tuple[str, ...]
+    cores: int
+    dtype: str | None
+    hub: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Worker to parent: the layout, ``None`` for plain diffusers, and why in one line."""
+
+    request: int
+    config: ParallelConfig | None
+    why: str
+
 
 @dataclass(frozen=True)
 class Start:

@@ -89,17 +89,13 @@ class Workers:
         if os.getpid() != self._owner:
             return  # a fork of the parent: the workers are not its own
         members, self.members = self.members, []
-        if grace > 0:
-            _ask_to_leave(members)
-            _wait_all(members, grace)
-        for worker in members:
-            _signal(worker, signal.SIGTERM)
-        _wait_all(members, 1.0)
-        for worker in members:
-            _signal(worker, signal.SIGKILL)
-        for worker in members:
-            _reap(worker)
+        _end(members, grace)
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def keep(self, count: int) -> None:
+        """Ends all but the first ``count`` workers, which have nothing loaded yet."""
+        surplus, self.members = self.members[count:], self.members[:count]
+        _end(surplus, grace=0)
 
 
 def describe_exit(code: int | None) -> str:
@@ -151,6 +147,19 @@ def _environment(threads: int, offline: bool) -> dict[str, str]:
     if interface is not None:
         env.setdefault("GLOO_SOCKET_IFNAME", interface)
     return env
+
+
+def _end(members: list[Worker], grace: float) -> None:
+    if grace > 0:
+        _ask_to_leave(members)
+        _wait_all(members, grace)
+    for worker in members:
+        _signal(worker, signal.SIGTERM)
+    _wait_all(members, 1.0)
+    for worker in members:
+        _signal(worker, signal.SIGKILL)
+    for worker in members:
+        _reap(worker)
 
 
 def _ask_to_leave(members: list[Worker]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from patchpipe.engine.bar import StepBar
+from patchpipe.engine.choosing import answer
 from patchpipe.engine.messages import (
     Call,
     CallTogether,
@@ -22,6 +23,7 @@ from patchpipe.engine.messages import (
     Close,
     Done,
     Failed,
+    Plan,
     RankInfo,
     Ready,
     Start,
@@ -52,10 +54,14 @@ def main() -> None:
     lifeline = Lifeline()
     lifeline.start()
     _quieten_libraries()
-    start: Start = channel.receive()
-    lifeline.directory = start.directory
-    server = Server(channel, start)
     try:
+        message = channel.receive()
+        if isinstance(message, Plan):
+            channel.send(answer(message))
+            message = channel.receive()
+        start: Start = message
+        lifeline.directory = start.directory
+        server = Server(channel, start)
         server.load()
         server.serve()
     except EOFError:

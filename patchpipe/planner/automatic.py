@@ -2,69 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from patchpipe.config import ALL_STEPS, Backend, ParallelConfig
+from patchpipe.config import ALL_STEPS, AutoLayout, ParallelConfig
 from patchpipe.planner.predict import Prediction, predict
 from patchpipe.planner.profiles import Profile
-from patchpipe.planner.search import ALIKE, HEADROOM, Wishes, search
+from patchpipe.planner.search import HEADROOM, Wishes, search
 from patchpipe.planner.work import Workload
 
-
-@dataclass(frozen=True)
-class AutoLayout:
-    """Asks for the layout that the planner predicts to be the quickest.
-
-    Attributes:
-        exact: Only methods whose picture is that of one device, up to the order of sums.
-        request: Arguments of the calls to come, as far as known; others are the model's usual ones. The layout serves
-            any request all the same.
-        pictures: Pictures that are wanted at once.
-        batched: Whether these may be painted in one request.
-        plain: Whether plain diffusers will do where one device is best.
-        methods: Methods that may be used; ``None`` allows all.
-        warmup: Synchronous steps, or ``"all"``.
-        compile: Whether blocks are compiled.
-        backend: As in ``ParallelConfig``.
-        timeout: As in ``ParallelConfig``.
-    """
-
-    exact: bool = False
-    request: Mapping[str, Any] = field(default_factory=dict)
-    pictures: int = 1
-    batched: bool = False
-    plain: bool = True
-    methods: tuple[str, ...] | None = None
-    warmup: int | Literal["all"] = 1
-    compile: bool = False
-    backend: Backend = "auto"
-    timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        self.alone()  # the fields they share are checked there
-        if self.pictures < 1:
-            raise ValueError(f"pictures={self.pictures} must be 1 or more")
-
-    @property
-    def wishes(self) -> Wishes:
-        """What the planner is asked for."""
-        return Wishes(
-            exact=self.exact or self.warmup == ALL_STEPS, warmup=self.warmup, methods=self.methods, compile=self.compile
-        )
-
-    def alone(self) -> ParallelConfig:
-        """One rank."""
-        return ParallelConfig(warmup=self.warmup, compile=self.compile, backend=self.backend, timeout=self.timeout)
-
-    def finished(self, config: ParallelConfig) -> ParallelConfig:
-        """A layout that the planner found, as it is run: it serves requests of other sizes and without guidance too."""
-        own: dict[str, Any] = {"backend": self.backend, "timeout": self.timeout, "idle_branch": config.cfg > 1}
-        if self.request.get("height") is None:  # other sizes may come: patches are cut for each
-            own |= {"patches": None, "split_batch": None, "share_blocks": None}
-            own |= {} if config.parallel_vae or config.text_rank is not None else {"stage_blocks": None}
-        return replace(config, **own)
+WORTH = 0.1  # of the time: several devices, or a picture other than one device's, that nobody asked for must gain more
 
 
 @dataclass(frozen=True)
@@ -124,9 +71,9 @@ def take(
 
 
 def best_of(candidates: Iterable[_Candidate]) -> _Candidate:
-    """The quickest; of those that the model cannot tell apart an exact one, then one of few devices."""
+    """The quickest; of those that gain little over one another an exact one, then one of few devices."""
     ranked = sorted(candidates, key=lambda one: one.seconds)
-    alike = [one for one in ranked if one.seconds <= ranked[0].seconds * (1 + ALIKE)]
+    alike = [one for one in ranked if one.seconds <= ranked[0].seconds * (1 + WORTH)]
     return min(alike, key=lambda one: (not one.prediction.exact, one.ranks, one.seconds))
 
 
@@ -142,12 +89,15 @@ def _single(auto: AutoLayout, workload: Workload, profile: Profile) -> _Candidat
 
 def _layouts(auto: AutoLayout, workload: Workload, count: int, profile: Profile) -> Iterable[_Candidate]:
     """The best layout for picture after picture, and the best for all in one request."""
+    wishes = Wishes(
+        auto.exact or auto.warmup == ALL_STEPS, warmup=auto.warmup, methods=auto.methods, compile=auto.compile
+    )
     for pictures in {1, auto.pictures if auto.batched else 1}:
         try:
-            choice = search(replace(workload, pictures=pictures), count, profile, auto.wishes)
+            choice = search(replace(workload, pictures=pictures), count, profile, wishes)
         except ValueError:  # none of so many devices, or none that fits
             continue
-        fresh = [one for one in choice.ranked if one.fresh >= auto.wishes.fresh]
+        fresh = [one for one in choice.ranked if one.fresh >= wishes.fresh]
         allowed = [one for one in fresh if (one.config.data > 1) == (pictures > 1)]
         rounds = auto.pictures if pictures == 1 else 1
         if allowed:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import os
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.demo import call_defaults
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
-from patchpipe.planner.automatic import AutoLayout, Taken, one_device, take
+from patchpipe.planner.automatic import Taken, one_device, take
 from patchpipe.planner.here import profile_of
 from patchpipe.planner.presets import preset_named
+from patchpipe.planner.profiles import Profile
 from patchpipe.planner.work import Workload
-from patchpipe.planner.workloads import Asked, read_folder, workload_for, workload_of
+from patchpipe.planner.workloads import Asked, check_runnable, read_folder, workload_for, workload_of
 from patchpipe.refusals import guided
+
+logger = logging.getLogger("patchpipe")
 
 
 def layout_for_model(
@@ -48,28 +54,31 @@ def layout_for_model(
     return take(auto, workload, len(devices), profile)
 
 
-def layout_for_ranks(
-    auto: AutoLayout, workload: Callable[[AutoLayout], Workload], devices: Sequence[str], cores: int, ranks: int
-) -> Taken:
-    """A layout for ranks that have been started, each of which must get its part.
+def layout_for_ranks(auto: AutoLayout, workload: Workload, kind: str, ranks: int) -> ParallelConfig:
+    """A layout for ranks that a launcher has started, each of which must get its part.
 
     Args:
         auto: What is asked for.
         workload: The request.
-        devices: The devices of this host's ranks.
-        cores: Cores of this host.
+        kind: ``"cuda"`` or ``"cpu"``.
         ranks: Ranks of all hosts.
 
     Raises:
         UnsupportedModel: The model has no plan.
         ValueError: No layout has so many ranks.
     """
-    hosts = max(1, ranks // len(devices))
+    check_runnable(workload)
+    here = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    cards = max(1, torch.cuda.device_count()) if kind == "cuda" else 1
+    devices = [kind if kind == "cpu" else f"cuda:{rank % cards}" for rank in range(here)]
 
-    def profile(count: int) -> Any:
-        return profile_of(devices[:count], cores, hosts if count > len(devices) else 1)
+    def profile(count: int) -> Profile:
+        return profile_of(devices[:count], os.cpu_count() or 1, 1 if count <= here else -(-ranks // here))
 
-    return take(auto, workload(auto), ranks, profile, all_devices=True)
+    taken = take(auto, workload, ranks, profile, all_devices=True)
+    assert taken.config is not None
+    logger.info("layout: %s (%s)", taken.config.describe(), taken.why)
+    return taken.config
 
 
 def workload_of_pipeline(pipe: Any, auto: AutoLayout) -> Workload:
@@ -87,12 +96,12 @@ def workload_of_pipeline(pipe: Any, auto: AutoLayout) -> Workload:
     return workload_of(name, plan, model, int(getattr(pipe, "vae_scale_factor", 8)), sizes, request, asked)
 
 
-def workload_of_folder(model: str | Path, dtype: str | None, auto: AutoLayout, **hub: Any) -> Workload:
-    """The request of a pipeline on disk or on the hub."""
-    return _workload_of_folder(auto, model, dtype or "bf16", hub)
+def workload_of_folder(model: str | Path, dtype: str | None, kind: str, auto: AutoLayout, **hub: Any) -> Workload:
+    """The request of a pipeline on disk or on the hub, for devices of this kind."""
+    return _workload_of_folder(auto, model, dtype or ("fp32" if kind == "cpu" else "bf16"), hub)
 
 
-def _profile(devices: Sequence[str], cores: int, count: int) -> Any:
+def _profile(devices: Sequence[str], cores: int, count: int) -> Profile:
     return profile_of(devices[:count], cores)
 
 
