@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from patchpipe.cli import options
-from patchpipe.cli.job import Job, call_arguments, run
+from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 
 EPILOG = """
 [bold]Examples[/]
@@ -43,6 +43,7 @@ Prompts = Annotated[
 
 
 def generate(
+    context: typer.Context,
     prompts: Prompts,
     out: options.Out = None,
     force: options.Force = False,
@@ -65,6 +66,7 @@ def generate(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
     variant: options.Variant = None,
+    layout: options.Layout = "auto",
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
     idle_branch: options.IdleBranch = False,
@@ -91,7 +93,6 @@ def generate(
     given = locals()
     from patchpipe.demo import MODEL_DIR
 
-    config = options.read_config(given)
     source = model or str(MODEL_DIR)
     arguments = call_arguments(
         source,
@@ -102,6 +103,8 @@ def generate(
         negative=negative,
         settings=options.read_settings(settings),
     )
+    wanted = auto_layout(arguments, len(prompts) * images, together=in_flight, traced=trace is not None, alone=compare)
+    config = options.read_layout(context, given, wanted)
     job = Job(
         prompts=tuple(prompts),
         images=images,

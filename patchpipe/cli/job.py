@@ -15,7 +15,7 @@ from patchpipe.cli.compare import Comparison, compare
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.combinations import check_together
-from patchpipe.config import ParallelConfig
+from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
 from patchpipe.files import check_new, free_name, numbered, write_text
 from patchpipe.tracing.timeline import check_target
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from patchpipe.engine import Engine, Result
 
 DEFAULT_OUT = Path("out.png")
+TOGETHER_METHODS = ("pipefusion", "cfg")  # whose products are tested with requests in flight together
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Job:
     seed: int
     arguments: dict[str, Any]
     model: str
-    config: ParallelConfig
+    config: ParallelConfig | AutoLayout | None
     devices: str | list[str] | None
     dtype: str | None
     threads: int | None
@@ -56,27 +57,35 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
         if self.in_flight > 1:
             self._check_in_flight()
-        if self.config.data > 1 and self.compare:
+        if self.data > 1 and self.compare:
             raise ValueError("--compare paints picture by picture, --data several at once: leave one of them out")
         if self.trace is not None and self.compare:
             raise ValueError("--compare measures, and --trace would slow one side down: leave one of them out")
+        if self.config is None and (self.compare or self.trace is not None or self.in_flight > 1):
+            raise ValueError("--layout plain is diffusers alone: leave out --compare, --trace and --in-flight")
         pictures_asked = len(self.prompts) * self.images
-        if self.config.data > pictures_asked:
+        if self.data > pictures_asked:
             raise ValueError(
-                f"--data {self.config.data} splits the pictures of a request, but {pictures_asked} would be painted: "
-                f"give more prompts, or --images {self.config.data}"
+                f"--data {self.data} splits the pictures of a request, but {pictures_asked} would be painted: "
+                f"give more prompts, or --images {self.data}"
             )
+
+    @property
+    def data(self) -> int:
+        """Parts into which the pictures of a request are split."""
+        return self.config.data if isinstance(self.config, ParallelConfig) else 1
 
     def _check_in_flight(self) -> None:
         if self.compare:
             raise ValueError("--compare paints picture by picture, --in-flight several at once: leave one of them out")
-        if self.config.data > 1:
+        if self.data > 1:
             raise ValueError("--data paints all pictures in one request: leave out --in-flight, or --data")
-        check_together(self.config.methods, self.config.compile)
+        if isinstance(self.config, ParallelConfig):
+            check_together(self.config.methods, self.config.compile)
 
     def traces(self) -> list[Path | None]:
         """Where the timeline of every request, or of every set of requests in flight, goes."""
-        count = 1 if self.config.data > 1 else -(-len(self.prompts) * self.images // self.in_flight)
+        count = 1 if self.data > 1 else -(-len(self.prompts) * self.images // self.in_flight)
         return [None] * count if self.trace is None else list(numbered(self.trace, count))
 
     def files(self) -> list[Path]:
@@ -127,11 +136,49 @@ def call_arguments(
     return {**advised, **{name: value for name, value in given.items() if value is not None}, **settings}
 
 
+def auto_layout(arguments: dict[str, Any], pictures: int, *, together: int, traced: bool, alone: bool) -> AutoLayout:
+    """What is known of the pictures where a layout is to be chosen.
+
+    Args:
+        arguments: The pipeline's.
+        pictures: Pictures that are wanted.
+        together: Pictures in flight together.
+        traced: Whether timelines are wanted.
+        alone: Whether every picture is to be painted by itself.
+    """
+    methods = TOGETHER_METHODS if together > 1 else None
+    plain = together == 1 and not traced and not alone
+    request = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
+    return AutoLayout(request=request, pictures=pictures, batched=plain and pictures > 1, plain=plain, methods=methods)
+
+
+def check_negative(arguments: dict[str, Any], engine: Engine) -> None:
+    """Refuses a negative prompt that the pipeline would not look at.
+
+    Raises:
+        ValueError: Its guidance is off.
+    """
+    if not arguments.get("negative_prompt"):
+        return
+    calls = "true_cfg_scale" in engine.arguments
+    strength = "true_cfg_scale" if calls else "guidance_scale"
+    value = arguments.get(strength, engine.defaults.get(strength))
+    if isinstance(value, (int, float)) and value <= 1:
+        remedy = "--set true_cfg_scale=4" if calls else "--guidance 5"
+        raise ValueError(
+            f"--negative would have no effect: {engine.ranks[0].pipeline_class} looks at it only with {strength} above "
+            f"1, and that is {value:g}; add {remedy} (takes twice as long), or leave --negative out"
+        )
+
+
 def run(job: Job) -> None:
     """Paints, writes and tells."""
+    began = time.monotonic()
     job = _check_targets(job)
     view = View(quiet_stdout=job.report == Path("-"))
     with view.warnings(), _start(job, view) as engine:
+        job = dataclasses.replace(job, config=engine.config)
+        check_negative(job.arguments, engine)
         view.header(engine, job.model)
         if job.compare:
             with _start_plain(job, engine, view) as plain:
@@ -143,7 +190,7 @@ def run(job: Job) -> None:
             painted = _paint_all(engine, view, job)
             files = _write(job, painted) + [file for file in job.traces() if file is not None]
             requests = [_describe(one) for one in painted]
-        view.written(files)
+        view.written(files, time.monotonic() - began)
         _report(job, engine, files, requests)
 
 
@@ -165,16 +212,22 @@ def _check_targets(job: Job) -> Job:
 def _start(job: Job, view: View) -> Engine:
     from patchpipe.engine import Engine
 
-    count = job.config.world_size
-    with view.waiting(f"starting {count} worker{'s' if count > 1 else ''}"):
-        return Engine(job.model, job.config, job.devices, job.dtype, job.variant, job.threads)
+    if isinstance(job.config, AutoLayout):
+        text = "choosing a layout and loading the model"
+    else:
+        count = 1 if job.config is None else job.config.world_size
+        text = f"loading the model in {count} process{'es' if count > 1 else ''}"
+    with view.waiting(text):
+        return Engine(
+            job.model, PLAIN if job.config is None else job.config, job.devices, job.dtype, job.variant, job.threads
+        )
 
 
 def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
     from patchpipe.engine import Engine
 
     with view.waiting("starting plain diffusers on one device"):
-        return Engine(job.model, None, engine.devices[0], job.dtype, job.variant, engine.threads)
+        return Engine(job.model, PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
 
 
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
@@ -183,7 +236,7 @@ def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
         sets = [asked[at : at + job.in_flight] for at in range(0, len(asked), job.in_flight)]
         placed = zip(sets, job.traces(), strict=True)
         return [painted for one, trace in placed for painted in _paint_together(engine, view, job, one, trace)]
-    if job.config.data == 1:
+    if job.data == 1:
         places = zip(asked, job.traces(), strict=True)
         return [_paint(engine, view, job, prompt, seed, trace) for (prompt, seed), trace in places]
     prompts, seeds = [prompt for prompt, _ in asked], [seed for _, seed in asked]
@@ -255,7 +308,8 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
         return
     report = {
         "model": job.model,
-        "config": job.config.as_dict(),
+        "config": None if engine.config is None else engine.config.as_dict(),
+        "layout_reason": engine.layout_reason,
         "arguments": job.arguments,
         "in_flight": job.in_flight,
         "ranks": [dataclasses.asdict(rank) for rank in engine.ranks],

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from click.core import ParameterSource
 
-from patchpipe.config import ALL_STEPS, SPREAD, ParallelConfig
+from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, AutoLayout, ParallelConfig
 
 _LAYOUT = "Layout"
 _MODEL = "Model and devices"
@@ -33,6 +34,16 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
 
 option = _option  # for commands with options of their own
 
+Layout = Annotated[
+    Literal["auto", "exact", "plain"],
+    _option(
+        _LAYOUT,
+        "Without the options below: the quickest layout for the devices there are, the quickest whose picture is one "
+        "device's, or plain diffusers on one device.",
+        "--layout",
+        default=True,
+    ),
+]
 Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
 Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
 IdleBranch = Annotated[
@@ -216,6 +227,38 @@ def read_settings(texts: list[str] | None) -> dict[str, Any]:
         except ValueError:
             settings[key] = value
     return settings
+
+
+def read_layout(context: typer.Context, given: dict[str, Any], auto: AutoLayout) -> ParallelConfig | AutoLayout | None:
+    """The layout that a command's options describe or, where they describe none, leave to be chosen.
+
+    Args:
+        context: The command's, which tells what was given.
+        given: The command's arguments by name.
+        auto: What is known of the pictures.
+
+    Returns:
+        ``None`` for plain diffusers.
+
+    Raises:
+        ValueError: They contradict each other, or describe no layout.
+    """
+    own = {field.name for field in dataclasses.fields(AutoLayout)}
+    fields = [field.name for field in dataclasses.fields(ParallelConfig)]
+    named = [name for name in fields if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    asked = [name for name in named if name not in own]
+    wish = given["layout"]
+    if asked:
+        if context.get_parameter_source("layout") is ParameterSource.COMMANDLINE:
+            raise ValueError(f"--layout {wish} chooses by itself: leave it out, or --{asked[0].replace('_', '-')}")
+        return read_config(given)
+    if wish == PLAIN:
+        if named:
+            raise ValueError(f"--layout plain is diffusers alone: leave it out, or --{named[0]}")
+        return None
+    warmup = read_warmup(given["warmup"])
+    rest = {name: given[name] for name in ("compile", "backend", "timeout")}
+    return dataclasses.replace(auto, exact=wish == "exact", warmup=warmup, **rest)
 
 
 def read_config(given: dict[str, Any]) -> ParallelConfig:

@@ -70,8 +70,10 @@ class View:
         table.add_column(overflow="fold")
         table.add_row("model", f"[bold]{escape(_model_name(model))}[/]")
         table.add_row("pipeline", f"{first.pipeline_class} · {first.transformer_class} · {first.dtype}")
-        if engine.config is not None:
-            table.add_row("layout", escape(engine.config.describe()))
+        layout = "plain diffusers, one device" if engine.config is None else engine.config.describe()
+        table.add_row("layout", f"[bold]{escape(layout)}[/]")
+        if engine.layout_reason is not None:
+            table.add_row("", escape(f"{engine.layout_reason}"))
         for rank in engine.ranks:
             table.add_row(f"rank {rank.rank}", _describe_rank(rank))
         table.add_row("start-up", f"{engine.start_seconds:.1f} s")
@@ -114,10 +116,11 @@ class View:
         details = " · ".join(_describe_stats(comparison.pairs[-1].stats))
         self.console.print(f"median speed-up [bold]{comparison.speed_up:.2f}×[/]  [dim]{details}[/]")
 
-    def written(self, files: list[Path]) -> None:
-        """Where the pictures are."""
+    def written(self, files: list[Path], seconds: float) -> None:
+        """Where the pictures are, and how long all of it took."""
         for file in files:
             self.console.print(f"[green]→[/] {escape(str(file))}", soft_wrap=True)
+        self.console.print(f"[dim]{seconds:.1f} s in all, loading included[/]")
 
 
 class _Notes(logging.Handler):

@@ -102,6 +102,7 @@ class Engine:
             raise
         self.ranks: tuple[RankInfo, ...] = tuple(message.info for message in ready)
         self._arguments = ready[self._output_rank].arguments
+        self._defaults = ready[self._output_rank].defaults
         self._any_argument = ready[self._output_rank].any_argument
         self.start_seconds = time.monotonic() - began
 
@@ -236,6 +237,11 @@ class Engine:
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments the pipeline's call takes."""
         return self._arguments
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """What those of them that are numbers or text are by default."""
+        return self._defaults
 
     def describe(self) -> str:
         """A few lines for people: the model, the layout, and what each rank holds."""

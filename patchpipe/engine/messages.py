@@ -84,12 +84,13 @@ class RankInfo:
 
 @dataclass(frozen=True)
 class Ready:
-    """Worker to parent: the pipeline is loaded; ``arguments`` are the names its call takes."""
+    """Worker to parent: the pipeline is loaded; ``arguments`` are the names its call takes, some with defaults."""
 
     request: int
     info: RankInfo
     arguments: tuple[str, ...]
     any_argument: bool
+    defaults: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,8 @@ class Server:
         names = [name for name, one in call.items() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
         open_ended = any(one.kind is one.VAR_KEYWORD for one in call.values())
         arguments = tuple(name for name in names if name != "self")
-        return Ready(_START, self._info(), arguments, open_ended)
+        defaults = {name: one.default for name, one in call.items() if isinstance(one.default, (int, float, str))}
+        return Ready(_START, self._info(), arguments, open_ended, defaults)
 
     def _info(self) -> RankInfo:
         import torch
