@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from patchpipe.cli import app
+from patchpipe.cli.job import check_negative
+from patchpipe.config import ParallelConfig
 from patchpipe.errors import did_you_mean
 from patchpipe.files import check_new, free_name, numbered
 from patchpipe.planner.cards import CARDS, card_found, card_named
@@ -136,3 +142,57 @@ def test_no_command_overwrites_a_file(
     assert f"{file} is already there" in capsys.readouterr().err
     assert [one.name for one in tmp_path.iterdir()] == [file]
     assert Path(file).read_text() == "precious"
+
+
+# -- a layout without being asked ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--layout", "auto", "--cfg", "2"], "--layout auto chooses by itself: leave it out, or --cfg"),
+        (["--layout", "plain", "--warmup", "all"], "--layout plain is diffusers alone: leave it out, or --warmup"),
+        (["--layout", "plain", "--compare"], "leave out --compare, --trace and --in-flight"),
+        (["--layout", "fast"], "is not one of 'auto', 'exact', 'plain'"),
+    ],
+)
+def test_layout_options_that_contradict_each_other(
+    args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app(args=["generate", "x", *args]) == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("\n") == 1
+
+
+def test_generate_takes_a_layout_and_says_which_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["generate", "red heart, flat style", "--devices", "cpu,cpu", "--steps", "1", "--json", "run.json"]
+    assert app(args=args) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    told = json.loads(Path("run.json").read_text())
+    assert f"layout {ParallelConfig(**told['config']).describe()} {told['layout_reason']}" in text
+    assert told["config"]["cfg"] == 2
+    assert "→ out.png" in text
+    assert "s in all, loading included" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"negative_prompt": "blue"}, "with true_cfg_scale above 1, and that is 1; add --set true_cfg_scale=4"),
+        ({"negative_prompt": "blue", "true_cfg_scale": 1.0}, "--negative would have no effect"),
+        ({"negative_prompt": "blue", "true_cfg_scale": 4.0}, None),
+        ({"negative_prompt": ""}, None),
+        ({}, None),
+    ],
+)
+def test_a_negative_prompt_without_effect_is_told(arguments: dict[str, Any], words: str | None) -> None:
+    pipeline = SimpleNamespace(pipeline_class="FluxPipeline")
+    engine: Any = SimpleNamespace(
+        arguments=("negative_prompt", "true_cfg_scale"), defaults={"true_cfg_scale": 1.0}, ranks=[pipeline]
+    )
+    with nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        check_negative(arguments, engine)

@@ -149,7 +149,9 @@ def auto_layout(arguments: dict[str, Any], pictures: int, *, together: int, trac
     methods = TOGETHER_METHODS if together > 1 else None
     plain = together == 1 and not traced and not alone
     request = {name: value for name, value in arguments.items() if isinstance(value, (int, float, str))}
-    return AutoLayout(request=request, pictures=pictures, batched=plain and pictures > 1, plain=plain, methods=methods)
+    return AutoLayout(
+        request=request, pictures=max(1, pictures), batched=plain and pictures > 1, plain=plain, methods=methods
+    )
 
 
 def check_negative(arguments: dict[str, Any], engine: Engine) -> None:

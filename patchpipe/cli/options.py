@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from click.core import ParameterSource
 
 from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, AutoLayout, ParallelConfig
 
@@ -245,11 +244,11 @@ def read_layout(context: typer.Context, given: dict[str, Any], auto: AutoLayout)
     """
     own = {field.name for field in dataclasses.fields(AutoLayout)}
     fields = [field.name for field in dataclasses.fields(ParallelConfig)]
-    named = [name for name in fields if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    named = [name for name in fields if _was_given(context, name)]
     asked = [name for name in named if name not in own]
     wish = given["layout"]
     if asked:
-        if context.get_parameter_source("layout") is ParameterSource.COMMANDLINE:
+        if _was_given(context, "layout"):
             raise ValueError(f"--layout {wish} chooses by itself: leave it out, or --{asked[0].replace('_', '-')}")
         return read_config(given)
     if wish == PLAIN:
@@ -259,6 +258,11 @@ def read_layout(context: typer.Context, given: dict[str, Any], auto: AutoLayout)
     warmup = read_warmup(given["warmup"])
     rest = {name: given[name] for name in ("compile", "backend", "timeout")}
     return dataclasses.replace(auto, exact=wish == "exact", warmup=warmup, **rest)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def read_config(given: dict[str, Any]) -> ParallelConfig:
