@@ -42,9 +42,11 @@ LAYOUTS: dict[int, list[dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("transport", ["gloo", "nccl"])
-@pytest.mark.parametrize("ranks", LAYOUTS)
-@pytest.mark.parametrize("name", [*MODELS, "sd35"])
+# Under NCCL's rules all of them; over gloo, which `test_combinations.py` has between processes, some.
+EACH = [(name, ranks, "nccl") for name in (*MODELS, "sd35") for ranks in LAYOUTS] + [("pixart", 4, "gloo")]
+
+
+@pytest.mark.parametrize(("name", "ranks", "transport"), EACH)
 def test_layouts_paint_what_one_device_paints(name: str, ranks: int, transport: str) -> None:
     call: dict[str, Any] = {}
     if ranks > 3:  # patches of rows enough for four ranks, and pictures to share
