@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
-from patchpipe.pipeline.adapters import Adapters, adapter_members
+from patchpipe.pipeline.adapters import Adapters, modules_of
 from patchpipe.pipeline.blocks import Blocks
+from patchpipe.pipeline.relatives import mark, pipelines_with
+from patchpipe.pipeline.served import check_served, original_class, served_class
 from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
@@ -81,6 +84,11 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
+        self._first = self  # the attachment of the pipeline that was made parallel
+        self._others: list[weakref.ref[Any]] = []  # pipelines that share its modules
+        self._hooked: set[int] = set()  # VAEs
+        self._calls: list[tuple[int, Any]] = []  # pipelines being called, the inner ones last, and by which thread
+        self._computing = False  # this rank alone, for all of them
 
     @property
     def last(self) -> RequestStats:
@@ -99,7 +107,7 @@ class Attachment:
             yield request
 
     def _traced(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._tracing is None else self._tracing.request()
+        return nullcontext() if self._first._tracing is None else self._first._tracing.request()
 
     @contextmanager
     def tracing(self, path: str | Path) -> Iterator[None]:
@@ -114,21 +122,21 @@ class Attachment:
         Raises:
             ValueError: It cannot be written to, or the pipeline is being traced already.
         """
-        if self._tracing is not None:
+        if self._first._tracing is not None:
             raise ValueError("the pipeline is being traced already: end the outer `with …tracing(…)` first")
         place = self.group.share(self.config.output_rank, lambda: str(check_target(Path(path))))
-        self._tracing = Tracing(Path(place), self.group, lambda: self.runner.stats, self._about)
+        self._first._tracing = Tracing(Path(place), self.group, lambda: self.runner.stats, self._about)
         try:
             yield
         finally:
-            self._tracing = None
+            self._first._tracing = None
 
     @property
     def _about(self) -> dict[str, Any]:
         """What a timeline says of this pipeline."""
         return {
             "pipeline": type(self._pipe).__name__,
-            "model": type(self._pipe.transformer).__name__,
+            "model": type(self.runner.model).__name__,
             "layout": self.config.as_dict(),
             "layout_text": self.config.describe(),
         }
@@ -148,13 +156,59 @@ class Attachment:
         if hasattr(model, "cache_context"):
             original = model.cache_context
             self._set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
-        self._hook_text()
-        if getattr(pipe, "vae", None) is not None:
-            self._hook_vae(pipe.vae)
+        if self.config.text_rank == SPREAD:
+            self._hook_encoders()
+        if isinstance(getattr(pipe, "vae", None), nn.Module):
+            self._hook_vae(pipe.vae, strips=self.config.parallel_vae and self.group.world_size > 1)
+        self._serve()
+        parts = modules_of(pipe).items()
+        shared = [model, *(part for name, part in parts if name == "vae" or name.startswith("text_encoder"))]
+        self._undo.append(mark(shared, self._adopt_new))
+        for other in pipelines_with(shared):
+            self.adopt(other)
+
+    def adopt(self, pipe: Any) -> Attachment:
+        """Serves another pipeline that shares modules with this one: on the same ranks, each call a request of its own.
+
+        Pipelines made of this one's parts come here by themselves.
+
+        Args:
+            pipe: The other pipeline.
+
+        Returns:
+            Its attachment.
+        """
+        held: Attachment | None = vars(pipe).get("patchpipe")
+        if held is not None and held._pipe is pipe:
+            return held
+        view = copy.copy(self._first)
+        view._pipe, view._undo, view._encode = pipe, [], None
+        if held is not None:  # a copy of a parallel pipeline, with what was set on that one
+            for name in ("encode_prompt", "patchpipe"):
+                vars(pipe).pop(name, None)
+        view._serve()
+        others = self._first._others
+        others[:] = [*(other for other in others if other() is not None), weakref.ref(pipe)]
+        return view
+
+    def _adopt_new(self, pipe: Any) -> None:
+        check_served(pipe)
+        self.adopt(pipe)
+
+    def release(self) -> None:
+        """Leaves this one pipeline as it was found."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _serve(self) -> None:
+        """Hooks what a pipeline has for itself: its call, its progress bar and its text encoding."""
+        pipe, kind = self._pipe, original_class(self._pipe)
+        if self.config.text_rank != SPREAD and hasattr(pipe, "encode_prompt"):
+            self._encode = pipe.encode_prompt
+            self._set(pipe, "encode_prompt", self._on_owner(self._encode, self.config.encoder_rank(), "text"))
         if not self.group.output:
             self._quieten()
-        kind = type(pipe)
-        pipe.__class__ = _served_class(kind)
+        pipe.__class__ = served_class(kind)
         self._undo.append(lambda: setattr(pipe, "__class__", kind))
         self._set(pipe, "patchpipe", self)
 
@@ -167,41 +221,70 @@ class Attachment:
         """Runs one of diffusers' methods for LoRA; see ``pipeline.adapters``."""
         return self._adapters.change(name, method, args, kwargs)
 
-    def _hook_text(self) -> None:
-        """Prompts are encoded by one rank for all, or each text encoder runs on its own and gives all its result."""
-        pipe, config = self._pipe, self.config
-        if not hasattr(pipe, "encode_prompt"):
-            return
-        if config.text_rank != SPREAD:
-            self._encode = pipe.encode_prompt
-            self._set(pipe, "encode_prompt", self._on_owner(self._encode, config.encoder_rank(), "text"))
-            return
-        for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                self._set(part, "forward", self._on_owner(part.forward, config.encoder_rank(name), "text"))
+    def _hook_encoders(self) -> None:
+        """Each text encoder runs on a rank of its own and gives all its result."""
+        for name, part in modules_of(self._pipe).items():
+            if name.startswith("text_encoder"):
+                self._set(part, "forward", self._on_owner(part.forward, self.config.encoder_rank(name), "text"))
 
-    def _hook_vae(self, vae: nn.Module) -> None:
+    def _hook_vae(self, vae: nn.Module, *, strips: bool = False) -> None:
         """Decoding on the output rank alone, or on all ranks in strips of rows."""
-        if self.config.parallel_vae and self.group.world_size > 1:
-            self._undo.append(spread_vae(vae, self.group.rows(), gather_to=self.config.output_rank))
+        first = self._first
+        if id(vae) in first._hooked:
+            return
+        if strips:
+            first._undo.append(spread_vae(vae, self.group.rows(), gather_to=self.config.output_rank))
         else:
-            self._set(vae, "encode", self._on_owner(vae.encode, self.config.output_rank, "vae"))
-        self._set(vae, "decode", self._decode(vae.decode))
+            first._set(vae, "encode", self._on_owner(vae.encode, self.config.output_rank, "vae"))
+        first._set(vae, "decode", self._decode(vae.decode))
+        first._hooked.add(id(vae))
 
     def detach(self) -> None:
-        """Leaves the pipeline as it was found."""
-        while self._undo:
-            self._undo.pop()()
+        """Leaves the pipeline, and all that share its modules, as they were found."""
+        first = self._first
+        for other in first._others:
+            view: Attachment | None = vars(other() or first).get("patchpipe")
+            if view is not None and view._first is first:  # neither gone nor with another attachment by now
+                view.release()
+        first.release()
         self.group.close()
 
     def call(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Runs one request: the pipeline's output on the output rank, ``None`` on the others."""
-        check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
-        self._warn_if_synchronous(kwargs)
+        """Runs one request: the pipeline's output on the output rank, ``None`` on the others.
+
+        Where another pipeline on the same weights makes the call, all ranks get the output, for it to go on with.
+        """
+        calls = self._first._calls
+        if not calls or calls[-1][0] != get_ident() or any(pipe is self._pipe for _, pipe in calls):
+            return self._request(original, args, kwargs)
+        args, kwargs = materialise_tree((args, kwargs), f"a call of {type(self._pipe).__name__}")
+        with self.runner.set_aside():
+            output = self._request(original, args, kwargs)
+        return self.everywhere(output)
+
+    def everywhere(self, value: Any) -> Any:
+        """Gives every rank what the output rank has, such as a picture another pipeline is to go on with.
+
+        Args:
+            value: Anything, of which only the output rank's counts.
+
+        Returns:
+            The output rank's value. Every rank calls this alike.
+        """
+        return self.group.share(self.config.output_rank, lambda: value)
+
+    def _request(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_served(self._pipe)
+        if self._uses_transformer:
+            check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
+            self._warn_if_synchronous(kwargs)
+        vae = getattr(self._pipe, "vae", None)
         before = self.last
         try:
             self._align(kwargs.get("generator"))
-            with self.serving():
+            with self.serving(), self._calling():
+                if isinstance(vae, nn.Module):  # it may be another one by now
+                    self._hook_vae(vae)
                 output = self._paint(self._pipe, original, args, kwargs)
         except Exception as error:
             self.group.report_failure(f"{type(error).__name__}: {error}")
@@ -210,12 +293,25 @@ class Attachment:
             raise
         return output
 
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """In the block, other pipelines on the same weights may be called."""
+        self._first._calls.append((get_ident(), self._pipe))
+        try:
+            yield
+        finally:
+            self._first._calls.pop()
+
+    @property
+    def _uses_transformer(self) -> bool:
+        return any(part is self.runner.model for part in vars(self._pipe).values())
+
     def _paint(self, pipe: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
             output = materialise_tree(original(pipe, *args, **kwargs), "the pipeline's output")
         except _OutputElsewhere:
             return None
-        return output if self.group.output else None
+        return output if self.group.output or not self._uses_transformer else None
 
     def together(
         self,
@@ -317,8 +413,17 @@ class Attachment:
     def _on_owner(self, compute: Callable[..., Any], owner: int, carries: str) -> Callable[..., Any]:
         @wraps(compute)
         def shared(*args: Any, **kwargs: Any) -> Any:
+            if self._first._computing:  # part of what the other ranks get as a whole
+                return compute(*args, **kwargs)
             with span(self.group.recorder, "encode"):
-                return self.group.share(owner, lambda: compute(*args, **kwargs), carries)
+                return self.group.share(owner, lambda: alone(*args, **kwargs), carries)
+
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            self._first._computing = True
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                self._first._computing = False
 
         return shared
 
@@ -370,10 +475,14 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
         UnsupportedModel: The transformer's class has no plan.
         ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
     """
-    if getattr(pipe, "patchpipe", None) is not None:
+    held: Attachment | None = getattr(pipe, "patchpipe", None)
+    if held is not None and held.runner.model is getattr(pipe, "transformer", None):
         raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
+    check_served(pipe)
+    if held is not None:
+        held.release()  # it only shares an encoder or the VAE with another
     model: nn.Module = pipe.transformer
     layout, store = settle(config, group, partial(_choose, pipe))
     fitted, problem = attempt(lambda: _fit(model, layout))
@@ -407,7 +516,7 @@ def _settings(model: nn.Module) -> dict[str, Any]:
 
 
 def restore(pipe: Any) -> Any:
-    """Undoes ``parallelize``; the pipeline is again what it was.
+    """Undoes ``parallelize``; the pipeline is again what it was, and so are all that share its weights.
 
     Raises:
         ValueError: The pipeline is not parallel.
@@ -426,29 +535,3 @@ def _bound_to(copied: Any, value: Any, original: Any) -> Any:
 
 def _device_of(pipe: Any) -> torch.device:
     return next(pipe.transformer.parameters()).device
-
-
-def _served_class(kind: type) -> type:
-    """The pipeline's class with its ``__call__`` taken as one request; still an instance of the original."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.patchpipe.call(kind.__call__, args, kwargs)
-
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "a parallel pipeline is already where its ranks compute: pass device= and dtype= to from_pretrained, "
-            "or move the pipeline before parallelize"
-        )
-
-    device = property(lambda self: self.patchpipe.group.device)
-    call.__signature__ = inspect.signature(kind.__call__)  # type: ignore[attr-defined]
-    call.__doc__ = kind.__call__.__doc__
-    members = {
-        "__call__": call,
-        "to": to,
-        "device": device,
-        "_execution_device": device,
-        "__doc__": kind.__doc__,
-        **adapter_members(kind),
-    }
-    return type(kind.__name__, (kind,), {**members, "__module__": kind.__module__})

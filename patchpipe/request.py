@@ -85,6 +85,16 @@ class RequestStats:
         """Whether the transformer was called at all."""
         return self.steps_synchronous + self.steps_patched > 0
 
+    def add(self, inner: RequestStats) -> None:
+        """Counts in what a pipeline did that was called by the pipeline of this request."""
+        if not self.touched:
+            self.patches, self.patch_rows = inner.patches, inner.patch_rows
+        self.materialisations += inner.materialisations
+        self.reasons += inner.reasons
+        self.steps_synchronous += inner.steps_synchronous
+        self.steps_patched += inner.steps_patched
+        self.store_bytes = max(self.store_bytes, inner.store_bytes)
+
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
         return {**self.__dict__, "reasons": list(self.reasons), "touched": self.touched}

@@ -69,6 +69,9 @@ class Runner:
         stage: This rank's part of the model.
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
+
+    Attributes:
+        dtype: What the model computes in.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Runner:
         self.request: Request | None = None
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
-        self._dtype = _matrix_dtype(model)
+        self.dtype = _matrix_dtype(model)
         self._hops = self._new_hops()
         self._signature = inspect.signature(type(model).forward)
 
@@ -113,6 +116,21 @@ class Runner:
             yield
         finally:
             self.request, self._open = None, False
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """In the block another request may be served, which the one under way waits for."""
+        request, stats, hops = self.request, self.stats, self._hops
+        assert request is not None
+        self.settle()
+        request.traffic.pause()
+        self.request, self._open = None, False
+        try:
+            yield
+        finally:
+            request.stats.add(self.last)
+            self.request, self.stats, self._hops, self._open = request, stats, hops, True
+            request.traffic.resume()
 
     def settle(self) -> None:
         """Waits until nothing of them is under way."""
@@ -141,7 +159,7 @@ class Runner:
         return self.stats[-1]
 
     def _new_hops(self) -> Hops:
-        return Hops(self.group, self.plan.text, self.plan.width(self.model), self._dtype)
+        return Hops(self.group, self.plan.text, self.plan.width(self.model), self.dtype)
 
     @contextmanager
     def branch(self, name: str, original: AbstractContextManager[Any] | None = None) -> Iterator[None]:
@@ -160,8 +178,8 @@ class Runner:
         """
         if self.request is None:
             raise RuntimeError(
-                "the transformer was called outside a pipeline call; wrap your own loop in "
-                "`with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
+                f"the {type(self.model).__name__} of a parallel pipeline was called outside a pipeline call; wrap your "
+                "own loop in `with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
             )
         inputs = self.plan.bind(self._signature, args, kwargs)
         cut = self.request.cut_for(inputs)
@@ -208,11 +226,11 @@ class Runner:
         self.request.count(synchronous)
         self.group.next_call()
         branch.calls += 1
-        answers = Answers(call, self.plan, self.model, self.group, self._dtype)
+        answers = Answers(call, self.plan, self.model, self.group, self.dtype)
         self._stream(call, answers, displaced_for(self.group, cut, branch.parts if keeps else None, synchronous))
         shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
-            shape, self._dtype, latent.device, self.plan.grid.dim, cut.bounds,
+            shape, self.dtype, latent.device, self.plan.grid.dim, cut.bounds,
             answers.patch if self.group.first else None, self.request,
         )  # fmt: skip
 

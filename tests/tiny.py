@@ -53,7 +53,7 @@ and background:<|im_end|>
 
 
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny pipeline: ``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``pixart``, ``pixart-sigma`` or ``qwen``."""
+    """``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``sd3-16``, ``pixart``, ``pixart-sigma`` or ``qwen``, tiny."""
     with _BUILDING:
         return _pipeline(name, blocks, dtype, seed)
 
@@ -61,7 +61,7 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
     torch.manual_seed(seed)
     build = {
-        "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35,
+        "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
         "qwen": _qwen, "qwen-padded": _qwen,
     }[name]  # fmt: skip
@@ -173,14 +173,17 @@ def _flux_guided(blocks: int) -> FluxPipeline:
     return _flux(blocks, guidance=True)
 
 
-def _sd3(blocks: int, dual: tuple[int, ...] = (), qk_norm: str | None = None) -> StableDiffusion3Pipeline:
+def _sd3(
+    blocks: int, dual: tuple[int, ...] = (), qk_norm: str | None = None, channels: int = 4
+) -> StableDiffusion3Pipeline:
     transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=2, in_channels=4, num_layers=blocks, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=32, out_channels=4,
+        sample_size=32, patch_size=2, in_channels=channels, num_layers=blocks, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=32,
+        out_channels=channels,
         pos_embed_max_size=24, dual_attention_layers=dual, qk_norm=qk_norm,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(4),
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(channels),
         _clip(CLIPTextModelWithProjection), _clip_tokenizer(), _clip(CLIPTextModelWithProjection), _clip_tokenizer(),
         _t5(), _t5_tokenizer(),
     )  # fmt: skip
@@ -188,6 +191,11 @@ def _sd3(blocks: int, dual: tuple[int, ...] = (), qk_norm: str | None = None) ->
 
 def _sd35(blocks: int) -> StableDiffusion3Pipeline:
     return _sd3(blocks, dual=tuple(range(max(1, blocks // 2))), qk_norm="rms_norm")
+
+
+def _sd3_16(blocks: int) -> StableDiffusion3Pipeline:
+    """With as many channels as the inpainting pipeline asks for."""
+    return _sd3(blocks, channels=16)
 
 
 def _pixart_transformer(blocks: int, sample_size: int, heads: int = 3) -> PixArtTransformer2DModel:

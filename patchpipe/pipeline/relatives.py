@@ -1,0 +1,76 @@
+"""Pipelines that share a module with a parallel one: found wherever they were made, and given to it to serve.
+
+diffusers makes a second pipeline on the same weights in many ways: ``from_pipe``, ``AutoPipelineForImage2Image``,
+``Pipeline(**pipe.components)``, an assignment, or a pipeline that holds two others. All of them end in an attribute
+of a pipeline being set to one of the modules. So while a pipeline is parallel its modules bear a mark, and setting an
+attribute of any pipeline to a marked module tells whoever marked it. Those made before are looked for once.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+Serve = Callable[[Any], object]
+
+_MARK = "_patchpipe_serve"
+_USERS = "patchpipe_users"
+_LOCK = threading.Lock()
+
+
+def mark(modules: Iterable[nn.Module], serve: Serve) -> Callable[[], None]:
+    """Has ``serve`` called with every pipeline that gets one of the modules, until the returned function is called."""
+    marked = [module for module in modules if _MARK not in vars(module)]
+    for module in marked:
+        object.__setattr__(module, _MARK, serve)
+    unwatch = _watch()
+
+    def undo() -> None:
+        unwatch()
+        for module in marked:
+            object.__delattr__(module, _MARK)
+
+    return undo
+
+
+def pipelines_with(modules: Iterable[nn.Module]) -> list[Any]:
+    """All pipelines of this process that have one of the modules as an attribute."""
+    wanted = {id(module) for module in modules}
+    everything = [found for found in gc.get_objects() if issubclass(type(found), DiffusionPipeline)]
+    return [pipe for pipe in everything if any(id(value) in wanted for value in list(vars(pipe).values()))]
+
+
+def _watch() -> Callable[[], None]:
+    """Replaces how pipelines set attributes, for all pipelines of this process, as long as anybody needs it."""
+    with _LOCK:
+        current: Any = DiffusionPipeline.__setattr__
+        if not hasattr(current, _USERS):
+            current = _told(current)
+            DiffusionPipeline.__setattr__ = current
+        setattr(current, _USERS, getattr(current, _USERS) + 1)
+
+    def undo() -> None:
+        with _LOCK:
+            setattr(current, _USERS, getattr(current, _USERS) - 1)
+            if getattr(current, _USERS) == 0 and DiffusionPipeline.__setattr__ is current:
+                DiffusionPipeline.__setattr__ = current.__wrapped__
+
+    return undo
+
+
+def _told(original: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+    @functools.wraps(original)
+    def set_attribute(pipe: Any, name: str, value: Any) -> None:
+        original(pipe, name, value)
+        serve = vars(value).get(_MARK) if isinstance(value, nn.Module) else None
+        if serve is not None:
+            serve(pipe)
+
+    setattr(set_attribute, _USERS, 0)
+    return set_attribute
