@@ -21,6 +21,7 @@ from patchpipe.combinations import check_together
 from patchpipe.config import SPREAD, AutoLayout, ParallelConfig
 from patchpipe.flights import Flights, Refused
 from patchpipe.joining import meet, settle
+from patchpipe.kernels.choice import watch_kernels
 from patchpipe.lazy import materialise_tree
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
@@ -74,7 +75,8 @@ class Attachment:
         self.config, self.group = config, group
         model: nn.Module = pipe.transformer
         plan = plan_for(model)
-        stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last)
+        kernels = watch_kernels(group.device, group.output)
+        stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last, kernels=kernels)
         group.open_keys(sharing_stages(split))
         shared = shared_with_neighbours(split[group.stage], plan.blocks_of(model), group)
         self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split), shared=shared)

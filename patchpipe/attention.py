@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from patchpipe.kernels.choice import KernelWatch
 from patchpipe.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.patches import Patch
 from patchpipe.store import Entries, LayerStore
@@ -80,6 +81,7 @@ class Attending:
         text_first: Whether they come before the image rows.
         masked: Whether some of its keys are masked, on whatever rank.
         entries: Which entries of the batch are at work; ``None`` for all.
+        kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
     """
 
     patch: Patch
@@ -89,6 +91,7 @@ class Attending:
     text_first: bool
     masked: bool = False
     entries: Entries | None = None
+    kernels: KernelWatch | None = None
 
     @property
     def outlives(self) -> bool:
@@ -137,6 +140,7 @@ class _StoreMode(TorchFunctionMode):
     ) -> Tensor:
         """Attends in the place of the function a model called; the other arguments are those of torch."""
         layer = self.attending
+        func = func if layer.kernels is None else layer.kernels.watching(func)
         column = self._column(attn_mask, query, key)
         attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
@@ -166,6 +170,19 @@ class _StoreMode(TorchFunctionMode):
         return column
 
 
+class _LookMode(TorchFunctionMode):
+    """Has the arguments of ``scaled_dot_product_attention`` looked at, and leaves the call as it is."""
+
+    def __init__(self, kernels: KernelWatch) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            func = self.kernels.watching(func)
+        return func(*args, **(kwargs or {}))
+
+
 def empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
     """The shape meant by a reshape of no rows at all, where torch finds -1 ambiguous.
 
@@ -184,21 +201,32 @@ class Attended:
     Args:
         layer: The attention module.
         find: What the patch at work needs; ``None`` leaves the layer alone.
+        kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
     """
 
-    def __init__(self, layer: nn.Module, find: Callable[[], Attending | None]) -> None:
+    def __init__(
+        self, layer: nn.Module, find: Callable[[], Attending | None], kernels: KernelWatch | None = None
+    ) -> None:
         self.name = type(layer).__name__
-        self.compute, self.find = layer.forward, find
+        self.compute, self.find, self.kernels = layer.forward, find, kernels
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with its one attention seen."""
         attending = self.find()
         if attending is None:
-            return self.compute(*args, **kwargs)
+            return self._alone(*args, **kwargs)
         with _StoreMode(attending) as mode:
             result = self.compute(*args, **kwargs)
         self.check(mode.calls)
         return result
+
+    def _alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own forward, looked at the first time."""
+        kernels, self.kernels = self.kernels, None
+        if kernels is None:
+            return self.compute(*args, **kwargs)
+        with _LookMode(kernels):
+            return self.compute(*args, **kwargs)
 
     def attend(self, rows: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, *options: Any) -> Tensor:
         """The layer's one attention by itself, where a compiled forward asks for it.
@@ -211,6 +239,7 @@ class Attended:
         attending, compute = self.find(), functional.scaled_dot_product_attention
         if attending is None:
             dropout, causal, scale, grouped = options
+            compute = compute if self.kernels is None else self.kernels.watching(compute)
             more = {"enable_gqa": True} if grouped else {}
             return compute(*rows, mask, dropout, causal, scale=scale, **more)
         if attending.outlives:
@@ -230,18 +259,21 @@ class Attended:
             )
 
 
-def attend_through(layer: nn.Module, find: Callable[[], Attending | None]) -> Callable[[], None]:
+def attend_through(
+    layer: nn.Module, find: Callable[[], Attending | None], kernels: KernelWatch | None = None
+) -> Callable[[], None]:
     """Sends a layer's self-attention through its store and the ranks that share the patch.
 
     Args:
         layer: The attention module.
         find: What the patch at work needs; ``None`` leaves the layer alone.
+        kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
 
     Returns:
         A function that undoes it.
     """
     previous = layer.__dict__.get("forward")
-    layer.forward = Attended(layer, find)  # type: ignore[method-assign]
+    layer.forward = Attended(layer, find, kernels)  # type: ignore[method-assign]
 
     def undo() -> None:
         if previous is None:

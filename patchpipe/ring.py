@@ -11,17 +11,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.backends import cuda
-from torch.nn import functional
 
 from patchpipe.attention import Attend, Attending
 from patchpipe.exchange import Exchange
+from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.masks import as_mask, gather_columns
 from patchpipe.patches import Patch
 from patchpipe.ulysses import Ulysses
-
-CHANNEL_ALIGNMENT = 8  # both CUDA kernels want the channels of a head to be a multiple of it
-BIAS_ALIGNMENT = 16  # elements between the rows of a mask, a multiple of which the efficient kernel wants
 
 
 class Ring:
@@ -73,7 +69,9 @@ class Ring:
         fresh: dict[int, Tensor] = {}
         stale = layer.store.others(self.patch) if layer.store is not None and not self.patch.whole else []
         for source, chunk in self._around(torch.stack([key, value]), layer.text_rows):
-            for rows in (*stale, (*chunk.unbind(0), *(column[source] for column in columns))):
+            text, _ = _lengths(self.slices[source], layer.text_rows)
+            masks = [column[source] for column in columns if text]  # of image rows none is masked
+            for rows in (*stale, (*chunk.unbind(0), *masks)):
                 merged.add(*rows)
             stale = []  # the first hop alone is hidden behind them
             if layer.store is not None:
@@ -168,66 +166,6 @@ class Merged:
     def result(self) -> Tensor:
         """Attention over all of them, in the query's shape and dtype."""
         return torch.zeros_like(self._query) if self._sum is None else self._sum.to(self._query.dtype)
-
-
-def attend_with_lse(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention and the log of the sum it was divided by, by a fused kernel.
-
-    Args:
-        query: ``[batch, heads, rows, channels]``, none of them 0.
-        key: The same, with rows of its own.
-        value: Like ``key``.
-        scale: Of the products; ``None`` is one over the root of the channels.
-        mask: Finite numbers to add to the scores, ``[batch, 1 or heads, 1, keys]`` in the query's dtype.
-
-    Returns:
-        The result, in the query's shape and dtype, and the natural log-sum-exp ``[batch, heads, rows]`` in
-        float32, or in float64 for float64.
-
-    Raises:
-        NotImplementedError: No fused kernel of this device takes these tensors.
-    """
-    # The kernels read rows as unbroken memory and do not check that they are.
-    query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
-    if query.device.type == "cpu":
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
-    if query.device.type == "cuda":
-        return _attend_on_cuda(query, key, value, scale, mask)
-    raise NotImplementedError(f"ring has no attention kernel for {query.device.type}: use ulysses instead")
-
-
-def _attend_on_cuda(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    rows, channels = query.shape[-2:]
-    scale = channels**-0.5 if scale is None else scale
-    padding = -channels % CHANNEL_ALIGNMENT  # zeros change neither products nor sums
-    if padding:
-        query, key, value = (functional.pad(rows_of, (0, padding)) for rows_of in (query, key, value))
-    bias = None if mask is None else _bias(mask, query)
-    asked = cuda.SDPAParams(query, key, value, bias, 0.0, False, False)
-    if bias is None and cuda.can_use_flash_attention(asked):
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        result, lse = flash(query, key, value, 0.0, False, False, scale=scale)[:2]
-    elif cuda.can_use_efficient_attention(asked):
-        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        result, lse = efficient(query, key, value, bias, True, 0.0, False, scale=scale)[:2]
-    else:
-        raise NotImplementedError(
-            f"ring needs CUDA's flash or memory-efficient attention, and neither takes {query.dtype} with {channels} "
-            f"channels a head on {query.device}: use float16, bfloat16 or float32, or ulysses instead of ring"
-        )
-    return result[..., :channels], lse[..., :rows]  # the efficient kernel pads its sums to a multiple of 32
-
-
-def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """A mask as the efficient kernel wants it: ``[batch, heads, queries, keys]`` over rows of aligned memory."""
-    batch, heads, rows, _ = query.shape
-    keys = mask.shape[-1]
-    return functional.pad(mask, (0, -keys % BIAS_ALIGNMENT))[..., :keys].expand(batch, heads, rows, keys)
 
 
 def _check(attend: Attend) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from patchpipe.attention import Attending, Sharing, attend_through
 from patchpipe.balance import StageBlocks
+from patchpipe.kernels.choice import KernelWatch
 from patchpipe.models.plan import TEXT_ROWS, BlockPlace, ModelPlan, SlicedResult
 from patchpipe.patches import Patch
 from patchpipe.positions import PositionTable
@@ -126,11 +127,22 @@ class Stage:
         owned: The blocks that this stage owns.
         first: Whether this is the first stage.
         last: Whether this is the last stage.
+        kernels: Looks at what torch's attention kernels are given; ``None`` where there is but one.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan, owned: StageBlocks, *, first: bool, last: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        owned: StageBlocks,
+        *,
+        first: bool,
+        last: bool,
+        kernels: KernelWatch | None = None,
+    ) -> None:
         self.model, self.plan, self.owned = model, plan, owned
         self.first, self.last = first, last
+        self.kernels = kernels
         self.context: CallContext | None = None
         self._undo: list[Callable[[], None]] = []
         self._places = plan.blocks_of(model)
@@ -396,8 +408,8 @@ class Stage:
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, kind in place.self_attention.items():
             name, joint, text_first = place.layer(path), kind == "joint", place.listing.text_first
-            layer = place.block.get_submodule(path)
-            self._undo.append(attend_through(layer, partial(self._attending, name, joint, text_first)))
+            layer, find = place.block.get_submodule(path), partial(self._attending, name, joint, text_first)
+            self._undo.append(attend_through(layer, find, self.kernels))
 
     def _attending(self, name: str, joint: bool, text_first: bool) -> Attending | None:
         """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
@@ -409,7 +421,8 @@ class Stage:
         if context.stores is not None:
             store = context.stores.setdefault(name, LayerStore(text_rows, text_first))
         masked = joint and self.plan.masks_text(context.inputs)
-        return Attending(context.patch, store, context.sharing, text_rows, text_first, masked, context.entries)
+        seen = context.patch, store, context.sharing, text_rows, text_first, masked, context.entries
+        return Attending(*seen, self.kernels)
 
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")

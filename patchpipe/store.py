@@ -74,7 +74,7 @@ class LayerStore:
         return tuple(self._existing(kept) for kept in self._kept)
 
     def others(self, patch: Patch) -> list[tuple[Tensor, ...]]:
-        """Keys, values and column of the rows that exist outside a patch, as unbroken views.
+        """Keys, values and, where there is text, column of the rows that exist outside a patch, as unbroken views.
 
         Args:
             patch: A patch as a whole, not a rank's part of it.
@@ -88,7 +88,12 @@ class LayerStore:
             text = 0 if self.text_first else patch.total_tokens
             ranges.append((text, text + self.text_rows))
         joined = _joined(sorted(span for span in ranges if span[0] < span[1]))
-        return [tuple(kept[:, :, low:high] for kept in self._kept) for low, high in joined]
+        return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high)) for low, high in joined]
+
+    def _seen_of(self, low: int, high: int) -> tuple[Tensor, ...]:
+        """Keys, values and, if text rows are among these, the column: a mask of nothing costs the fast kernel."""
+        text = 0 if self.text_first else self._kept[0].shape[SEQUENCE] - self.text_rows
+        return self._kept if low < text + self.text_rows and text < high else self._kept[:2]
 
     def rows_of(self, patch: Patch) -> Tensor:
         """A copy of a patch's keys, values and column, in one piece."""

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 import patchpipe
-from patchpipe import ParallelConfig, UnsupportedModel, ring
+from patchpipe import ParallelConfig, UnsupportedModel
 from patchpipe.attention import Attend, Attending, attend_through
 from patchpipe.combinations import TESTED
 from patchpipe.masks import key_column
@@ -257,23 +257,6 @@ def test_parts_of_which_some_are_masked_throughout_merge_to_the_whole(
     scores = (query.double() @ key.double().mT * 0.5).masked_fill(~mask, -torch.inf)
     error = (merged.result.double().cpu() - scores.softmax(-1) @ value.double()).abs().max()
     assert error <= ROUNDING[dtype]
-
-
-def test_a_mask_on_cuda_asks_for_the_kernel_that_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes alone, on the meta device: flash attention takes none, the other wants rows of aligned memory."""
-    monkeypatch.setattr(ring.cuda, "can_use_flash_attention", lambda _asked: True)
-    monkeypatch.setattr(ring.cuda, "can_use_efficient_attention", lambda _asked: True)
-    called: list[Any] = []
-    name = "_scaled_dot_product_efficient_attention"
-    efficient = getattr(torch.ops.aten, name)
-    monkeypatch.setattr(torch.ops.aten, name, lambda *args, **named: called.append(args) or efficient(*args, **named))
-    query, key = (torch.empty(2, 3, length, 13, dtype=torch.bfloat16, device="meta") for length in (5, 9))
-    mask = torch.empty(2, 1, 1, 9, dtype=torch.bfloat16, device="meta")
-    result, lse = ring._attend_on_cuda(query, key, key, None, mask)
-    assert (result.shape, lse.shape) == (query.shape, query.shape[:3])
-    bias = called[0][3]
-    assert bias.shape == (2, 3, 5, 9)
-    assert all(stride % 16 == 0 for stride in bias.stride()[:3])
 
 
 def test_a_column_is_attended_with_as_its_mask_is() -> None:

@@ -12,13 +12,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import patchpipe
-from patchpipe import ParallelConfig, ring
+from patchpipe import ParallelConfig
 from patchpipe.attention import Attend
 from patchpipe.config import ALL_STEPS
 from patchpipe.errors import RankLost
+from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.models.plan import Rows
 from patchpipe.patches import Cut
-from patchpipe.ring import Merged, Ring, attend_with_lse
+from patchpipe.ring import Merged, Ring
 from patchpipe.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
@@ -185,21 +186,6 @@ def test_no_heads_give_no_result():
     merged = Merged(nothing)
     merged.add(nothing, nothing)
     assert merged.result.shape == nothing.shape
-
-
-@pytest.mark.parametrize("kernel", ["can_use_flash_attention", "can_use_efficient_attention", None])
-def test_cuda_kernels_are_chosen_by_what_they_take(kernel, monkeypatch):
-    """Shapes alone, on the meta device: odd channels are padded for the kernel, its padding is taken off."""
-    for name in ("can_use_flash_attention", "can_use_efficient_attention"):
-        monkeypatch.setattr(ring.cuda, name, lambda _asked, chosen=name == kernel: chosen)
-    query, key, value = (rows_of.to("meta") for rows_of in tensors(torch.bfloat16, 5, 9, 13))
-    if kernel is None:
-        with pytest.raises(NotImplementedError, match="use float16"):
-            ring._attend_on_cuda(query, key, value, None)
-        return
-    result, lse = ring._attend_on_cuda(query, key, value, None)
-    assert (result.shape, lse.shape) == (query.shape, query.shape[:3])
-    assert (result.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_a_device_without_a_kernel_is_refused():

@@ -139,6 +139,8 @@ def _environment(threads: int, offline: bool) -> dict[str, str]:
         MKL_NUM_THREADS=str(threads),
         TOKENIZERS_PARALLELISM="false",
     )
+    # Every communicator has a stream; two that share a hardware queue wait for each other, in a circle if need be.
+    env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         env.pop(name, None)
     if offline:
