@@ -28,6 +28,7 @@ from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.pipeline.adapters import Adapters, modules_of
 from patchpipe.pipeline.blocks import Blocks
+from patchpipe.pipeline.recipes import check_recipes, check_surroundings
 from patchpipe.pipeline.relatives import mark, pipelines_with
 from patchpipe.pipeline.served import check_served, original_class, served_class
 from patchpipe.refusals import check_calls, check_guidance
@@ -277,6 +278,7 @@ class Attachment:
 
     def _request(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_served(self._pipe)
+        self._check_recipes()
         if self._uses_transformer:
             check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
             self._warn_if_synchronous(kwargs)
@@ -366,10 +368,15 @@ class Attachment:
             self.group.close()
             raise
 
+    def _check_recipes(self) -> None:
+        """Refuses what was done to the pipeline since, or is done around this call."""
+        check_surroundings(self._pipe, self.runner, own=self._first is self)
+
     def _check_together(
         self, calls: Sequence[Mapping[str, Any]], seeds: Sequence[int] | None, bars: Sequence[Callable[..., Any]] | None
     ) -> None:
         check_calls(calls, seeds, bars)
+        self._check_recipes()
         check_together(self.config.methods, self.config.compile)
         if getattr(self._pipe.transformer, "is_cache_enabled", False):
             raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
@@ -485,9 +492,9 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
     check_served(pipe)
     if held is not None:
         held.release()  # it only shares an encoder or the VAE with another
-    model: nn.Module = pipe.transformer
+    model: nn.Module = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # what torch.compile wraps
     layout, store = settle(config, group, partial(_choose, pipe))
-    fitted, problem = attempt(lambda: _fit(model, layout))
+    fitted, problem = attempt(lambda: _fit(pipe, model, layout))
     about = {"model": type(model).__name__, "model_config": _settings(model)}
     group = meet(layout, group, _device_of(pipe), about, problem, store)
     assert fitted is not None
@@ -504,9 +511,10 @@ def _choose(pipe: Any, auto: AutoLayout, ranks: int) -> ParallelConfig:
     return layout_for_ranks(auto, workload_of_pipeline(pipe, auto), _device_of(pipe).type, ranks)
 
 
-def _fit(model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
-    """The model's plan and each stage's blocks, if the layout fits the model."""
+def _fit(pipe: Any, model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
+    """The model's plan and each stage's blocks, if the layout fits the model and what was done to it."""
     plan = plan_for(model)
+    check_recipes(pipe, config)
     stages = split_blocks(model, plan, config)
     check_tensor(model, plan, config.tensor)
     return plan, stages
@@ -536,4 +544,5 @@ def _bound_to(copied: Any, value: Any, original: Any) -> Any:
 
 
 def _device_of(pipe: Any) -> torch.device:
-    return next(pipe.transformer.parameters()).device
+    """Where the pipeline computes, which is not where weights are that are moved there group by group."""
+    return torch.device(pipe._execution_device)

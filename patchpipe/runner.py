@@ -20,6 +20,7 @@ from patchpipe.displaced import Displaced, displaced_for
 from patchpipe.hops import Hops
 from patchpipe.lazy import PatchTensor, patch_of
 from patchpipe.mesh import Group
+from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
@@ -90,7 +91,7 @@ class Runner:
         self.request: Request | None = None
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
-        self.dtype = _matrix_dtype(model)
+        self.dtype = matrix_dtype(model)
         self._hops = self._new_hops()
         self._signature = inspect.signature(type(model).forward)
 
@@ -345,9 +346,3 @@ class Runner:
         if self._displaced and isinstance(latent, PatchTensor) and not latent.materialised:
             for index in range(self.config.distrifusion):
                 latent.patch(index)
-
-
-def _matrix_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype the model computes in; single vectors may be kept in float32."""
-    dtypes = [parameter.dtype for parameter in model.parameters() if parameter.ndim >= 2]
-    return max(set(dtypes), key=dtypes.count)

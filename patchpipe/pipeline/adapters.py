@@ -26,6 +26,10 @@ _OTHERS = (
     "disable_lora", "enable_adapters", "disable_adapters", "enable_lora_hotswap", "set_lora_device",
 )  # fmt: skip
 METHODS = (*LOADING, *MERGING, *_OTHERS)  # of pipelines, and of models
+HOOKING = (
+    "enable_cache", "disable_cache", "enable_layerwise_casting", "fuse_qkv_projections", "unfuse_qkv_projections",
+    "set_attn_processor", "set_default_attn_processor",
+)  # fmt: skip  # of models: they change layers too, and meet stand-ins otherwise
 
 
 class Adapters:
@@ -78,10 +82,10 @@ class Adapters:
                 runner.request.memo.clear()  # results of layers as they were
 
     def model_methods(self) -> dict[str, Callable[..., Any]]:
-        """The transformer's own methods that change adapters, to be set on it."""
+        """The transformer's own methods that change adapters or other things in its layers, to be set on it."""
         return {
             name: wraps(original)(partial(self._bound, name, original))
-            for name, original in ((name, getattr(self._runner.model, name, None)) for name in METHODS)
+            for name, original in ((name, getattr(self._runner.model, name, None)) for name in (*METHODS, *HOOKING))
             if callable(original)
         }
 
@@ -104,7 +108,10 @@ def adapter_members(kind: type) -> dict[str, Any]:
 
         @wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self.patchpipe.change_adapters(name, original.__get__(self), args, kwargs)
+            attachment = vars(self).get("patchpipe")
+            if attachment is None:  # made of parts of its own
+                return original(self, *args, **kwargs)
+            return attachment.change_adapters(name, original.__get__(self), args, kwargs)
 
         return method
 

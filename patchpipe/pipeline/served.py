@@ -51,6 +51,12 @@ def served_class(kind: type) -> type:
             args, kwargs = (), {name: value for name, value in kwargs.items() if name != "device"}
         return kind.to(self, *args, **kwargs)  # type: ignore[attr-defined]
 
+    def offload(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "a parallel pipeline cannot be offloaded model by model: use patchpipe.from_pretrained, where a rank "
+            "holds its own blocks only, or pipe.transformer.enable_group_offload() before parallelize"
+        )
+
     def deepcopy(self: Any, _memo: dict[int, Any]) -> NoReturn:
         raise ValueError(
             f"a parallel {kind.__name__} cannot be copied with its weights: copy.copy(pipe) shares them, and so does "
@@ -66,6 +72,8 @@ def served_class(kind: type) -> type:
     members = {
         "__call__": call,
         "to": to,
+        "enable_model_cpu_offload": offload,
+        "enable_sequential_cpu_offload": offload,
         "__deepcopy__": deepcopy,
         "device": property(device),
         "_execution_device": property(device),
