@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.config import AutoLayout, ParallelConfig
-from patchpipe.errors import PatchpipeError, RankFailed, RankLost, UnsupportedModel
+from patchpipe.errors import Cancelled, PatchpipeError, RankFailed, RankLost, UnsupportedModel
 
 if TYPE_CHECKING:
     from patchpipe.apply import parallelize, restore
@@ -20,6 +20,7 @@ except PackageNotFoundError:  # run from a checkout that was never installed
 
 __all__ = [
     "AutoLayout",
+    "Cancelled",
     "Engine",
     "ParallelConfig",
     "PatchpipeError",

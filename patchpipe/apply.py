@@ -28,6 +28,8 @@ from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.pipeline.adapters import Adapters, modules_of
 from patchpipe.pipeline.blocks import Blocks
+from patchpipe.pipeline.board import say_goodbye
+from patchpipe.pipeline.extent import Extent
 from patchpipe.pipeline.recipes import check_recipes, check_surroundings
 from patchpipe.pipeline.relatives import mark, pipelines_with
 from patchpipe.pipeline.served import check_served, original_class, served_class
@@ -87,6 +89,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
+        self._extent = Extent(group, self.runner)
         self._first = self  # the attachment of the pipeline that was made parallel
         self._others: list[weakref.ref[Any]] = []  # pipelines that share its modules
         self._hooked: set[int] = set()  # VAEs
@@ -106,8 +109,25 @@ class Attachment:
     @contextmanager
     def serving(self) -> Iterator[Request]:
         """The extent of a request, for a denoising loop of one's own around ``pipe.transformer``."""
-        with self._traced(), self.runner.serving() as request:
+        self._extent.begin(self._run, [])
+        with self._extent.ending(), self._traced(), self.runner.serving() as request:
             yield request
+
+    def cancel(self) -> bool:
+        """Ends the request under way, on all ranks; any rank may call it, in a callback or from another thread.
+
+        All ranks stop at the same call of the transformer, the next one that none of them has begun. There the
+        pipeline's call raises ``Cancelled`` on every rank. The pipeline can serve the next request.
+
+        Returns:
+            Whether there was a request that could still be ended. One whose last call is over gives its picture.
+        """
+        return self._extent.cancel()
+
+    @property
+    def _run(self) -> Callable[..., Any]:
+        """The pipeline's own call."""
+        return partial(original_class(self._pipe).__call__, self._pipe)  # type: ignore[operator]
 
     def _traced(self) -> AbstractContextManager[None]:
         return nullcontext() if self._first._tracing is None else self._first._tracing.request()
@@ -169,6 +189,8 @@ class Attachment:
         self._undo.append(mark(shared, self._adopt_new))
         for other in pipelines_with(shared):
             self.adopt(other)
+        if self.group.store is not None:
+            self._undo.append(weakref.finalize(self, say_goodbye, self.group.store, self.group.rank))
 
     def adopt(self, pipe: Any) -> Attachment:
         """Serves another pipeline that shares modules with this one: on the same ranks, each call a request of its own.
@@ -274,28 +296,26 @@ class Attachment:
         Returns:
             The output rank's value. Every rank calls this alike.
         """
-        return self.group.share(self.config.output_rank, lambda: value)
+        with self.runner.points.passing():
+            return self.group.share(self.config.output_rank, lambda: value)
 
     def _request(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, problem = attempt(lambda: self._check_request(original, args, kwargs))
+        self._extent.begin(partial(original, self._pipe), [(args, kwargs)], problem)
+        if self._uses_transformer:
+            self._warn_if_synchronous(kwargs)
+        vae = getattr(self._pipe, "vae", None)
+        with self._extent.ending(), self._traced(), self.runner.serving(), self._calling():
+            self._align(kwargs.get("generator"))
+            if isinstance(vae, nn.Module):  # it may be another one by now
+                self._hook_vae(vae)
+            return self._paint(self._pipe, original, args, kwargs)
+
+    def _check_request(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         check_served(self._pipe)
         self._check_recipes()
         if self._uses_transformer:
             check_guidance(partial(original, self._pipe), args, kwargs, self.runner.plan, self.config)
-            self._warn_if_synchronous(kwargs)
-        vae = getattr(self._pipe, "vae", None)
-        before = self.last
-        try:
-            self._align(kwargs.get("generator"))
-            with self.serving(), self._calling():
-                if isinstance(vae, nn.Module):  # it may be another one by now
-                    self._hook_vae(vae)
-                output = self._paint(self._pipe, original, args, kwargs)
-        except Exception as error:
-            self.group.report_failure(f"{type(error).__name__}: {error}")
-            if self.last is not before and self.last.touched:
-                self.group.close()  # peers that wait for this rank must not wait for the deadline
-            raise
-        return output
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -348,7 +368,7 @@ class Attachment:
             PatchpipeError: A rank failed.
         """
         _, problem = attempt(lambda: self._check_together(calls, seeds, bars))
-        self.group.agree({"calls in flight together": len(calls)}, problem)
+        self._extent.begin(self._run, [] if problem else [((), call) for call in calls], problem)
         for call in calls:
             self._warn_if_synchronous(dict(call))
         original, flights = type(self._pipe).__mro__[1].__call__, Flights(self.runner, self.group, seeds, len(calls))
@@ -359,14 +379,10 @@ class Attachment:
             return self._paint(self._copy(number, None if bars is None else bars[number]), original, (), call)
 
         try:
-            with self._traced():
+            with self._extent.ending(), self._traced():
                 return flights.run([partial(paint, *entry) for entry in enumerate(calls)], return_exceptions)
         except Refused as refused:
             raise refused.error from refused.error.__cause__
-        except BaseException as error:
-            self.group.report_failure(f"{type(error).__name__}: {error}")
-            self.group.close()
-            raise
 
     def _check_recipes(self) -> None:
         """Refuses what was done to the pipeline since, or is done around this call."""
@@ -415,7 +431,8 @@ class Attachment:
         generators = [generator] if isinstance(generator, torch.Generator) else list(generator or [])
         if self.group.world_size == 1 or not generators:
             return
-        states = self.group.share(0, lambda: [each.get_state() for each in generators])
+        with self.runner.points.passing():
+            states = self.group.share(0, lambda: [each.get_state() for each in generators])
         for each, state in zip(generators, states, strict=True):
             each.set_state(state.cpu())
 
@@ -424,7 +441,7 @@ class Attachment:
         def shared(*args: Any, **kwargs: Any) -> Any:
             if self._first._computing:  # part of what the other ranks get as a whole
                 return compute(*args, **kwargs)
-            with span(self.group.recorder, "encode"):
+            with span(self.group.recorder, "encode"), self.runner.points.passing():
                 return self.group.share(owner, lambda: alone(*args, **kwargs), carries)
 
         def alone(*args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+CANCELLED = "the request was cancelled"
+
 
 class PatchpipeError(RuntimeError):
     """Base of every error that patchpipe raises about a running group."""
@@ -16,6 +18,10 @@ class RankFailed(PatchpipeError):
 
 class RankLost(PatchpipeError):
     """Another rank died or did not answer before the deadline."""
+
+
+class Cancelled(PatchpipeError):
+    """The request was cancelled before its picture was done; the pipeline can serve the next one."""
 
 
 class UnsupportedModel(PatchpipeError, ValueError):

@@ -118,7 +118,7 @@ class Flights:
                 if self._failure is not None:
                     raise self._failure
                 self._agree()  # where none of them got to a call of the transformer
-                self._runner.settle()
+                self._runner.end()
         finally:
             self._failure = None
             callers.restore()
@@ -233,7 +233,8 @@ class Flights:
         refused = [flight for flight in self._flights if flight.refusal is not None]
         own = {str(flight.number + 1): f"{type(flight.refusal).__name__}: {flight.refusal}" for flight in refused}
         try:
-            told = self._group.tell_all(own)
+            with self._runner.points.passing():
+                told = self._group.tell_all(own)
         except RankLost:
             told = []
         alone = self._refused_alone(own, told)

@@ -72,6 +72,10 @@ class Hops:
                 )
             channel.send(streams[name])
 
+    def shapes(self, batch: int, piece: Patch, text_rows: int) -> Shapes:
+        """Shapes of what goes from stage to stage for some rows of a patch."""
+        return self._shapes(batch, piece, text_rows)
+
     def end(self) -> None:
         """Leaves nothing posted when the request ends."""
         self._use_up()

@@ -199,6 +199,11 @@ class Group:
         for wire in self._all_wires:
             wire.recorder = recorder
 
+    @property
+    def store(self) -> dist.Store | None:
+        """Where the ranks met; ``None`` for a single rank."""
+        return self._store
+
     # -- what all ranks share --------------------------------------------------------------------
 
     def broadcast(self, tensor: Tensor | None, root: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from patchpipe.displaced import PartStore
 from patchpipe.mesh import Group
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut
+from patchpipe.pipeline.points import Points
 from patchpipe.refusals import no_guidance
 from patchpipe.shared_keys import SharedBlock, SharedKeys
 from patchpipe.store import LayerStores
@@ -137,6 +138,7 @@ class Request:
         number: Its place among the requests in flight together.
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
+        points: What all ranks pass in the same order.
     """
 
     def __init__(
@@ -149,7 +151,9 @@ class Request:
         *,
         halves: bool = False,
         shared: Sequence[SharedBlock] = (),
+        points: Points | None = None,
     ) -> None:
+        self.points = points or Points(None)
         self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
         self._halves, self._shared = halves, shared
         self.traffic = Traffic(group)
@@ -170,7 +174,8 @@ class Request:
 
     def share(self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Gives the first stage's tensor to every rank."""
-        whole = self.group.broadcast(full, 0, shape, dtype)
+        with self.points.passing():
+            whole = self.group.broadcast(full, 0, shape, dtype)
         recorder = self.group.recorder
         if recorder is not None:
             recorder.add("materialise", self._asked, recorder.where, reason=self.stats.reasons[-1])
@@ -190,9 +195,10 @@ class Request:
         if self.group.world_size == 1:
             return
         cuda = self.group.device if self.group.device.type == "cuda" else None
-        states = self.group.share(
-            0, lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(cuda) if cuda is not None else None)
-        )
+        with self.points.passing():
+            states = self.group.share(
+                0, lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(cuda) if cuda is not None else None)
+            )
         if self.group.rank != 0:
             torch.set_rng_state(states[0].cpu())
             if cuda is not None:

@@ -24,6 +24,7 @@ from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
 from patchpipe.patches import Cut, Patch
+from patchpipe.pipeline.points import Points
 from patchpipe.request import Branch, Request, RequestStats
 from patchpipe.shared_keys import SharedBlock
 from patchpipe.sharing import sharing_for
@@ -89,6 +90,7 @@ class Runner:
         self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
         self._halves, self._shared = halves, shared
         self.request: Request | None = None
+        self.points = Points(None)  # of the requests being served
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
         self.dtype = matrix_dtype(model)
@@ -102,13 +104,12 @@ class Runner:
         """The extent of one request; whatever it kept is gone afterwards."""
         with self.open(), self.serving_one() as request:
             yield request
-            self.settle()
+            self.end()
 
     @contextmanager
     def open(self, requests: int = 1) -> Iterator[None]:
         """The extent of one request, or of several in flight together."""
-        if self._open:
-            raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
+        self.check_idle()
         self._open = True
         self.group.begin_requests(requests)
         self.stats = [RequestStats() for _ in range(requests)]
@@ -133,6 +134,20 @@ class Runner:
             self.request, self.stats, self._hops, self._open = request, stats, hops, True
             request.traffic.resume()
 
+    def check_idle(self) -> None:
+        """Refuses a request inside another one.
+
+        Raises:
+            RuntimeError: One is being served.
+        """
+        if self._open:
+            raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
+
+    def end(self) -> None:
+        """Ends them on all ranks; from here on they cannot be cancelled."""
+        self.points.end()
+        self.settle()
+
     def settle(self) -> None:
         """Waits until nothing of them is under way."""
         self._hops.end()
@@ -142,8 +157,9 @@ class Runner:
     def serving_one(self, number: int = 0) -> Iterator[Request]:
         """The extent of one of the requests; whatever it kept is gone afterwards."""
         request = self.request = Request(
-            self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared
-        )
+            self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared,
+            points=self.points,
+        )  # fmt: skip
         self.stats[number] = request.stats
         request.traffic.resume()
         try:
@@ -224,34 +240,41 @@ class Runner:
             text_rows=self.plan.text_rows(inputs),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
+        share = call.share_of(self.group.mesh)
+        parts = [] if share is None else self._parts(call, share)
+        self.points.begin()
         self.request.count(synchronous)
         self.group.next_call()
         branch.calls += 1
         answers = Answers(call, self.plan, self.model, self.group, self.dtype)
-        self._stream(call, answers, displaced_for(self.group, cut, branch.parts if keeps else None, synchronous))
+        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous)
+        if share is None:
+            for patch in call.patches:
+                answers.expect(patch)
+        else:
+            self._stream(call, parts, answers, displaced)
+        self.points.finish()
         shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
             shape, self.dtype, latent.device, self.plan.grid.dim, cut.bounds,
             answers.patch if self.group.first else None, self.request,
         )  # fmt: skip
 
-    def _stream(self, call: Call, answers: Answers, displaced: Displaced | None) -> None:
-        """Runs every patch of this rank's share of a call through this stage."""
-        share = call.share_of(self.group.mesh)
-        if share is None:
-            for patch in call.patches:
-                answers.expect(patch)
-            return
-        parts = self._parts(call, share)
+    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
+        """Runs every patch of this rank's share of a call through this stage.
+
+        Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
+        """
         sizes = [(part.share.size, part.piece) for part in parts]
         expected = self._hops.begin((call.where.request, call.where.branch), sizes, call.text_rows)
         for keys in call.shared:
             keys.begin(call.patches)
         made: list[Tensor] = []
         trailing: list[CallContext] = []
+        failure: Exception | None = None
         for part, receives in zip(parts, expected, strict=True):
             context = self._context(call, part, displaced)
-            result = self._run(call, part, receives, context)
+            result, failure = self._try(call, part, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
             if isinstance(result, Tensor):
@@ -266,10 +289,42 @@ class Runner:
                 answers.expect(part.patch)
         for keys in call.shared:
             keys.end()
+        if failure is not None:
+            self.points.finish()
+            raise failure
         for context in trailing:  # when the next stage has all it waits for
             with span(self.group.recorder, "compute"):
                 self.stage.trail(context)
         self._catch_up(call.inputs[self.plan.latent])
+
+    def _try(
+        self,
+        call: Call,
+        part: Part,
+        receives: dict[str, Receive],
+        context: CallContext,
+        failure: Exception | None,
+    ) -> tuple[Streams | Tensor, Exception | None]:
+        """What this stage makes of a part, or zeros where it has failed, and why it has."""
+        if failure is None:
+            try:
+                return self._run(call, part, receives, context), None
+            except Exception as error:
+                mates = {rank for line in self.group.lines.values() for rank in line.ranks}
+                if call.shared or not self.points.fail_inside(error, mates):
+                    raise
+                failure = error
+        return self._blank(call, part), failure
+
+    def _blank(self, call: Call, part: Part) -> Streams | Tensor:
+        """Zeros of the shapes that a part leaves this stage in."""
+        device = call.inputs[self.plan.latent].device
+        if not self.group.last:
+            shapes = self._hops.shapes(part.share.size, part.piece, call.text_rows)
+            return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes.items()}
+        shape = list(self.plan.grid.output_shape(self.model, call.inputs[self.plan.latent].shape))
+        shape[0], shape[self.plan.grid.dim] = part.share.size, part.piece.units[1] - part.piece.units[0]
+        return torch.zeros(shape, dtype=self.dtype, device=device)
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
         """What this rank runs one after the other: the patches, each in halves of the batch if so configured.

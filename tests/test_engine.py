@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from patchpipe import Engine, ParallelConfig, PatchpipeError, RankFailed, RankLost
+from patchpipe import Cancelled, Engine, ParallelConfig, PatchpipeError, RankFailed, RankLost
 from patchpipe.engine import Progress, devices, failures, requests
 from patchpipe.engine.failures import CAUSE, CONSEQUENCE, Failure
 from patchpipe.engine.messages import Call, Channel, Done, Failed
@@ -186,29 +186,71 @@ def test_killed_rank_is_named_in_seconds_and_nothing_is_left(model: Path, rank: 
     assert not folder.exists()
 
 
-def test_failing_rank_tells_its_own_error(model: Path) -> None:
-    with Engine(model, TWO, devices="cpu", threads=1) as engine:
-        pids = [one.pid for one in engine.ranks]
-        wrong = {"prompt_embeds": torch.zeros(1, 8, 7), "pooled_prompt_embeds": torch.zeros(1, 16)}
-        rest = {name: CALL[name] for name in ("height", "width", "num_inference_steps")}
-        with pytest.raises((RankFailed, ValueError), match="mat1 and mat2") as caught:
-            engine(**wrong, **rest)
-        assert "Traceback" in str(caught.value.__cause__)
-        assert "rank 0" in str(caught.value.__cause__)
-    assert gone(pids, 0.2)
+def test_a_wrong_shape_is_told_and_leaves_the_engine_usable(engine: Engine) -> None:
+    wrong = {"prompt_embeds": torch.zeros(1, 8, 7), "pooled_prompt_embeds": torch.zeros(1, 16)}
+    rest = {name: CALL[name] for name in ("height", "width", "num_inference_steps")}
+    before = pixels(engine(seed=1, **CALL))
+    with pytest.raises(RankFailed, match="mat1 and mat2") as caught:
+        engine(**wrong, **rest)
+    assert "Traceback" in str(caught.value.__cause__)
+    assert "rank 0" in str(caught.value.__cause__)
+    assert not engine.closed
+    assert pixels(engine(seed=1, **CALL)) == before
 
 
-def test_interrupt_ends_the_workers(model: Path) -> None:
-    def interrupt(progress: Progress) -> None:
-        raise KeyboardInterrupt
+def test_a_size_nobody_has_memory_for_leaves_the_engine_usable(engine: Engine) -> None:
+    with pytest.raises(RankFailed, match=r"too large|allocate|memory|storage size"):
+        engine(**{**CALL, "height": 16 * 10**7, "width": 16 * 10**7})
+    assert not engine.closed
 
-    engine = Engine(model, TWO, devices="cpu", threads=1)
-    pids = [one.pid for one in engine.ranks]
-    with pytest.raises(KeyboardInterrupt):
-        engine.generate(on_progress=interrupt, **LONG)
-    assert gone(pids, 0.2)
-    engine.close()
-    engine.close()
+
+# -- cancelling ----------------------------------------------------------------------------------
+
+
+def stop_at(step: int, stop: Any) -> Any:
+    def on_progress(progress: Progress) -> None:
+        if progress.step == step:
+            stop()
+
+    return on_progress
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def complain() -> None:
+    raise LookupError("enough")
+
+
+@pytest.mark.parametrize(("stop", "kind"), [(interrupt, KeyboardInterrupt), (complain, LookupError)])
+def test_an_interrupt_or_a_raising_on_progress_leaves_the_engine_usable(
+    engine: Engine, stop: Any, kind: type[BaseException]
+) -> None:
+    before = pixels(engine(seed=1, **CALL))
+    with pytest.raises(kind):
+        engine.generate(on_progress=stop_at(3, stop), **LONG)
+    assert not engine.closed
+    assert pixels(engine(seed=1, **CALL)) == before
+
+
+@pytest.mark.parametrize("layout", [TWO, None, ParallelConfig(patches=2)], ids=["two ranks", "plain", "one rank"])
+def test_cancel_from_another_thread(model: Path, layout: ParallelConfig | None) -> None:
+    with Engine(model, layout, devices="cpu", threads=1) as engine:
+        before = pixels(engine(seed=1, **CALL))
+        assert not engine.cancel()
+        told: list[bool] = []
+        began = time.monotonic()
+        with pytest.raises(Cancelled, match="the request was cancelled"):
+            engine.generate(on_progress=stop_at(3, lambda: told.append(engine.cancel())), **LONG)
+        assert told == [True]
+        assert time.monotonic() - began < 30
+        assert pixels(engine(seed=1, **CALL)) == before
+        if layout is not None:
+            threading.Timer(0.5, engine.cancel).start()
+            with pytest.raises(Cancelled):
+                engine.together([LONG, LONG])
+            assert pixels(engine(seed=1, **CALL)) == before
 
 
 def test_killed_parent_takes_its_workers_along(model: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from patchpipe.engine import requests
 from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
 from patchpipe.engine.devices import dtype_name, threads_per_rank
 from patchpipe.engine.failures import from_death
-from patchpipe.engine.messages import Call, CallTogether, Done, RankInfo, Ready, Start, Step
+from patchpipe.engine.messages import Call, CallTogether, Cancel, Done, RankInfo, Ready, Start, Step
 from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import Seed
 from patchpipe.engine.results import OnProgress, Progress, Result, result_of
@@ -89,6 +89,8 @@ class Engine:
         self.devices = devices_for(wanted, devices, threads)
         self.threads = threads_per_rank(threads, len(self.devices))
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
+        self._painting = False
         self._request = _START
         listener = None if wanted is None else _listen(port)
         self._workers = Workers(len(self.devices), self.threads, offline=source.offline)
@@ -147,14 +149,15 @@ class Engine:
         Args:
             *args: The pipeline's first arguments by position, usually the prompt.
             seed: Seed of the noise, one for all pictures or one for each. ``None`` takes a fresh one.
-            on_progress: Called after each step. If it raises, the request is given up and the engine closed.
+            on_progress: Called after each step. If it raises, the request is cancelled.
             trace: File (``NAME.json``) for the timeline of the request, which ``patchpipe trace`` draws.
             **kwargs: The pipeline's arguments by name.
 
         Raises:
             ValueError: The request is wrong; the engine stays usable.
             TypeError: The pipeline takes no such argument; the engine stays usable.
-            RankFailed: A worker failed; the engine is closed.
+            Cancelled: ``cancel`` was called; the engine stays usable.
+            RankFailed: A worker failed; the engine is closed unless all ranks could end the request (see ``closed``).
             RankLost: A worker died or fell silent; the engine is closed.
         """
         with self._lock:
@@ -198,7 +201,8 @@ class Engine:
         Raises:
             ValueError: A call is wrong, and nothing is painted; the engine stays usable.
             TypeError: The pipeline takes no such argument; the engine stays usable.
-            RankFailed: A worker failed; the engine is closed.
+            Cancelled: ``cancel`` was called; the engine stays usable.
+            RankFailed: A worker failed; the engine is closed unless all ranks could end the request (see ``closed``).
             RankLost: A worker died or fell silent; the engine is closed.
         """
         with self._lock:
@@ -215,6 +219,23 @@ class Engine:
             seconds = time.monotonic() - began
         made = zip(done.output, done.stats, asked, strict=True)
         return [result_of(output, seconds, stats, used) for output, stats, (_, used) in made]
+
+    def cancel(self) -> bool:
+        """Ends the request under way, from another thread; the call that waits for it raises ``Cancelled``.
+
+        All ranks stop at the next call of the transformer, and the engine serves the next request. Of requests in
+        flight together all are cancelled; those that wait for their turn are not. Ctrl-C, and an ``on_progress`` that
+        raises, do the same.
+
+        Returns:
+            Whether there was a request. One whose last step is over gives its picture all the same.
+        """
+        with self._sending:
+            if not self._painting or self.closed:
+                return False
+            for worker in self._workers.members:
+                _send(worker, Cancel(self._request))
+            return True
 
     def _check_open(self) -> None:
         if self.closed:
@@ -313,14 +334,33 @@ class Engine:
 
         try:
             self._check_alive()
-            self._request += 1
-            for worker in self._workers.members:
-                _send(worker, replace(call, request=self._request))
-            outcome = self._watch(Done, "painting", self._silence, on_step).run()
+            with self._sending:
+                self._request += 1
+                for worker in self._workers.members:
+                    _send(worker, replace(call, request=self._request))
+                self._painting = True
+            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step))
         except BaseException:
             self._abandon()
             raise
+        finally:
+            with self._sending:
+                self._painting = False
+        if isinstance(outcome, BaseException):
+            raise outcome
         return self._settle(outcome)[self._output_rank]
+
+    def _wait(self, watch: Watch) -> Outcome | BaseException:
+        """Waits for the request; an interrupt, or an ``on_progress`` that raises, cancels it and comes back as such."""
+        try:
+            return watch.run()
+        except BaseException as interrupt:
+            watch.ending = True
+            self.cancel()
+            outcome = watch.run()  # a second interrupt ends the workers
+            if outcome.failure is not None and not outcome.usable:
+                self._abandon()
+            return interrupt
 
     def _check_alive(self) -> None:
         for worker in self._workers.members:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from patchpipe.engine.messages import Failed
 from patchpipe.engine.processes import Worker, describe_exit
-from patchpipe.errors import PatchpipeError, RankFailed, RankLost, UnsupportedModel
+from patchpipe.errors import Cancelled, PatchpipeError, RankFailed, RankLost, UnsupportedModel
 
 CAUSE = 0
 ABORTED = 1
@@ -22,6 +22,7 @@ _PLAIN = {
     "UnsupportedModel": UnsupportedModel,
     "RankLost": RankLost,
     "RankFailed": RankFailed,
+    "Cancelled": Cancelled,
     "PatchpipeError": PatchpipeError,
 }
 
@@ -85,8 +86,8 @@ def from_silence(ranks: list[int], seconds: float, activity: str) -> Failure:
 
 
 def first_cause(failures: list[Failure]) -> Failure:
-    """Of failures in order of arrival, the one to blame."""
-    return min(failures, key=lambda failure: failure.weight)
+    """Of failures in order of arrival, the one to blame; of ranks that fail alike, the lowest."""
+    return min(failures, key=lambda failure: (failure.weight, failure.rank if failure.clean else 0))
 
 
 def _rebuild(rank: int, device: str, message: Failed) -> BaseException:

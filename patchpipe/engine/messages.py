@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import struct
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -148,7 +149,7 @@ class Done:
 class Failed:
     """Worker to parent: an exception ended the request, or the start.
 
-    ``clean`` tells that it was raised before any call of the transformer, so that the worker can go on.
+    ``clean`` tells that all ranks ended the request at the same point, so that the worker can go on.
     ``secondary`` tells that it follows from another rank's failure.
     """
 
@@ -158,6 +159,13 @@ class Failed:
     traceback: str
     clean: bool
     secondary: bool
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Parent to worker, while it runs a request: end it at the next point where all ranks can."""
+
+    request: int
 
 
 @dataclass(frozen=True)
@@ -184,10 +192,13 @@ class Channel:
         if send_timeout is not None:
             _limit_sends(fd, send_timeout)
         self.connection = Connection(fd)
+        self._sending = threading.Lock()
 
     def send(self, message: Any) -> None:
-        """Sends one message."""
-        self.connection.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
+        """Sends one message; threads may send at the same time."""
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        with self._sending:
+            self.connection.send_bytes(data)
 
     def receive(self) -> Any:
         """Waits for one message.

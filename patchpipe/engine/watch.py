@@ -17,7 +17,7 @@ from patchpipe.engine.processes import Worker
 logger = logging.getLogger("patchpipe.engine")
 
 SETTLE_CONSEQUENCE = 1.0
-SETTLE_CLEAN = 2.0
+SETTLE_CLEAN = 10.0
 SILENCE_GRACE = 10.0
 
 
@@ -47,6 +47,9 @@ class Watch:
         activity: What the workers are doing, for error messages.
         silence: Seconds without any message after which the wait is given up.
         on_step: Called with the rank and each step it tells of.
+
+    Attributes:
+        ending: Whether the request was cancelled, so that steps are told no more.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Watch:
         self._steps: dict[int, Step] = {}
         self._heard = time.monotonic()
         self._settled = float("inf")
+        self.ending = False
 
     def run(self) -> Outcome:
         """Waits until every rank has answered or the failure to report is known."""
@@ -92,7 +96,7 @@ class Watch:
             return not self._waiting()
         if any(failure.weight == failures.CAUSE and not failure.clean for failure in self._failures):
             return True
-        return len(self._failures) >= len(self._devices) or time.monotonic() >= self._settled
+        return not self._waiting() or time.monotonic() >= self._settled
 
     def _patience(self) -> float:
         deadline = min(self._heard + self._silence, self._settled)
@@ -111,7 +115,7 @@ class Watch:
             self._warn(message.text)
         elif isinstance(message, Step):
             self._steps[worker.rank] = message
-            if self._on_step is not None and not self._failures:
+            if self._on_step is not None and not self._failures and not self.ending:
                 self._on_step(worker.rank, message)
         elif isinstance(message, Failed):
             self._fail(failures.from_message(worker, self._devices[worker.rank], message))
@@ -138,7 +142,7 @@ class Watch:
         return [rank for rank in range(len(self._devices)) if rank not in self._answers and rank not in failed]
 
     def _all_clean(self) -> bool:
-        return len(self._failures) == len(self._devices) and all(failure.clean for failure in self._failures)
+        return not self._waiting() and all(failure.clean for failure in self._failures)
 
     def _doing(self, rank: int) -> str:
         step = self._steps.get(rank)

@@ -16,6 +16,7 @@ from typing import Any
 
 from patchpipe.engine.bar import StepBar
 from patchpipe.engine.choosing import answer
+from patchpipe.engine.inbox import Inbox
 from patchpipe.engine.messages import (
     Call,
     CallTogether,
@@ -31,6 +32,7 @@ from patchpipe.engine.messages import (
     Warned,
 )
 from patchpipe.engine.oom import out_of_memory
+from patchpipe.errors import CANCELLED, Cancelled
 
 _START = 0
 _MODEL_NAMES = ("transformer", "unet", "prior")
@@ -102,6 +104,9 @@ class Server:
         self._start = start
         self._group: Any = None
         self._pipe: Any = None
+        self._request = _START
+        self._cancelled = _START  # the last request that was
+        self._inbox = Inbox(channel, self._cancel)
 
     def load(self) -> None:
         """Joins the group, loads this rank's part, and says so; a failure is told and ends the process."""
@@ -115,16 +120,25 @@ class Server:
 
     def serve(self) -> None:
         """Runs requests until told to close."""
+        self._inbox.start()
         while True:
-            message = self._channel.receive()
+            message = self._inbox.next()
             if isinstance(message, Close):
                 break
+            self._request = message.request
             self._channel.send(self._answer(message))
         if self._group is not None:
             self._group.close()
 
+    def _cancel(self, request: int) -> None:
+        """Ends a request, if it is the one under way."""
+        self._cancelled = request
+        if request == self._request and self._start.config is not None:
+            with contextlib.suppress(RuntimeError):  # where the ranks cannot hear each other, it ends anyway
+                self._attachment.cancel()
+
     def _answer(self, call: Call | CallTogether) -> Done | Failed:
-        began, before = time.monotonic(), self._last()
+        began = time.monotonic()
         try:
             if isinstance(call, CallTogether):
                 output, stats = self._run_together(call, began), [dict(one.as_dict()) for one in self._attachment.stats]
@@ -132,7 +146,7 @@ class Server:
             output = self._run(call, began)
             return Done(call.request, output, self._stats(), time.monotonic() - began)
         except Exception as error:
-            return self._failed(call.request, error, clean=self._untouched(before))
+            return self._failed(call.request, error, clean=self._usable)
 
     def _run(self, call: Call, began: float) -> Any:
         import torch
@@ -160,6 +174,10 @@ class Server:
 
         def tell(step: int, total: int | None, seconds: float) -> None:
             self._channel.send(Step(request, step, total, seconds, call))
+            if self._cancelled == request:
+                if self._start.config is None:
+                    raise Cancelled(CANCELLED)
+                self._attachment.cancel()  # should it have been asked for before the request had begun
 
         return bar
 
@@ -255,13 +273,10 @@ class Server:
         last = self._last()
         return {} if last is None else dict(last.as_dict())
 
-    def _untouched(self, before: Any) -> bool:
-        """Whether the request failed before any rank can have waited for another in the transformer."""
-        if self._start.config is None:
-            return True  # one process that shares nothing with others
-        if self._group.closed:
-            return False
-        return self._last() is before or not any(one.touched for one in self._attachment.stats)
+    @property
+    def _usable(self) -> bool:
+        """Whether this worker can serve another request: the ranks have ended the last one at the same point."""
+        return self._start.config is None or not self._group.closed
 
     def _failed(self, request: int, error: Exception, clean: bool) -> Failed:
         advice = out_of_memory(error, self._start.rank, self._start.device)
@@ -271,7 +286,7 @@ class Server:
             class_name=type(error).__name__ if advice is None else "OutOfMemory",
             message=str(error) if advice is None else advice,
             traceback="".join(traceback.format_exception(error)),
-            clean=clean and not secondary and advice is None,
+            clean=clean,
             secondary=secondary,
         )
 
