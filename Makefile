@@ -32,10 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint $(PINS) --editable '.[dev]'
 	touch $(STAMP)
 
-demo: setup ## paint a sheet of pictures on two processes, beside the same pictures from one
-	$(BIN)/patchpipe generate "red apple, 3d style" "cat face, twemoji style" "rainbow, noto style" \
-		"cherry blossom, flat style" "red heart, flat style" "frog, 3d style" \
-		--pipefusion 2 --seed 0 --compare --sheet --output out/demo.png --force
+demo: setup ## paint a sheet of pictures in one process and in several, with seconds and likeness
+	$(BIN)/patchpipe demo --output out/demo.png --force
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -12,13 +12,15 @@ import torch
 
 import patchpipe
 from patchpipe import AutoLayout, Engine, ParallelConfig
+from patchpipe.cli import app
 from patchpipe.demo import MODEL_DIR, call_defaults
-from patchpipe.engine.choosing import cpu_ranks, devices_for, read_wanted
+from patchpipe.engine.choosing import devices_for, read_wanted
 from patchpipe.joining import settle
-from patchpipe.planner import choosing, here
+from patchpipe.planner import choose, choosing, here
 from patchpipe.planner.automatic import take
-from patchpipe.planner.here import profile_of
+from patchpipe.planner.here import cpu_ranks, profile_of
 from patchpipe.planner.profiles import Profile
+from patchpipe.planner.search import search
 from patchpipe.planner.workloads import Asked, workload_for
 from tests import tiny
 from tests.ranks import Place, run_ranks
@@ -217,3 +219,46 @@ def test_a_number_of_ranks_without_a_layout_is_one_error_on_all() -> None:
         raise ValueError(f"no tested layout of {ranks}")
 
     assert run_threads(2, meet) == ["no tested layout of 2"] * 2
+
+
+# -- the planner of this machine -----------------------------------------------------------------
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert app(args=["plan", *args, "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan_looks_at_the_devices_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "_devices_here", lambda: ["cpu", "cpu"])
+    found = planned(capsys)
+    assert found["layouts"][0]["config"]["cfg"] == 2
+    assert found["command"].startswith("patchpipe generate 'red heart, flat style' --dtype fp32")
+    assert found["link"] == "this host"
+
+
+def test_plan_takes_the_usual_link_of_a_named_card(capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--model", "flux.1-dev", "--device", "RTX 4090")
+    assert (found["device"], found["link"], len(found["layouts"][0]["memory_bytes"])) == ("rtx4090", "pcie4", 2)
+
+
+def test_plan_says_when_one_device_is_best(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model", "pixart-sigma", "--devices", "2", "--device", "h100", "--link", "25gbe", "--no-guidance"]
+    args = [*small, "--height", "256", "--width", "256", "--exact"]
+    found = planned(capsys, *args)
+    assert found["one_device_is_best"]
+    assert found["command"].endswith("--layout plain")
+    assert app(args=["plan", *args]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "one device is best: the quickest layout of 2, pipefusion 2" in text
+
+
+def test_an_exact_layout_comes_before_one_that_is_as_quick() -> None:
+    workload, machine = workload_for("flux.1-dev", Asked()), Profile.named("h100", "nvlink4")
+    ranked = search(workload, 8, machine).ranked
+    quickest = min(one.seconds for one in ranked if one.fresh >= 0.5)
+    alike = [one for one in ranked if one.fresh >= 0.5 and one.seconds <= 1.01 * quickest]
+    assert ranked[0].seconds <= 1.01 * quickest
+    assert ranked[0].exact or not any(one.exact for one in alike)

@@ -287,7 +287,7 @@ def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["--device", "l41", "--link", "pcie4"], "device 'l41' is unknown: did you mean l4?"),
         (["--device", "l40", "--link", "token-ring"], "link 'token-ring' is unknown: use pcie3"),
-        (["--device", "l40"], "the link is missing: name a card and a link"),
+        (["--link", "pcie4"], "the device is missing: name a card and a link"),
         ([*MACHINE, "--model", "no-such-model"], "known without a download are flux.1-dev"),
         ([*MACHINE, "--model", "flux.1-dev", "--memory", "3"], "the least any layout needs"),
         ([*MACHINE, "--devices", "0"], "devices=0 must be 1 or more"),

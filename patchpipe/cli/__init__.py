@@ -1,13 +1,14 @@
-"""The command line: ``patchpipe generate``, ``plan``, ``profile``, ``info``, ``explain``, ``trace`` and ``models``."""
+"""The command line: one module for each command, and what they share."""
 
 from __future__ import annotations
 
-from patchpipe.cli import explain, generate, info, models, plan, profile, trace
+from patchpipe.cli import demo, explain, generate, info, models, plan, profile, trace
 from patchpipe.cli.app import app
 
 __all__ = ["app"]
 
 app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=demo.EPILOG)(demo.demo)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=profile.EPILOG)(profile.profile)
 app.command(epilog=info.EPILOG)(info.info)

@@ -21,11 +21,13 @@ _USAGE_ERROR = next(one for one in typer.BadParameter.__mro__ if one.__name__ ==
 _EPILOG = """
 [bold]Examples[/]
 
-  [green]patchpipe generate[/] "red heart, flat style" --pipefusion 2 -o heart.png
+  [green]patchpipe demo[/]
+
+  [green]patchpipe generate[/] "red heart, flat style"
 
   [green]patchpipe generate[/] "red apple, 3d style" "owl, flat style" --pipefusion 2 --compare
 
-  [green]patchpipe plan[/] --model flux.1-dev --devices 8 --device l40 --link pcie4
+  [green]patchpipe plan[/] --model flux.1-dev --devices 8 --device l40
 
   [green]patchpipe info[/] black-forest-labs/FLUX.1-dev --pipefusion 4
 """

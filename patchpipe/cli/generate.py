@@ -12,7 +12,11 @@ from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 EPILOG = """
 [bold]Examples[/]
 
-  A picture of the bundled model, painted by two processes:
+  A picture of the bundled model, by the quickest layout for the devices there are:
+
+  [green]patchpipe generate[/] "red heart, flat style"
+
+  The same in two pipeline stages, to a file of its own:
 
   [green]patchpipe generate[/] "red heart, flat style" --pipefusion 2 -o heart.png
 

@@ -38,6 +38,12 @@ EPILOG = """
 
   [green]patchpipe plan[/] --model sd3.5-large --devices 4 --device rtx4090 --link pcie4 --exact --memory 16
 
+  This machine as it is, and the cards on your desk:
+
+  [green]patchpipe plan[/]
+
+  [green]patchpipe plan[/] --model flux.1-dev --device 4090
+
   What one device really takes makes the figures sharper:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 4 --device l40 --link pcie4 --single 18.4
@@ -51,9 +57,18 @@ Model = Annotated[
         "--model", help="Known name, folder or hub id. [dim]Default: the bundled model.[/]", metavar="NAME|DIR|ID"
     ),
 ]
-Count = Annotated[int, option(_MACHINE, "Devices.", "--devices", default=True)]
-Card = Annotated[str | None, option(_MACHINE, "Kind of device, such as l40, a100 or rtx4090.", "--device")]
-LinkName = Annotated[str | None, option(_MACHINE, "What joins them, such as pcie4, nvlink3 or 25gbe.", "--link")]
+Count = Annotated[
+    int | None,
+    option(_MACHINE, "Devices. [dim]Default: this machine's; 2 of a named --device.[/]", "--devices"),
+]
+Card = Annotated[
+    str | None,
+    option(_MACHINE, "Kind of device, such as 4090 or h100. [dim]Default: this machine's.[/]", "--device"),
+]
+LinkName = Annotated[
+    str | None,
+    option(_MACHINE, "What joins them, such as pcie4, nvlink3 or 25gbe. [dim]Default: the usual.[/]", "--link"),
+]
 ProfileFile = Annotated[
     Path | None,
     option(_MACHINE, "What `patchpipe profile` wrote, instead of --device and --link.", "--profile", metavar="FILE"),
@@ -87,7 +102,7 @@ Report = Annotated[
 
 def plan(
     model: Model = None,
-    devices: Count = 8,
+    devices: Count = None,
     device: Card = None,
     link: LinkName = None,
     profile: ProfileFile = None,
@@ -117,10 +132,10 @@ def plan(
         check_new(json_file, force)
     from patchpipe.demo import MODEL_DIR
     from patchpipe.planner import report, search, workloads  # heavy, and not needed for --help
-    from patchpipe.planner.choose import read_machine
+    from patchpipe.planner.choose import machine_and_count
     from patchpipe.planner.predict import calibrated
 
-    machine = read_machine(device, link, profile)
+    machine, ranks = machine_and_count(device, link, profile, devices)
     asked = workloads.Asked(
         height=height, width=width, steps=steps, guidance=guidance, pictures=images, text_tokens=text_tokens,
         frames=frames, dtype=dtype or machine.dtype,
@@ -135,8 +150,9 @@ def plan(
         warmup=options.read_warmup(warmup),
         compile=compile,
     )
-    choice = search.search(workload, devices, machine, wishes)
-    runs = report.command(workload, choice.best.config, guidance, asked.dtype) if workload.runnable else None
+    choice = search.search(workload, ranks, machine, wishes)
+    layout = None if choice.single_is_best else choice.best.config
+    runs = report.command(workload, layout, guidance, asked.dtype) if workload.runnable else None
     text = json.dumps(report.as_dict(choice, runs), indent=1) + "\n"
     if json_file == Path("-"):
         print(text, end="")
@@ -168,11 +184,15 @@ def _show(choice: Choice, fresh: float, top: int, runs: str | None) -> None:
 
 
 def _header(choice: Choice) -> Table:
+    from patchpipe.planner import report
+
     workload, machine = choice.workload, choice.profile
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("model", f"[bold]{escape(workload.model)}[/] · {count(workload.parameters)} parameters")
+    table.add_row(
+        "model", f"[bold]{escape(report.model_name(workload.model))}[/] · {count(workload.parameters)} parameters"
+    )
     table.add_row("request", _request(workload))
     table.add_row("machine", f"{machine.device.name} · {machine.link.name} · {size(machine.device.memory)} each")
     fits = "" if choice.single.bytes <= machine.device.memory else ", which it has not the memory for"
@@ -195,8 +215,11 @@ def _layouts(choice: Choice, top: int) -> Table:
     table.add_column("layout", overflow="fold")
     for name in ("seconds", "speed-up", "GiB", "MB a step", "busy", "fresh keys"):
         table.add_column(name, justify="right", no_wrap=True)
+    if choice.single_is_best:
+        table.add_row(*_cells(choice, choice.single), style="bold green")
     for index, one in enumerate(choice.ranked[:top]):
-        table.add_row(*_cells(choice, one), style="bold green" if index == 0 else "")
+        best = index == 0 and not choice.single_is_best
+        table.add_row(*_cells(choice, one), style="bold green" if best else "")
     return table
 
 

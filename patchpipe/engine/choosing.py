@@ -10,12 +10,12 @@ from patchpipe.engine.devices import available_cores, choose_devices, cuda_count
 from patchpipe.engine.messages import Plan, Planned
 from patchpipe.engine.processes import Worker
 from patchpipe.engine.watch import Watch
+from patchpipe.planner.here import cpu_ranks
 
 if TYPE_CHECKING:
     from patchpipe.planner.automatic import Taken
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-MOST_CPU_RANKS = 8  # each is a process with its own copy of the libraries
 Wanted = ParallelConfig | AutoLayout | None  # None is plain diffusers
 
 
@@ -50,11 +50,6 @@ def devices_for(wanted: Wanted, devices: str | Sequence[str] | None, threads: in
     else:
         count = max(1, cuda_count()) if devices in (None, "cuda") else 1
     return tuple(choose_devices(devices, count, backend))
-
-
-def cpu_ranks(cores: int) -> int:
-    """How many ranks so many cores may serve: a power of two."""
-    return min(MOST_CPU_RANKS, 1 << max(0, cores.bit_length() - 1))
 
 
 def ask(

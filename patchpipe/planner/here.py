@@ -19,7 +19,13 @@ from patchpipe.planner.profiles import Profile
 CORE_RATE, CORE_BANDWIDTH, CORE_FILL, CORE_LAUNCH = 50 * GB, 11 * GB, 11_000, 7.5e-6
 SCALING = 0.7  # threads to this power: what several of them make of a model's many small operations
 LOOPBACK, LOOPBACK_LATENCY = 1.7 * GB, 120e-6
+MOST_CPU_RANKS = 8  # each is a process with its own copy of the libraries
 BETWEEN_HOSTS = 11.6 * GB  # bytes a second: 100 Gbit/s
+
+
+def cpu_ranks(cores: int) -> int:
+    """How many ranks so many cores may serve: a power of two."""
+    return min(MOST_CPU_RANKS, 1 << max(0, cores.bit_length() - 1))
 
 
 def profile_of(devices: Sequence[str], cores: int, hosts: int = 1) -> Profile:

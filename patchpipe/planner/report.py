@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
 from patchpipe.planner.presets import preset_named
 from patchpipe.planner.search import ALIKE, Choice
@@ -13,6 +15,7 @@ from patchpipe.planner.work import Workload
 
 DEGREE_FLAGS = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 PROMPT = "a lighthouse in a storm"
+BUNDLED_PROMPT = "red heart, flat style"  # the bundled model paints but what it knows
 
 
 def reasons(choice: Choice, fresh: float) -> list[str]:
@@ -22,8 +25,19 @@ def reasons(choice: Choice, fresh: float) -> list[str]:
         choice: What the search found.
         fresh: Least share of fresh keys that was asked of a winner.
     """
+    if choice.single_is_best:
+        return [line for line in (_one_device(choice), _host(choice)) if line]
     found = [_gain(choice), _over_next(choice), _exact(choice), _stale(choice, fresh), _host(choice), _refused(choice)]
     return [line for line in found if line]
+
+
+def _one_device(choice: Choice) -> str:
+    longer = choice.best.seconds / choice.single.seconds
+    ranks = choice.best.config.world_size
+    return (
+        f"one device is best: the quickest layout of {ranks}, {_name(choice.best)}, takes {longer:.2f}× as long; "
+        f"let each device paint pictures of its own"
+    )
 
 
 def _gain(choice: Choice) -> str:
@@ -102,20 +116,30 @@ def megabytes(prediction: Prediction) -> str:
     return f"{sent:,.0f}" if sent >= 10 else f"{sent:.2g}"
 
 
-def command(workload: Workload, config: ParallelConfig, asked_guidance: bool | None = None, dtype: str = "bf16") -> str:
+def model_name(model: str) -> str:
+    """A model's name for people."""
+    return "the bundled model" if Path(model) == MODEL_DIR else model
+
+
+def command(
+    workload: Workload, config: ParallelConfig | None, asked_guidance: bool | None = None, dtype: str = "bf16"
+) -> str:
     """The command that runs a layout.
 
     Args:
         workload: The request.
-        config: The layout.
+        config: The layout; ``None`` is one device.
         asked_guidance: Whether guidance was asked for; ``None`` where the model's usual one is meant.
         dtype: In which the model is loaded.
     """
     preset = preset_named(workload.model)
-    words = ["patchpipe", "generate", PROMPT, "--model", preset.hub if preset else workload.model, "--dtype", dtype]
+    bundled = Path(workload.model) == MODEL_DIR
+    words = ["patchpipe", "generate", BUNDLED_PROMPT if bundled else PROMPT]
+    words += [] if bundled else ["--model", preset.hub if preset else workload.model]
+    words += ["--dtype", dtype]
     words += ["--steps", str(workload.steps), *_size(workload), *_guidance(workload, asked_guidance)]
     words += ["--images", str(workload.pictures)] if workload.pictures > 1 else []
-    return shlex.join([*words, *layout_words(config)])
+    return shlex.join([*words, *(["--layout", "plain"] if config is None else layout_words(config))])
 
 
 def _size(workload: Workload) -> list[str]:
@@ -164,6 +188,7 @@ def as_dict(choice: Choice, runs: str | None) -> dict[str, Any]:
         "device": profile.device.name,
         "link": profile.link.name,
         "one_device_seconds": choice.single.seconds,
+        "one_device_is_best": choice.single_is_best,
         "layouts": [{**one.as_dict(), "speed_up": choice.speed_up(one)} for one in choice.ranked],
         "too_large": [one.as_dict() for one in choice.refused],
         "command": runs,

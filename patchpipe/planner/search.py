@@ -66,6 +66,7 @@ class Choice:
 
     Attributes:
         single: One device, whether or not the model fits it.
+        single_fits: Whether it does.
         ranked: Layouts that fit, the best first.
         refused: Layouts that do not fit the memory.
     """
@@ -75,11 +76,18 @@ class Choice:
     single: Prediction
     ranked: tuple[Prediction, ...]
     refused: tuple[Prediction, ...]
+    single_fits: bool = True
 
     @property
     def best(self) -> Prediction:
         """The winner."""
         return self.ranked[0]
+
+    @property
+    def single_is_best(self) -> bool:
+        """Whether one device is as quick as any layout of several, and has the memory."""
+        several = self.best.config.world_size > 1
+        return several and self.single_fits and self.single.seconds <= self.best.seconds * (1 + ALIKE)
 
     def speed_up(self, prediction: Prediction) -> float:
         """Over one device."""
@@ -116,7 +124,7 @@ def search(workload: Workload, devices: int, profile: Profile, wishes: Wishes | 
     ranked = _ranked(fitting, wanted)
     refused = sorted((one for one in found if one.bytes > memory), key=lambda one: one.seconds)
     single = predict(workload, ParallelConfig(compile=wanted.compile), profile)
-    return Choice(workload, profile, single, tuple(ranked), tuple(refused))
+    return Choice(workload, profile, single, tuple(ranked), tuple(refused), single.bytes <= memory)
 
 
 def _ranked(found: list[Prediction], wishes: Wishes) -> list[Prediction]:
