@@ -13,6 +13,7 @@ import typer
 from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, AutoLayout, ParallelConfig
 
 _LAYOUT = "Layout"
+_DETAIL = "Layout, in detail"
 _MODEL = "Model and devices"
 _PICTURE = "Picture"
 _OUTPUT = "Output"
@@ -31,37 +32,42 @@ def _option(panel: str, help: str, *names: str, **kwargs: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=kwargs.pop("default", False), **kwargs)
 
 
+def _degree(help: str, *names: str) -> Any:
+    return _option(_LAYOUT, help, *names, metavar="N", default=True)
+
+
 option = _option  # for commands with options of their own
 
 Layout = Annotated[
     Literal["auto", "exact", "plain"],
     _option(
         _LAYOUT,
-        "Without the options below: the quickest layout for the devices there are, the quickest whose picture is one "
-        "device's, or plain diffusers on one device.",
+        "Where none of the others is given: auto takes the quickest for the devices there are, exact the quickest with "
+        "the picture of one device, plain runs diffusers as it is.",
         "--layout",
+        metavar="HOW",
         default=True,
     ),
 ]
-Pipefusion = Annotated[int, _option(_LAYOUT, "Pipeline stages N, one device each.", "--pipefusion", "-N", default=True)]
-Cfg = Annotated[int, _option(_LAYOUT, "2 runs the two guidance branches side by side.", default=True)]
+Pipefusion = Annotated[int, _degree("Pipeline stages N, one device each.", "--pipefusion", "-N")]
+Cfg = Annotated[int, _degree("2 runs the two guidance branches side by side.")]
 IdleBranch = Annotated[
-    bool, _option(_LAYOUT, "With --cfg 2: take unguided requests too; half of the ranks then wait.", "--idle-branch")
+    bool, _option(_DETAIL, "With --cfg 2: take unguided requests too; half of the ranks then wait.", "--idle-branch")
 ]
-Data = Annotated[int, _option(_LAYOUT, "Parts the pictures of a request are split into.", default=True)]
-Ulysses = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens and heads.", default=True)]
-Ring = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by tokens, keys and values in a ring.", default=True)]
-Tensor = Annotated[int, _option(_LAYOUT, "Ranks that share a stage by slices of its matrices.", default=True)]
-Distrifusion = Annotated[
-    int, _option(_LAYOUT, "Ranks with the whole model and a part of the picture each, instead of stages.", default=True)
-]
+Data = Annotated[int, _degree("Parts the pictures of a request are split into.")]
+Ulysses = Annotated[int, _degree("Ranks that share a stage by tokens and heads.")]
+Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
+Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
+Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
 Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
-Patches = Annotated[int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]")]
+Patches = Annotated[
+    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]", metavar="M")
+]
 SplitBatch = Annotated[
     bool | None,
     _option(
-        _LAYOUT,
+        _DETAIL,
         "Run both branches of guidance one after the other. [dim]Default: if it evens out the stages.[/]",
         "--split-batch/--no-split-batch",
     ),
@@ -69,31 +75,33 @@ SplitBatch = Annotated[
 ShareBlocks = Annotated[
     bool | None,
     _option(
-        _LAYOUT,
+        _DETAIL,
         "Let two stages take turns with the block between them. [dim]Default: if it evens out the stages.[/]",
         "--share-blocks/--no-share-blocks",
     ),
 ]
 Warmup = Annotated[
     str,
-    _option(_LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', default=True),
+    _option(
+        _LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', metavar="W|all", default=True
+    ),
 ]
-PatchRows = Annotated[str | None, _option(_LAYOUT, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
+PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
 StageBlocks = Annotated[
     str | None,
     _option(
-        _LAYOUT,
+        _DETAIL,
         "Blocks of each stage; 3.5 runs the fourth for half of the patches. [dim]Default: balanced by cost.[/]",
         metavar="1,2,…",
     ),
 ]
-OutputRank = Annotated[int, _option(_LAYOUT, "Rank with the VAE, which gets the pictures.", default=True)]
+OutputRank = Annotated[int, _option(_DETAIL, "Rank with the VAE, which gets the pictures.", default=True)]
 TextRank = Annotated[
     str | None,
-    _option(_LAYOUT, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
+    _option(_DETAIL, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
 ]
-BackendChoice = Annotated[Backend, _option(_LAYOUT, "How ranks talk; with gloo they can share a GPU.", default=True)]
-Timeout = Annotated[float, _option(_LAYOUT, "Seconds any wait for a rank may last.", default=True)]
+BackendChoice = Annotated[Backend, _option(_DETAIL, "How ranks talk; with gloo they can share a GPU.", default=True)]
+Timeout = Annotated[float, _option(_DETAIL, "Seconds any wait for a rank may last.", default=True)]
 
 ModelOption = Annotated[
     str | None,
