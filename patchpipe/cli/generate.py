@@ -8,6 +8,7 @@ import typer
 
 from patchpipe.cli import options
 from patchpipe.cli.job import Job, auto_layout, call_arguments, run
+from patchpipe.cli.loras import read_loras
 
 EPILOG = """
 [bold]Examples[/]
@@ -64,6 +65,7 @@ def generate(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     negative: options.Negative = None,
+    loras: options.Loras = None,
     settings: options.Settings = None,
     model: options.ModelOption = None,
     devices: options.Devices = None,
@@ -121,6 +123,7 @@ def generate(
         dtype=dtype,
         threads=threads,
         variant=variant,
+        loras=read_loras(loras),
         out=out,
         force=force,
         sheet=sheet,

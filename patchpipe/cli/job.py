@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchpipe.cli import pictures
 from patchpipe.cli.compare import Comparison, compare
+from patchpipe.cli.loras import Lora, load_loras
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.combinations import check_together
@@ -43,6 +44,7 @@ class Job:
     dtype: str | None
     threads: int | None
     variant: str | None
+    loras: tuple[Lora, ...]
     out: Path | None
     force: bool
     sheet: bool
@@ -220,16 +222,19 @@ def _start(job: Job, view: View) -> Engine:
         count = 1 if job.config is None else job.config.world_size
         text = f"loading the model in {count} process{'es' if count > 1 else ''}"
     with view.waiting(text):
-        return Engine(
-            job.model, PLAIN if job.config is None else job.config, job.devices, job.dtype, job.variant, job.threads
-        )
+        config = PLAIN if job.config is None else job.config
+        engine = Engine(job.model, config, job.devices, job.dtype, job.variant, job.threads)
+        load_loras(engine, job.loras)
+        return engine
 
 
 def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
     from patchpipe.engine import Engine
 
     with view.waiting("starting plain diffusers on one device"):
-        return Engine(job.model, PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
+        plain = Engine(job.model, PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
+        load_loras(plain, job.loras)
+        return plain
 
 
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
@@ -313,6 +318,7 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
         "config": None if engine.config is None else engine.config.as_dict(),
         "layout_reason": engine.layout_reason,
         "arguments": job.arguments,
+        "loras": engine.loras,
         "in_flight": job.in_flight,
         "ranks": [dataclasses.asdict(rank) for rank in engine.ranks],
         "start_seconds": engine.start_seconds,

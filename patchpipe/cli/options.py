@@ -130,6 +130,12 @@ Guidance = Annotated[
     _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
 ]
 Negative = Annotated[str | None, _option(_PICTURE, "What the picture should not show.")]
+Loras = Annotated[
+    list[str] | None,
+    _option(
+        _PICTURE, "LoRA file, folder or hub id, with its strength; may be repeated.", "--lora", metavar="PATH[:SCALE]"
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),

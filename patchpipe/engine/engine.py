@@ -20,7 +20,19 @@ from patchpipe.engine import requests
 from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
 from patchpipe.engine.devices import dtype_name, threads_per_rank
 from patchpipe.engine.failures import from_death
-from patchpipe.engine.messages import Call, CallTogether, Cancel, Done, RankInfo, Ready, Start, Step
+from patchpipe.engine.loras import describe_lora
+from patchpipe.engine.messages import (
+    Call,
+    CallTogether,
+    Cancel,
+    Done,
+    LoadLora,
+    RankInfo,
+    Ready,
+    Start,
+    Step,
+    UnloadLora,
+)
 from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import Seed
 from patchpipe.engine.results import OnProgress, Progress, Result, result_of
@@ -92,6 +104,7 @@ class Engine:
         self._sending = threading.Lock()
         self._painting = False
         self._request = _START
+        self._loras: dict[str, float] = {}  # strengths of what is loaded
         listener = None if wanted is None else _listen(port)
         self._workers = Workers(len(self.devices), self.threads, offline=source.offline)
         self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
@@ -237,6 +250,62 @@ class Engine:
                 _send(worker, Cancel(self._request))
             return True
 
+    def load_lora(
+        self,
+        path: str | os.PathLike[str],
+        weight_name: str | None = None,
+        name: str | None = None,
+        scale: float = 1.0,
+    ) -> str:
+        """Loads a LoRA beside those that are loaded; requests from here on are painted with it.
+
+        A rank keeps the part that belongs to its own blocks. Needs the package ``peft``.
+
+        Args:
+            path: A ``.safetensors`` file, a folder with one, or a hub id.
+            weight_name: The file's name, where a folder or the hub has several.
+            name: What to call it; ``None`` takes the file's name.
+            scale: Its strength; 1 is the one it was trained with.
+
+        Returns:
+            Its name.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The pipeline takes no LoRA, this one matches none of its layers, or the name is taken; the
+                engine stays usable.
+        """
+        with self._lock:
+            self._check_open()
+            message = describe_lora(path, weight_name, name, scale, self._loras)
+            self._run(message, None)
+            self._loras = dict(message.strengths)
+        return message.name
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Unloads one LoRA, or all of them.
+
+        Args:
+            name: As ``load_lora`` returned it; ``None`` for all.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        with self._lock:
+            self._check_open()
+            if name is not None and name not in self._loras:
+                have = ", ".join(map(repr, self._loras)) or "none"
+                raise ValueError(f"there is no LoRA {name!r}: loaded are {have}")
+            left = {} if name is None else {each: scale for each, scale in self._loras.items() if each != name}
+            if self._loras:
+                self._run(UnloadLora(_START, name, left), None)
+            self._loras = left
+
+    @property
+    def loras(self) -> dict[str, float]:
+        """The strength of each LoRA that is loaded, by name."""
+        return dict(self._loras)
+
     def _check_open(self) -> None:
         if self.closed:
             raise PatchpipeError("the engine is closed: make a new one")
@@ -327,7 +396,7 @@ class Engine:
             raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
         return str(check_target(Path(trace)))
 
-    def _run(self, call: Call | CallTogether, on_progress: OnProgress | None) -> Done:
+    def _run(self, call: Call | CallTogether | LoadLora | UnloadLora, on_progress: OnProgress | None) -> Done:
         def on_step(rank: int, step: Step) -> None:
             if on_progress is not None and rank == self._output_rank:
                 on_progress(Progress(step.step, step.total, step.seconds, step.call))

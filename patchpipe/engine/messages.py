@@ -114,6 +114,26 @@ class CallTogether:
 
 
 @dataclass(frozen=True)
+class LoadLora:
+    """Parent to worker: load a LoRA as ``name``; ``strengths`` are those of all that are loaded then."""
+
+    request: int
+    path: str
+    weight_name: str | None
+    name: str
+    strengths: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class UnloadLora:
+    """Parent to worker: unload one LoRA, or all of them; ``left`` has the strengths of the others."""
+
+    request: int
+    name: str | None
+    left: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Step:
     """Worker to parent: one turn of the pipeline's loop is over; ``call`` tells which one's, of several in flight."""
 

@@ -17,6 +17,7 @@ from typing import Any
 from patchpipe.engine.bar import StepBar
 from patchpipe.engine.choosing import answer
 from patchpipe.engine.inbox import Inbox
+from patchpipe.engine.loras import change_loras
 from patchpipe.engine.messages import (
     Call,
     CallTogether,
@@ -24,11 +25,13 @@ from patchpipe.engine.messages import (
     Close,
     Done,
     Failed,
+    LoadLora,
     Plan,
     RankInfo,
     Ready,
     Start,
     Step,
+    UnloadLora,
     Warned,
 )
 from patchpipe.engine.oom import out_of_memory
@@ -137,12 +140,15 @@ class Server:
             with contextlib.suppress(RuntimeError):  # where the ranks cannot hear each other, it ends anyway
                 self._attachment.cancel()
 
-    def _answer(self, call: Call | CallTogether) -> Done | Failed:
+    def _answer(self, call: Call | CallTogether | LoadLora | UnloadLora) -> Done | Failed:
         began = time.monotonic()
         try:
             if isinstance(call, CallTogether):
                 output, stats = self._run_together(call, began), [dict(one.as_dict()) for one in self._attachment.stats]
                 return Done(call.request, output, stats, time.monotonic() - began)
+            if isinstance(call, (LoadLora, UnloadLora)):
+                change_loras(self._pipe, call)
+                return Done(call.request, None, None, time.monotonic() - began)
             output = self._run(call, began)
             return Done(call.request, output, self._stats(), time.monotonic() - began)
         except Exception as error:
