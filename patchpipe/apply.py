@@ -89,7 +89,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
-        self._extent = Extent(group, self.runner)
+        self._extent = Extent(group, self.runner, lambda: self._adapters.state)
         self._first = self  # the attachment of the pipeline that was made parallel
         self._others: list[weakref.ref[Any]] = []  # pipelines that share its modules
         self._hooked: set[int] = set()  # VAEs

@@ -377,3 +377,21 @@ def test_compiled_blocks_keep_their_graphs_over_a_hot_swap(files: dict[str, Path
     assert graphs[0] == graphs[1]
     patchpipe.restore(pipe)
     assert torch.equal(paint(pipe, "flux"), eager[1])
+
+
+def test_lora_on_one_rank_alone_is_one_error_on_all_ranks(files: dict[str, Path]) -> None:
+    expected = plain("flux", partial(load, files["flux"]))
+
+    def work(place: Place, config: ParallelConfig) -> Any:
+        pipe = tiny.pipeline("flux")
+        patchpipe.parallelize(pipe, config, group=place.join(config))
+        for rank in (0, 1):
+            if place.rank == rank:
+                with _injecting:
+                    load(files["flux"], pipe)
+            if rank == 0:
+                with pytest.raises(ValueError, match=r"LoRA is default_0 at 1 on rank 0 but not loaded on rank 1"):
+                    paint(pipe, "flux")
+        return paint(pipe, "flux")
+
+    assert torch.equal(on_ranks(2, {"pipefusion": 2, **EXACT}, work)[0], expected)

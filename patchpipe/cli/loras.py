@@ -41,7 +41,7 @@ def _read(text: str) -> Lora:
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
-        raise ValueError(f"--lora {text}: there is no such path, and {tail!r} is no strength such as 0.8")
+        raise ValueError(f"--lora {text!r}: there is no such path, and {tail!r} is no strength such as 0.8")
     return Lora(find_lora(path), scale)
 
 

@@ -71,11 +71,8 @@ def check_adapters(name: str, module: Any) -> None:
         )
 
 
-def adapters_of(model: nn.Module) -> dict[str, Any]:
-    """Plain data about a model's adapters that is the same on all ranks: strengths of the active ones, and those fused.
-
-    Strengths are told once for each adapter if all layers have the same one.
-    """
+def adapters_of(model: nn.Module) -> str:
+    """A model's adapters in words that are the same on all ranks, whatever blocks they hold."""
     strengths: dict[str, set[float]] = {}
     fused: set[str] = set()
     for layer in adapted_layers(model).values():
@@ -83,10 +80,12 @@ def adapters_of(model: nn.Module) -> dict[str, Any]:
         active = () if layer.disable_adapters else layer.active_adapters
         for name in layer.scaling:
             strengths.setdefault(name, set()).update([layer.scaling[name]] if name in active else [])
-    return {
-        "loaded": {name: sorted(values) or "off" for name, values in sorted(strengths.items())},
-        **({"fused": sorted(fused)} if fused else {}),
-    }
+    told = [
+        f"{name} at {', '.join(f'{value:g}' for value in sorted(values))}" if values else f"{name} switched off"
+        for name, values in sorted(strengths.items())
+    ]
+    told += [f"{name} fused" for name in sorted(fused)]
+    return "; ".join(told) or "not loaded"
 
 
 def split_scale(inputs: Mapping[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], float]:

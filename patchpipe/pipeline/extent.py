@@ -23,10 +23,11 @@ class Extent:
     Args:
         group: The ranks.
         runner: Runs the transformer's calls.
+        adapters: The transformer's LoRA in words, of which all ranks must have the same.
     """
 
-    def __init__(self, group: Group, runner: Runner) -> None:
-        self._group, self._runner = group, runner
+    def __init__(self, group: Group, runner: Runner, adapters: Callable[[], str] = str) -> None:
+        self._group, self._runner, self._adapters = group, runner, adapters
         self._requests = 0
         self._board: Board | None = None  # of the last request
 
@@ -47,7 +48,8 @@ class Extent:
         self._runner.check_idle()
         if self._group.closed:
             raise PatchpipeError("the ranks have closed their connections after a failure: start them anew")
-        told = attempt(lambda: [describe_call(run, *call) for call in calls])
+        lora = {"LoRA": (self._adapters(), "")}
+        told = attempt(lambda: [{**describe_call(run, *call), **lora} for call in calls])
         if self._runner.points.depth:  # a call within a call
             self._begin_inner(told[0] or [], problem or told[1])
             return
