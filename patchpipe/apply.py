@@ -29,6 +29,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.pipeline.adapters import Adapters, modules_of
 from patchpipe.pipeline.blocks import Blocks
 from patchpipe.pipeline.board import say_goodbye
+from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
 from patchpipe.pipeline.recipes import check_recipes, check_surroundings
 from patchpipe.pipeline.relatives import mark, pipelines_with
@@ -90,6 +91,7 @@ class Attachment:
         self._encode: Callable[..., Any] | None = None  # the pipeline's own, where one rank runs it for all
         self._tracing: Tracing | None = None
         self._extent = Extent(group, self.runner, lambda: self._adapters.state)
+        self._callbacks = Callbacks()
         self._first = self  # the attachment of the pipeline that was made parallel
         self._others: list[weakref.ref[Any]] = []  # pipelines that share its modules
         self._hooked: set[int] = set()  # VAEs
@@ -332,7 +334,8 @@ class Attachment:
 
     def _paint(self, pipe: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:
-            output = materialise_tree(original(pipe, *args, **kwargs), "the pipeline's output")
+            output = original(pipe, *args, **self._callbacks.noticed(kwargs))
+            output = materialise_tree(output, "the pipeline's output")
         except _OutputElsewhere:
             return None
         return output if self.group.output or not self._uses_transformer else None
@@ -458,6 +461,13 @@ class Attachment:
 
         def here(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = materialise_tree((args, kwargs), "vae.decode")
+            if self._callbacks.running:  # the pipeline goes on afterwards, so every rank gets the picture
+                with self.runner.points.passing("decodes the latent"):
+                    self.runner.points.meet()
+                    picture = decode(*args, **kwargs) if self.config.parallel_vae else None
+                    return self.group.share(
+                        self.config.output_rank, lambda: picture or decode(*args, **kwargs), "picture"
+                    )
             if not self.group.output and not self.config.parallel_vae:
                 raise _OutputElsewhere
             with span(self.group.recorder, "decode"):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -262,6 +263,7 @@ def _record(call: Call, kwargs: Kwargs, plan: Plan) -> Any:
         return PatchTensor(call.out, first.device, plan.cut, first._value, chain)
     device = _device(kwargs.get("device"), first.device)
     value = Value(call.out, device, plan.cut, first._value.exchange)
+    value.provenance = _provenance(func, args, kwargs)
     if value.exchange.holder:
         recorded = Recorded(func, args, kwargs, plan, _node_of)
         value.node = Node(plan.cut.patches, recorded.inputs, recorded)
@@ -275,6 +277,7 @@ def _write(func: OpOverload, args: Args, kwargs: Kwargs, plan: Plan) -> Any:
     if not in_reach or any(view.plan.may_copy for view in target._chain):
         return _run_whole(func, args, kwargs)
     value = target._value
+    value.provenance = _provenance(func, args, kwargs)
     value.write(_written(func, args, kwargs, plan) if value.exchange.holder else None)
     return target
 
@@ -336,6 +339,7 @@ def _run_whole(func: OpOverload, args: Args, kwargs: Kwargs) -> Any:
     result = func(*whole_args, **whole_kwargs)
     for target in written:
         target._value.after_write()
+        target._value.provenance = _provenance(func, args, kwargs)
     if isinstance(result, (list, tuple)):
         return type(result)(owners.get(id(part), part) for part in result)
     return owners.get(id(result), result)
@@ -361,6 +365,17 @@ def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]
         for leaf in arg if isinstance(arg, (list, tuple)) else (arg,):
             if isinstance(leaf, Tensor):
                 yield leaf
+
+
+def _provenance(func: OpOverload, args: Args, kwargs: Kwargs) -> int:
+    """Which operation made a value, of which others: the same number on every rank, where all do the same."""
+    parts = [_reason(func)]
+    for tensor in _tensors(args, kwargs):
+        if type(tensor) is PatchTensor:
+            parts += [str(tensor._value.provenance), *(view.func._schema.name for view in tensor._chain)]
+        else:
+            parts.append("plain")
+    return zlib.crc32("/".join(parts).encode())
 
 
 def _node_of(leaf: Any) -> Node | None:

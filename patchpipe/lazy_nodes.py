@@ -26,6 +26,9 @@ class Exchange(Protocol):
     holder: bool
     """Does this rank hold the patch values?"""
 
+    provenance: int
+    """Of what is shared next: how it was computed, for the ranks to compare."""
+
     def share(self, full: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Give every rank the whole tensor; collective. The holder passes it, the others pass None."""
         raise NotImplementedError
@@ -210,6 +213,7 @@ class Value:
         full: The whole tensor, once materialised; from then on the truth.
         constant: Makes the whole tensor anywhere, if nothing was written to it yet.
         version: Counts the writes.
+        provenance: Tells values apart that were computed by other operations, alike on all ranks.
     """
 
     def __init__(self, meta: Tensor, device: torch.device, cut: Cut, exchange: Exchange) -> None:
@@ -218,6 +222,7 @@ class Value:
         self.full: Tensor | None = None
         self.constant: Callable[[], Tensor] | None = None
         self.version = 0
+        self.provenance = 0
         self._snapshot: weakref.ref[_Snapshot] | None = None
 
     @property
@@ -261,6 +266,7 @@ class Value:
             self.full, self.node, self.constant = self.constant(), None, None
         elif self.full is None:
             self.exchange.note(reason)
+            self.exchange.provenance = self.provenance
             full = self.exchange.share(self._gather(), tuple(self.meta.shape), self.meta.dtype, self.device)
             self.full, self.node = _with_strides(full, self.meta), None
         assert self.full is not None

@@ -167,6 +167,7 @@ class Request:
         self._latent_shape: torch.Size | None = None
         self._last: tuple[Any, BranchKey] | None = None
         self._started = perf_counter()
+        self.provenance = 0  # of the latent that is asked for
         self._asked: Any = None  # when the latent was last asked for in full
         self._draw_alike()
 
@@ -174,7 +175,8 @@ class Request:
 
     def share(self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Gives the first stage's tensor to every rank."""
-        with self.points.passing():
+        with self.points.passing(f"reads the latent ({self.stats.reasons[-1]})"):
+            self.points.meet(self.provenance)
             whole = self.group.broadcast(full, 0, shape, dtype)
         recorder = self.group.recorder
         if recorder is not None:

@@ -242,7 +242,7 @@ class Runner:
         )
         share = call.share_of(self.group.mesh)
         parts = [] if share is None else self._parts(call, share)
-        self.points.begin()
+        self.points.begin("goes on to the next call of the transformer")
         self.request.count(synchronous)
         self.group.next_call()
         branch.calls += 1

@@ -288,3 +288,109 @@ def test_bad_requests_leave_the_pipeline_usable(layout: dict[str, Any]) -> None:
         assert max(first[2], second[2]) < 5, (name, first, second)
     fresh = run_threads(2, lambda place: paint(parallel(place, **layout)))[0]
     assert np.array_equal(ranks[0][1], fresh)
+
+
+# -- callbacks ---------------------------------------------------------------------------------------
+
+
+def read_and_decode(place: Place, layout: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What a callback sees of the latent, and its preview, on this rank; then the picture."""
+    pipe = tiny.pipeline("flux")
+    if place.world_size > 1 or layout:
+        config = ParallelConfig(**{**TWO, **layout})
+        patchpipe.parallelize(pipe, config, group=place.join(config))
+    seen: list[Any] = []
+
+    def on_step(own: Any, index: int, _: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        latents = kwargs["latents"]
+        seen.append([latents.mean().item(), latents.cpu().numpy().copy(), f"{latents[0, 0, 0]:.3f}"])
+        unpacked = own._unpack_latents(latents, 64, 48, own.vae_scale_factor)
+        picture = own.vae.decode(unpacked / own.vae.config.scaling_factor, return_dict=False)[0]
+        seen[-1].append(own.image_processor.postprocess(picture, output_type="np"))
+        return {"latents": latents * 0.99}
+
+    output = pipe(**{**CALL, "output_type": "np", "generator": seeded()}, callback_on_step_end=on_step)
+    return seen, [] if output is None else [np.asarray(output.images)]
+
+
+def decode_in_strips(place: Place) -> list[Any]:
+    return read_and_decode(place, {"warmup": "all", "parallel_vae": True})[0]
+
+
+def test_a_callback_gets_the_picture_that_all_ranks_decode_in_strips() -> None:
+    plain, _ = run_threads(1, read_and_decode, {})[0]
+    for seen in run_threads(2, decode_in_strips):
+        assert all(np.allclose(ours[3], theirs[3], atol=1e-4) for ours, theirs in zip(seen, plain, strict=True))
+
+
+@pytest.mark.parametrize("layout", [{"warmup": "all"}, {"warmup": "all", "output_rank": 1}], ids=str)
+def test_a_callback_on_every_rank_reads_changes_and_decodes_the_latent(layout: dict[str, Any]) -> None:
+    plain, picture = run_threads(1, read_and_decode, {})[0]
+    ranks = run_threads(2, read_and_decode, layout)
+    for seen, _ in ranks:
+        for ours, theirs in zip(seen, plain, strict=True):
+            assert (ours[0], ours[2]) == (theirs[0], theirs[2])
+            assert np.array_equal(ours[1], theirs[1])
+            assert np.array_equal(ours[3], theirs[3])
+    assert np.array_equal(ranks[layout.get("output_rank", 0)][1][0], picture[0])
+
+
+def read(latents: torch.Tensor, pipe: Any) -> dict[str, Any]:
+    print(f"{latents.mean().item():.3f}")
+    return {}
+
+
+def decode(latents: torch.Tensor, pipe: Any) -> dict[str, Any]:
+    pipe.vae.decode(pipe._unpack_latents(latents, 64, 48, pipe.vae_scale_factor))
+    return {}
+
+
+def change(latents: torch.Tensor, pipe: Any) -> dict[str, Any]:
+    return {"latents": latents * 0.9}
+
+
+def change_in_place(latents: torch.Tensor, pipe: Any) -> dict[str, Any]:
+    latents.mul_(0.9)
+    return {}
+
+
+def stop_early(latents: torch.Tensor, pipe: Any) -> dict[str, Any]:
+    pipe._interrupt = True
+    return {}
+
+
+def act_on_one_rank(place: Place, act: Any, rank: int) -> tuple[str, str, float]:
+    pipe = parallel(place)
+
+    def on_step(own: Any, index: int, _: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return act(kwargs["latents"], own) if place.rank == rank and index == 2 else {}
+
+    return error_of(lambda: paint(pipe, num_inference_steps=6, callback_on_step_end=on_step))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (read, "reads the latent (aten.mean) where rank"),
+        (decode, "reads the latent (aten.view) where rank"),
+        (change, "a callback changes it on some ranks only"),
+        (change_in_place, "a callback changes it on some ranks only"),
+        (stop_early, "and stop early on every rank alike, or with pipe.patchpipe.cancel()"),
+    ],
+)
+def test_a_callback_that_acts_on_one_rank_only_is_told_what_to_write(act: Any, words: str, rank: int) -> None:
+    told = run_threads(2, act_on_one_rank, act, rank)
+    assert all(words in text for _, text, _ in told), told
+    assert "ValueError" in {kind for kind, _, _ in told}
+    assert max(seconds for _, _, seconds in told) < 10
+
+
+def stop_all(place: Place) -> np.ndarray | None:
+    pipe = parallel(place, warmup="all")
+    return paint(pipe, callback_on_step_end=lambda own, *rest: stop_early(torch.zeros(0), own))
+
+
+def test_stopping_early_on_every_rank_gives_the_picture_so_far() -> None:
+    plain = paint(tiny.pipeline("flux"), callback_on_step_end=lambda own, *rest: stop_early(torch.zeros(0), own))
+    assert np.array_equal(run_threads(2, stop_all)[0], plain)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,11 +19,13 @@ from typing import Any
 from patchpipe.agreement import attempt
 from patchpipe.errors import CANCELLED, Cancelled, PatchpipeError, RankFailed, RankLost
 from patchpipe.pipeline.board import Board
+from patchpipe.pipeline.meeting import ROLL_CALL, check_meeting
 
 LOOK_SECONDS = 0.1  # between looks at whether the request is to stop
 STOP_SECONDS = 10.0  # for all ranks to say where they are
 ALIKE_SECONDS = 3.0  # for the ranks that share a stage to fail alike
 POLL_SECONDS = 0.005
+RECENT = 64  # points whose names are kept
 
 
 class Points:
@@ -38,7 +41,8 @@ class Points:
 
     def __init__(self, board: Board | None) -> None:
         self.board, self.begun, self.depth = board, 0, 0
-        self._unfinished = self._held = self._over = self._some_are_over = self._ended = False
+        self._unfinished = self._held = self._over = self._some_are_over = self._ended = self._parted = False
+        self._names: deque[tuple[int, str]] = deque(maxlen=RECENT)  # of the last points
         self._stop: int | None = None
         self._why: dict[str, Any] = {"rank": None, "text": CANCELLED}
         self._ending: Exception | None = None
@@ -48,8 +52,11 @@ class Points:
 
     # -- passing points --------------------------------------------------------------------------
 
-    def begin(self) -> None:
+    def begin(self, name: str = "goes on") -> None:
         """Goes on to the next point.
+
+        Args:
+            name: What this rank does there, in words that follow "rank 0".
 
         Raises:
             Cancelled: The request was cancelled, and all ranks end here.
@@ -57,28 +64,52 @@ class Points:
         """
         with self._lock:
             if not self._held or self._ended:
-                self.begun += 1
-                self._unfinished = True
+                self._go_on(name)
                 return
         if self.begun >= self._stopping_point():
             raise self._how_it_ends()
+        self._go_on(name)
+
+    def _go_on(self, name: str) -> None:
         self.begun += 1
         self._unfinished = True
+        self._names.append((self.begun, name))
 
     def finish(self) -> None:
         """This rank has done its part at the point it began."""
         self._unfinished = False
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """The extent of something all ranks do together, which raises the same on all of them or breaks."""
-        self.begin()
+    def passing(self, name: str = "goes on") -> Iterator[None]:
+        """The extent of something all ranks do together, which raises the same on all of them or breaks.
+
+        Args:
+            name: See ``begin``.
+        """
+        self.begin(name)
         try:
             yield
         except Exception as error:
             self._unfinished = _broken(error)
             raise
         self.finish()
+
+    def meet(self, provenance: int = 0) -> None:
+        """Makes sure that all ranks have come to the same point, before one waits for another in vain.
+
+        Args:
+            provenance: How what they are about to share was computed.
+
+        Raises:
+            ValueError: Another rank is elsewhere, or has computed it otherwise; both are told.
+        """
+        if self.board is None or self._ended:
+            return
+        try:
+            check_meeting(self.board, self.begun, [*self._names][-1][1], provenance)
+        except ValueError:
+            self._parted = True
+            raise
 
     def end(self) -> None:
         """This rank's part of the request is over; from here on it cannot be stopped.
@@ -144,7 +175,7 @@ class Points:
         if _broken(error):
             return False
         self._ask_to_stop({"rank": self.board.rank, "text": f"{type(error).__name__}: {error}"})
-        if self._unfinished:
+        if self._unfinished or self._parted:
             return False
         stop, problem = attempt(self._stopping_point)
         return problem is None and self.begun == stop
@@ -190,7 +221,7 @@ class Points:
             self.board.tell("at", [self.begun, self._over])
 
     def _watch(self) -> None:
-        while not self._held and not self._ended:
+        while not self._ended:
             self._wake.wait(LOOK_SECONDS)
             asked, problem = attempt(self._look)
             if problem is not None:
@@ -200,7 +231,11 @@ class Points:
 
     def _look(self) -> bool:
         assert self.board is not None
-        found = None if self._ended else self.board.read("stop")
+        if self._ended:
+            return False
+        if self.board.read(ROLL_CALL) is not None:
+            self.board.tell(ROLL_CALL, [*self._names])
+        found = None if self._held else self.board.read("stop")
         self._why = found or self._why
         return found is not None
 
