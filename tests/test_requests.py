@@ -13,6 +13,7 @@ from PIL import Image
 
 import patchpipe
 from patchpipe import Cancelled, ParallelConfig
+from patchpipe.pipeline.inputs import describe_call
 from tests import tiny
 from tests.ranks import Place
 from tests.threads import run_threads
@@ -69,6 +70,21 @@ DIFFERENT: dict[str, tuple[list[dict[str, Any]], str]] = {
         "ip_adapter_image (a picture RGB 8x8) has other values",
     ),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_digest_tells_tensors_apart(dtype: torch.dtype) -> None:
+    told = {}
+    base = torch.arange(30).reshape(5, 6).to(dtype)
+    for name, tensor in {
+        "as it is": base, "moved": base.flip(1), "transposed": base.T, "part": base[1:, 1:], "empty": base[:0],
+        "number": base[0, 0], "one other": base.clone().index_fill_(1, torch.tensor([0]), 1) if dtype is not torch.bool
+        else ~base,
+    }.items():  # fmt: skip
+        told[name] = describe_call(lambda latents=None: None, [tensor], {})["latents"]
+    again = describe_call(lambda latents=None: None, [], {"latents": base.T.contiguous().T})["latents"]
+    assert again == told["as it is"]
+    assert len(set(told.values())) == len(told)
 
 
 def call_differently(place: Place, cases: list[list[dict[str, Any]]]) -> tuple[list[Any], np.ndarray | None]:
