@@ -23,7 +23,7 @@ import patchpipe
 from bench.rounds import FEW_STEPS, keep_freed_memory, save
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
-from patchpipe.loading import DTYPES
+from patchpipe.pretrained.dtypes import as_torch, dtype_name
 from tests.ranks import quieten
 
 COMMAND = "python -m bench.one_device"
@@ -60,7 +60,7 @@ def main(
 def build(shape: str, device: str, dtype: str) -> tuple[Any, dict[str, Any]]:
     """The pipeline on its device; noise comes from the host so that it is the same everywhere."""
     pipe, call = SHAPES[shape].build()
-    pipe.to(device, DTYPES[dtype])
+    pipe.to(device, as_torch(dtype_name(dtype) or "float32"))
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**call, "output_type": "latent"}
 

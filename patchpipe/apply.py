@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from pathlib import Path
 from threading import get_ident
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -34,6 +34,8 @@ from patchpipe.pipeline.extent import Extent
 from patchpipe.pipeline.recipes import check_recipes, check_surroundings
 from patchpipe.pipeline.relatives import mark, pipelines_with
 from patchpipe.pipeline.served import check_served, original_class, served_class
+from patchpipe.pretrained.quantised import check_in_memory
+from patchpipe.pretrained.saving import no_saving
 from patchpipe.refusals import check_calls, check_guidance
 from patchpipe.request import Request, RequestStats
 from patchpipe.runner import Runner
@@ -176,6 +178,7 @@ class Attachment:
             raise
         self._undo.append(self._blocks.detach)
         self._set(model, "forward", self.runner.forward)
+        self._set(model, "save_pretrained", self.refuse_saving)
         for name, method in self._adapters.model_methods().items():
             self._set(model, name, method)
         if hasattr(model, "cache_context"):
@@ -226,6 +229,10 @@ class Attachment:
         """Leaves this one pipeline as it was found."""
         while self._undo:
             self._undo.pop()()
+
+    def refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
+        """Stands in for ``save_pretrained``."""
+        raise no_saving([*modules_of(self._pipe).values(), self.runner.model], split=self.config.tensor > 1)
 
     def _serve(self) -> None:
         """Hooks what a pipeline has for itself: its call, its progress bar and its text encoding."""
@@ -521,7 +528,7 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
         held.release()  # it only shares an encoder or the VAE with another
     model: nn.Module = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # what torch.compile wraps
     layout, store = settle(config, group, partial(_choose, pipe))
-    fitted, problem = attempt(lambda: _fit(pipe, model, layout))
+    fitted, problem = attempt(lambda: fit(pipe, model, layout))
     about = {"model": type(model).__name__, "model_config": _settings(model)}
     group = meet(layout, group, _device_of(pipe), about, problem, store)
     assert fitted is not None
@@ -538,10 +545,11 @@ def _choose(pipe: Any, auto: AutoLayout, ranks: int) -> ParallelConfig:
     return layout_for_ranks(auto, workload_of_pipeline(pipe, auto), _device_of(pipe).type, ranks)
 
 
-def _fit(pipe: Any, model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
-    """The model's plan and each stage's blocks, if the layout fits the model and what was done to it."""
+def fit(pipe: Any, model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
+    """The plan of a model in memory and each stage's blocks, if the layout fits the model and what was done to it."""
     plan = plan_for(model)
     check_recipes(pipe, config)
+    check_in_memory(model, config)
     stages = split_blocks(model, plan, config)
     check_tensor(model, plan, config.tensor)
     return plan, stages

@@ -48,13 +48,43 @@ class Checkpoint:
         """Names of all the tensors."""
         return list(self._file_of)
 
+    @property
+    def files(self) -> list[Path]:
+        """The files they are in."""
+        return sorted(set(self._file_of.values()))
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as they are stored, on the CPU."""
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self._file_of[name]].append(name)
+        found = {}
+        for path, chosen in by_file.items():
+            with _opened(path) as file:
+                found.update({name: file.get_tensor(name).clone() for name in chosen})  # not of the mapped file
+        return found
+
+    def check_complete(self, missing: list[str]) -> None:
+        """Says what a checkpoint lacks.
+
+        Raises:
+            ValueError: Anything is missing.
+        """
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ValueError(
+                f"the weights in {self.folder} lack {', '.join(missing[:3])}{more}: the checkpoint is incomplete or "
+                f"belongs to another configuration"
+            )
+
     def dtype(self) -> torch.dtype:
-        """How most of the tensors are stored, by the headers of the files."""
+        """How most of the floating-point tensors are stored, by the headers of the files."""
         counts: Counter[str] = Counter()
-        for path in sorted(set(self._file_of.values())):
+        for path in self.files:
             with _opened(path) as file:
                 counts.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - no mapping
-        return STORED.get(counts.most_common(1)[0][0], torch.float32)
+        known = [(count, name) for name, count in counts.items() if name in STORED]
+        return STORED[max(known)[1]] if known else torch.float32
 
     def fill(
         self,
@@ -78,13 +108,7 @@ class Checkpoint:
         """
         by_file: dict[Path, list[str]] = defaultdict(list)
         wanted = list(names)
-        missing = [name for name in wanted if name not in self._file_of]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise ValueError(
-                f"the weights in {self.folder} lack {', '.join(missing[:3])}{more}: the checkpoint is incomplete or "
-                f"belongs to another configuration"
-            )
+        self.check_complete([name for name in wanted if name not in self._file_of])
         for name in wanted:
             by_file[self._file_of[name]].append(name)
         for path, chosen in by_file.items():
@@ -116,7 +140,7 @@ class Checkpoint:
         return read
 
     def _read_index(self, index: Path) -> None:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         absent = sorted({name for name in weight_map.values() if not (self.folder / name).is_file()})
         if absent:
             raise FileNotFoundError(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +94,8 @@ class ParallelConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            object.__setattr__(self, one.name, _plain(getattr(self, one.name)))
         for name in DEGREES:
             _at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
@@ -341,6 +344,13 @@ class AutoLayout:
             own |= {"patches": None, "split_batch": None, "share_blocks": None}
             own |= {} if config.parallel_vae or config.text_rank is not None else {"stage_blocks": None}
         return replace(config, **own)
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers of other libraries, such as ``numpy.int64``, as Python's own."""
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
 
 
 def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:

@@ -61,7 +61,9 @@ class ModelInfo:
     plan: str
 
 
-def describe_model(model: str | Path, config: ParallelConfig, variant: str | None = None) -> ModelInfo:
+def describe_model(
+    model: str | Path, config: ParallelConfig, variant: str | None = None, revision: str | None = None
+) -> ModelInfo:
     """Describes a model folder or hub id under a layout.
 
     Raises:
@@ -69,7 +71,7 @@ def describe_model(model: str | Path, config: ParallelConfig, variant: str | Non
         ValueError: The layout does not fit the model.
         FileNotFoundError: The model or a part of it is missing.
     """
-    source = PipelineFolder.locate(model, variant)
+    source, _ = PipelineFolder.locate(model, variant, {"revision": revision})
     plan = source.plan()
     transformer = source.build("transformer", torch.float32)
     dtype = Checkpoint(source.path / "transformer", variant).dtype()
@@ -153,7 +155,9 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text_tokens: int) -> Volume:
+def volume_of(
+    model: str | Path, config: ParallelConfig, image_tokens: int, text_tokens: int, revision: str | None = None
+) -> Volume:
     """What a step of a model works on, for ``explain.traffic``.
 
     Raises:
@@ -161,7 +165,7 @@ def volume_of(model: str | Path, config: ParallelConfig, image_tokens: int, text
         ValueError: The layout does not fit the model.
         FileNotFoundError: The model or a part of it is missing.
     """
-    source = PipelineFolder.locate(model)
+    source, _ = PipelineFolder.locate(model, options={"revision": revision})
     plan = source.plan()
     transformer = source.build("transformer", torch.float32)
     split = split_blocks(transformer, plan, config)

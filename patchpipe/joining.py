@@ -52,7 +52,7 @@ def join(
     """
     if rank is None or world_size is None:
         rank, world_size = _place_from_environment()
-    place, scoped = _device_for(device), None
+    place, scoped = device_for(device), None
     if world_size > 1:
         scoped = _meeting_point(store, rank, config.timeout)
         what = {"config": config.as_dict(), **(about or {})}
@@ -168,7 +168,7 @@ def _store_from_environment(timeout: timedelta) -> dist.Store:
     return store
 
 
-def _device_for(device: torch.device | str | None) -> torch.device:
+def device_for(device: torch.device | str | None) -> torch.device:
     """The device asked for, as the current one of this process: streams and communicators are made there."""
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
     if place.type == "cuda":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import diffusers
 import torch
@@ -18,23 +19,22 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from patchpipe.agreement import attempt
-from patchpipe.apply import Attachment
+from patchpipe.apply import Attachment, fit
 from patchpipe.balance import StageBlocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import UnsupportedModel
-from patchpipe.joining import meet, settle
+from patchpipe.joining import device_for, meet, settle
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
-from patchpipe.source import Source, resolve_source
-from patchpipe.tensor import check_tensor, tensor_part
+from patchpipe.pretrained.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
+from patchpipe.pretrained.options import HUB, Options, read_options
+from patchpipe.pretrained.quantised import Quantiser, check_recipe, without_tensor
+from patchpipe.source import fetch, resolve_source
+from patchpipe.tensor import Slice, check_tensor, tensor_part
 
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
+Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 # What builds a model without weights changes torch for the whole process meanwhile: one thread at a time.
 _BUILDING = threading.Lock()
 
@@ -43,7 +43,8 @@ def from_pretrained(
     model: str | Path,
     config: ParallelConfig | AutoLayout | None = None,
     *,
-    dtype: torch.dtype | str | None = None,
+    dtype: Dtype = None,
+    torch_dtype: Dtype = None,
     device: torch.device | str | None = None,
     variant: str | None = None,
     group: Group | None = None,
@@ -59,11 +60,15 @@ def from_pretrained(
         model: A folder in diffusers format, or a hub id.
         config: The layout; ``None`` takes the planner's for the ranks there are, an ``AutoLayout`` says more of what is
             wanted of it.
-        dtype: ``torch.bfloat16`` or its name; ``None`` takes float32, as diffusers does.
+        dtype: ``torch.bfloat16`` or its name, or one for each component by name as in diffusers. ``None`` takes the
+            checkpoint's own; on a CPU, which has no units for half precision, float32 in its place.
+        torch_dtype: The older name of the same.
         device: Where this rank computes; ``None`` takes its CUDA device, else the CPU.
         variant: File variant such as ``"fp16"``.
         group: The ranks; ``None`` joins those ``torchrun`` started.
-        kwargs: Components or options for the pipeline's own ``from_pretrained``, such as ``scheduler``.
+        kwargs: Further options of diffusers' ``from_pretrained`` (``revision``, ``cache_dir``, ``token`` and the others
+            of the hub, ``quantization_config``), and components such as ``scheduler``. A ``transformer`` that is
+            given stays in memory whole, as with ``parallelize``.
 
     Returns:
         The ordinary diffusers pipeline. Called as ever, it gives the images on the output rank and ``None`` on
@@ -72,14 +77,16 @@ def from_pretrained(
     Raises:
         UnsupportedModel: The transformer's class has no plan.
         ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
+        TypeError: There is no such option.
         FileNotFoundError: The model or a part of it is missing.
     """
-    layout, store = settle(config, group, partial(_choose, model, dtype, device))
-    found, problem = attempt(lambda: _Found.at(model, layout, dtype, variant))
+    place = group.device if group is not None else device_for(device)
+    layout, store = settle(config, group, partial(_choose, model, dtype or torch_dtype, place.type, kwargs))
+    found, problem = attempt(lambda: _Found.at(model, layout, one_dtype(dtype, torch_dtype), variant, kwargs, place))
     group = meet(layout, group, device, found.about if found else {}, problem, store)
     assert found is not None
     try:
-        return _load(found, layout, group, kwargs)
+        return _load(found, layout, group)
     except Exception as error:
         group.report_failure(f"{type(error).__name__}: {error}")
         group.close()  # peers that have loaded theirs must not wait for the deadline
@@ -87,34 +94,44 @@ def from_pretrained(
 
 
 def _choose(
-    model: str | Path,
-    dtype: torch.dtype | str | None,
-    device: torch.device | str | None,
-    auto: AutoLayout,
-    ranks: int,
+    model: str | Path, dtype: Dtype, kind: str, options: Mapping[str, Any], auto: AutoLayout, ranks: int
 ) -> ParallelConfig:
     """The planner's layout of so many ranks."""
     from patchpipe.planner.choosing import layout_for_ranks, workload_of_folder  # heavy, and needed here alone
 
-    kind = torch.device(device).type if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    name = None if dtype is None else str(as_dtype(dtype)).removeprefix("torch.")
-    return layout_for_ranks(auto, workload_of_folder(model, name, kind, auto), kind, ranks)
+    names = one_dtype(dtype, None)
+    name = None if names is None else dtype_name(dtype_of("transformer", as_torch(names)))
+    hub = {name: value for name, value in options.items() if name in HUB and value is not None}
+    if options.get("quantization_config") is not None:
+        auto = without_tensor(auto)
+    return layout_for_ranks(auto, workload_of_folder(model, name, kind, auto, **hub), kind, ranks)
 
 
-def _load(found: _Found, config: ParallelConfig, group: Group, options: dict[str, Any]) -> Any:
+def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     """Reads this rank's part and attaches it to the pipeline."""
-    source, transformer, wanted, owned = found.source, found.transformer, found.dtype, found.stages[group.stage]
-    names = owned_names(transformer, found.plan, owned.held, last=group.last)
+    source, transformer, owned = found.source, found.transformer, found.stages[group.stage]
     part = tensor_part(transformer, found.plan, owned.held, group.mesh.at("tensor"), config.tensor)
-    slices = part.slices if part is not None else {}
-    found.checkpoint.fill(transformer, names, dtypes_of(transformer, wanted), group.device, slices)
-    _finish(transformer, group.device)
-    parts = {"transformer": transformer, **source.other_parts(config, group, wanted), **options}
+    if found.checkpoint is not None:
+        _read(found, found.checkpoint, group, {} if part is None else part.slices)
+        _finish(transformer, group.device)
+    parts = {**source.other_parts(config, group, found.dtype), **found.options, "transformer": transformer}
     with _BUILDING:
-        pipe = source.pipeline_class.from_pretrained(source.path, dtype=wanted, **parts)
+        pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group, found.stages, part).attach()
     return pipe
+
+
+def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]) -> None:
+    transformer, plan, owned = found.transformer, found.plan, found.stages[group.stage].held
+    if found.quantiser is not None:
+        needed = needs(transformer, plan, owned, last=group.last)
+        blocks = [place.name for place in plan.blocks_of(transformer)]
+        found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
+        return
+    names = owned_names(transformer, plan, owned, last=group.last)
+    dtypes = dtypes_of(transformer, dtype_of("transformer", found.dtype))
+    checkpoint.fill(transformer, names, dtypes, group.device, slices)
 
 
 class PipelineFolder:
@@ -127,19 +144,31 @@ class PipelineFolder:
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         self.path, self.variant = path, variant
-        self.index: dict[str, Any] = json.loads((path / "model_index.json").read_text())
+        self.index: dict[str, Any] = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
 
     @classmethod
-    def locate(cls, model: str | Path, variant: str | None = None) -> PipelineFolder:
+    def locate(
+        cls, model: str | Path, variant: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[PipelineFolder, Options]:
         """Finds a local folder, or fetches a hub id.
 
+        Args:
+            model: The folder, or the hub id.
+            variant: File variant of the weights.
+            options: Options of ``from_pretrained``.
+
+        Returns:
+            The pipeline, and the options read.
+
         Raises:
+            TypeError: There is no such option.
             FileNotFoundError: There is no such folder, or the hub cannot be reached or knows no such model.
             ValueError: What is there is not a diffusers pipeline.
         """
-        source = resolve_source(model)
-        folder = Path(source.path)
-        return cls(folder if folder.is_dir() else _fetch(source, variant), variant)
+        given = dict(options or {})
+        source = resolve_source(model, **{name: value for name, value in given.items() if name in HUB})
+        read = read_options(given, source.index)
+        return cls(fetch(source, variant, {**read.hub, **read.files, **read.load}), variant), read
 
     @property
     def pipeline_class(self) -> Any:
@@ -173,7 +202,7 @@ class PipelineFolder:
             raise FileNotFoundError(
                 f"{self.path} lacks {part}/config.json: the download is incomplete, fetch the model again"
             )
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def build(self, part: str, dtype: torch.dtype) -> Any:
         """A part without weights: parameters on ``meta``, computed buffers real."""
@@ -185,7 +214,7 @@ class PipelineFolder:
             kind = getattr(transformers, name)
             return kind(kind.config_class.from_pretrained(self.path / part))
 
-    def other_parts(self, config: ParallelConfig, group: Group, dtype: torch.dtype) -> dict[str, Any]:
+    def other_parts(self, config: ParallelConfig, group: Group, dtype: Any) -> dict[str, Any]:
         """Stand-ins for text encoders and VAE where this rank does not hold them."""
         parts: dict[str, Any] = {}
         for part, entry in self.index.items():
@@ -194,7 +223,8 @@ class PipelineFolder:
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             decodes_elsewhere = part == "vae" and not (group.output or config.parallel_vae)
             if (encodes and group.rank != config.encoder_rank(part)) or decodes_elsewhere:
-                parts[part] = self.build(part, dtype).to("meta", dtype)
+                own = dtype_of(part, dtype)
+                parts[part] = self.build(part, own).to("meta", own)
         if self.variant and len(parts) < self._weighted():
             parts["variant"] = self.variant
         return parts
@@ -210,30 +240,50 @@ class _Found:
     Attributes:
         source: The pipeline on disk.
         plan: The plan of its transformer.
-        transformer: The transformer, without weights.
+        transformer: The transformer, without weights unless it was given.
         stages: The blocks of every stage.
-        checkpoint: Its weights.
-        dtype: What they are to be.
+        checkpoint: Its weights; ``None`` where it was given.
+        quantiser: Reads them where they are to be quantised.
+        dtype: What they are to be, or a dtype for each component.
+        options: What the pipeline's own ``from_pretrained`` is to get.
     """
 
     source: PipelineFolder
     plan: ModelPlan
     transformer: Any
     stages: list[StageBlocks]
-    checkpoint: Checkpoint
-    dtype: torch.dtype
+    checkpoint: Checkpoint | None
+    quantiser: Quantiser | None
+    dtype: Any
+    options: dict[str, Any]
 
     @classmethod
     def at(
-        cls, model: str | Path, config: ParallelConfig, dtype: torch.dtype | str | None, variant: str | None
+        cls,
+        model: str | Path,
+        config: ParallelConfig,
+        dtype: str | dict[str, str] | None,
+        variant: str | None,
+        options: Mapping[str, Any],
+        device: torch.device,
     ) -> _Found:
         """Finds the model and checks that the layout fits it."""
-        wanted, source = as_dtype(dtype), PipelineFolder.locate(model, variant)
-        plan, transformer = source.plan(), source.build("transformer", wanted)
+        source, read = PipelineFolder.locate(model, variant, options)
+        named = dtype or default_dtype(source.path, variant, [device.type]) or "float32"
+        wanted, rest = as_torch(named), read.for_pipeline
+        given = rest.pop("transformer", None)
+        if given is not None:
+            plan, stages = fit(SimpleNamespace(transformer=given, components={}), given, config)
+            return cls(source, plan, given, stages, None, None, wanted, rest)
+        plan, settings, own = source.plan(), source.config("transformer"), dtype_of("transformer", wanted)
+        asked, checkpoint = rest.get("quantization_config"), Checkpoint(source.path / "transformer", variant)
+        quantiser = Quantiser(settings, asked, own) if check_recipe(settings, asked, config) else None
+        transformer = source.build("transformer", quantiser.dtype if quantiser else own)
         stages = split_blocks(transformer, plan, config)
         check_tensor(transformer, plan, config.tensor)
-        checkpoint = Checkpoint(source.path / "transformer", variant)
-        return cls(source, plan, transformer, stages, checkpoint, wanted)
+        if quantiser is not None:
+            quantiser.prepare(transformer, checkpoint)
+        return cls(source, plan, transformer, stages, checkpoint, quantiser, wanted, rest)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -244,13 +294,14 @@ class _Found:
 
 def owned_names(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> list[str]:
     """Names of the parameters and kept buffers a stage needs: its blocks, the embedders, and its head."""
+    return list(filter(needs(model, plan, owned, last=last), model.state_dict()))
+
+
+def needs(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> Callable[[str], bool]:
+    """Whether a stage needs the parameter or buffer of a name."""
     skipped = [place.name for index, place in enumerate(plan.blocks_of(model)) if index not in owned]
     skipped += [] if last else list(plan.head)
-
-    def needed(name: str) -> bool:
-        return not any(name == part or name.startswith(part + ".") for part in skipped)
-
-    return [name for name in model.state_dict() if needed(name)]
+    return lambda name: not any(name == part or name.startswith(part + ".") for part in skipped)
 
 
 def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -259,22 +310,6 @@ def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {
         name: torch.float32 if any(part in name.split(".") for part in kept) else dtype for name in model.state_dict()
     }
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    """A dtype from its name.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if dtype is None:
-        return torch.float32
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    try:
-        return DTYPES[dtype.lower().removeprefix("torch.")]
-    except KeyError:
-        raise ValueError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}") from None
 
 
 def _finish(transformer: Any, device: torch.device) -> None:
@@ -288,17 +323,9 @@ def _finish(transformer: Any, device: torch.device) -> None:
 
 def _place(pipe: Any, group: Group) -> None:
     for part in pipe.components.values():
-        if isinstance(part, nn.Module) and not any(tensor.is_meta for tensor in part.parameters()):
+        tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []
+        if any(tensor.device != group.device for tensor in tensors) and not any(tensor.is_meta for tensor in tensors):
             part.to(group.device)
-
-
-def _fetch(source: Source, variant: str | None) -> Path:
-    try:
-        found = diffusers.DiffusionPipeline.download(source.path, variant=variant, local_files_only=source.offline)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FileNotFoundError(f"{source.path} could not be fetched from the hub: {reason}") from error
-    return Path(found)
 
 
 @contextmanager

@@ -1,21 +1,25 @@
-"""Finds out, before any worker starts, whether a path or hub id can hold a pipeline."""
+"""Finds out, before any worker starts, whether a path or hub id can hold a pipeline, and fetches it."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import socket
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
 _CONNECT_SECONDS = 5.0
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+_INDEX_OPTIONS = ("revision", "token", "cache_dir", "force_download")  # those that the hub's own client takes
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+logger = logging.getLogger("patchpipe")
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,18 @@ class Source:
 
     Attributes:
         path: An absolute folder, or a hub id.
-        offline: The hub cannot be reached, and the model comes from its local cache.
+        offline: The hub is not asked, and the model comes from its local cache.
+        index: What its ``model_index.json`` says.
     """
 
     path: str
     offline: bool = False
+    index: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder, where it is one."""
+        return Path(self.path) if Path(self.path).is_absolute() else None
 
 
 def resolve_source(path: str | os.PathLike[str], **options: Any) -> Source:
@@ -36,7 +47,8 @@ def resolve_source(path: str | os.PathLike[str], **options: Any) -> Source:
 
     Args:
         path: A local folder in diffusers' format, or a hub id such as ``"owner/name"``.
-        **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for the hub.
+        **options: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` and the like, for the hub. They mean
+            nothing to a local folder, and as in diffusers are passed over; a revision is warned of.
 
     Raises:
         FileNotFoundError: There is no such folder or model, or the hub cannot be reached.
@@ -44,15 +56,42 @@ def resolve_source(path: str | os.PathLike[str], **options: Any) -> Source:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        read_index(folder)
-        return Source(str(folder.resolve()))
+        index = read_index(folder)
+        _warn_of_revision(folder, options.get("revision"))
+        return Source(str(folder.resolve()), index=index)
     if folder.exists() and folder.name == INDEX:
-        return resolve_source(folder.parent)
+        return resolve_source(folder.parent, **options)
     if folder.exists():
         raise ValueError(f"{path} is a file: name the folder that holds {INDEX}")
     if not _HUB_ID.fullmatch(str(path)):
         raise FileNotFoundError(f"there is no folder {path}, and it is no hub id such as 'owner/name' either")
-    return Source(str(path), offline=_check_hub(str(path), options))
+    return _on_hub(str(path), {name: value for name, value in options.items() if value is not None})
+
+
+def fetch(source: Source, variant: str | None = None, options: Mapping[str, Any] | None = None) -> Path:
+    """The folder of a model, fetched from the hub where it is a hub id.
+
+    Args:
+        source: Where the model is.
+        variant: The checkpoint's variant.
+        options: Further arguments of diffusers' ``download``; names of components are those not to fetch.
+
+    Raises:
+        FileNotFoundError: The hub cannot give it.
+    """
+    if source.folder is not None:
+        return source.folder
+    import diffusers
+
+    given = {**(options or {}), "variant": variant}
+    if source.offline:
+        given["local_files_only"] = True
+    try:
+        return Path(diffusers.DiffusionPipeline.download(source.path, **given))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{_called(source.path, given)} could not be fetched from the hub: {_first_line(error)}"
+        ) from error
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -73,20 +112,32 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _check_hub(hub_id: str, options: dict[str, Any]) -> bool:
-    """Makes sure that the model is on the hub or in its cache; returns whether the hub is out of reach."""
+def _warn_of_revision(folder: Path, revision: str | None) -> None:
+    if revision is not None and os.environ.get("RANK", "0") == "0":
+        logger.warning("revision=%r is passed over: %s is a local folder, not a hub id", revision, folder)
+
+
+def _on_hub(hub_id: str, options: dict[str, Any]) -> Source:
+    """Makes sure that the model is on the hub or in its cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    allowed = {key: options[key] for key in _HUB_OPTIONS if key in options}
-    if _hub_answers():
-        _download_index(hub_id, allowed)
-        return False
-    where = {key: allowed[key] for key in ("revision", "cache_dir") if key in allowed}
-    if isinstance(try_to_load_from_cache(hub_id, INDEX, **where), str):
-        return True
+    asked_offline = bool(options.get("local_files_only"))
+    if not asked_offline and (options.get("proxies") or _hub_answers()):
+        allowed = {name: options[name] for name in _INDEX_OPTIONS if name in options}
+        return Source(hub_id, index=read_index(Path(_download_index(hub_id, allowed)).parent))
+    where = {name: options[name] for name in ("revision", "cache_dir") if name in options}
+    cached = try_to_load_from_cache(hub_id, INDEX, **where)
+    if isinstance(cached, str):
+        return Source(hub_id, offline=True, index=read_index(Path(cached).parent))
+    reason = "local_files_only=True asks for no more" if asked_offline else "the hub cannot be reached"
     raise FileNotFoundError(
-        f"{hub_id} is no local folder, is not in the hub's local cache, and the hub cannot be reached"
+        f"{_called(hub_id, options)} is no local folder, is not in the hub's local cache, and {reason}"
     )
+
+
+def _called(hub_id: str, options: Mapping[str, Any]) -> str:
+    revision = options.get("revision")
+    return hub_id if revision is None else f"{hub_id} at revision {revision!r}"
 
 
 def _hub_answers() -> bool:
@@ -106,15 +157,17 @@ def _hub_answers() -> bool:
     return True
 
 
-def _download_index(hub_id: str, options: dict[str, Any]) -> None:
+def _download_index(hub_id: str, options: dict[str, Any]) -> str:
     from huggingface_hub import errors, hf_hub_download
 
     try:
-        hf_hub_download(hub_id, INDEX, **options)
+        return hf_hub_download(hub_id, INDEX, **options)
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{hub_id} has no revision {options.get('revision')!r} on the hub") from error
     except errors.GatedRepoError as error:
         text = f"{hub_id} is gated: accept its terms on https://huggingface.co/{hub_id} and log in"
         raise FileNotFoundError(text) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{hub_id} is neither a local folder nor a model on the hub") from error
     except errors.LocalEntryNotFoundError as error:
         text = f"{hub_id} is no local folder, and the hub cannot be reached: {_first_line(error)}"

@@ -26,6 +26,7 @@ TextTokens = Annotated[int, typer.Option(help="Tokens of the prompt that take pa
 
 def explain(
     model: options.ModelArgument = None,
+    revision: options.Revision = None,
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
     data: options.Data = 1,
@@ -51,7 +52,8 @@ def explain(
     from patchpipe.source import resolve_source
 
     config = options.read_config(given)
-    source = resolve_source(model or MODEL_DIR)
+    source = resolve_source(model or MODEL_DIR, revision=revision)
+    revision = revision if source.folder is None else None
     from patchpipe.describe import volume_of  # heavy, and not needed to refuse bad input
     from patchpipe.explain import communicators, kept, ranks_table, traffic
 
@@ -63,7 +65,7 @@ def explain(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    volume = volume_of(source.path, config, tokens, text_tokens)
+    volume = volume_of(source.path, config, tokens, text_tokens, revision)
     sent = traffic(config, volume)
     title = f"A rank sends per step, {height}×{width} pixels, one branch"
     console.print(title if sent else "One device: nothing travels.")

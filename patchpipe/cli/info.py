@@ -27,6 +27,8 @@ EPILOG = """
 
 def info(
     model: options.ModelArgument = None,
+    variant: options.Variant = None,
+    revision: options.Revision = None,
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
     data: options.Data = 1,
@@ -46,14 +48,15 @@ def info(
     from patchpipe.source import resolve_source
 
     config = options.read_config(given)
-    source = resolve_source(model or MODEL_DIR)
-    _show(source.path, _describe(source.path, config))
+    source = resolve_source(model or MODEL_DIR, revision=revision)
+    revision = revision if source.folder is None else None
+    _show(source.path, _describe(source.path, config, variant, revision))
 
 
-def _describe(path: str, config: ParallelConfig) -> ModelInfo:
+def _describe(path: str, config: ParallelConfig, variant: str | None, revision: str | None) -> ModelInfo:
     from patchpipe.describe import describe_model  # heavy, and not needed to refuse bad input
 
-    return describe_model(path, config)
+    return describe_model(path, config, variant, revision)
 
 
 def _show(path: str, model: ModelInfo) -> None:

@@ -44,6 +44,7 @@ class Job:
     dtype: str | None
     threads: int | None
     variant: str | None
+    revision: str | None
     loras: tuple[Lora, ...]
     out: Path | None
     force: bool
@@ -221,9 +222,10 @@ def _start(job: Job, view: View) -> Engine:
     else:
         count = 1 if job.config is None else job.config.world_size
         text = f"loading the model in {count} process{'es' if count > 1 else ''}"
+    config = PLAIN if job.config is None else job.config
     with view.waiting(text):
-        config = PLAIN if job.config is None else job.config
-        engine = Engine(job.model, config, job.devices, job.dtype, job.variant, job.threads)
+        given = (config, job.devices, job.dtype, job.variant, job.threads)
+        engine = Engine(job.model, *given, revision=job.revision)
         load_loras(engine, job.loras)
         return engine
 
@@ -232,7 +234,8 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
     from patchpipe.engine import Engine
 
     with view.waiting("starting plain diffusers on one device"):
-        plain = Engine(job.model, PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
+        given = (PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
+        plain = Engine(job.model, *given, revision=job.revision)
         load_loras(plain, job.loras)
         return plain
 

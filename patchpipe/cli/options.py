@@ -115,11 +115,14 @@ Devices = Annotated[
     str | None,
     _option(_MODEL, "One for all ranks or one each: cpu, cuda:0,cuda:1. [dim]Default: GPUs if any.[/]"),
 ]
-Dtype = Annotated[str | None, _option(_MODEL, "bf16, fp16 or fp32.")]
+Dtype = Annotated[
+    str | None, _option(_MODEL, "bf16, fp16 or fp32. [dim]Default: the checkpoint's own; on a CPU, fp32.[/]")
+]
 Threads = Annotated[
     int | None, _option(_MODEL, "CPU threads of each rank. [dim]Default: an even share of the cores.[/]")
 ]
 Variant = Annotated[str | None, _option(_MODEL, "The checkpoint's variant, such as fp16.")]
+Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of a hub id. [dim]Default: main.[/]")]
 
 Height = Annotated[int | None, _option(_PICTURE, "Height in pixels.")]
 Width = Annotated[int | None, _option(_PICTURE, "Width in pixels.")]

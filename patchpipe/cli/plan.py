@@ -102,6 +102,7 @@ Report = Annotated[
 
 def plan(
     model: Model = None,
+    revision: options.Revision = None,
     devices: Count = None,
     device: Card = None,
     link: LinkName = None,
@@ -140,7 +141,7 @@ def plan(
         height=height, width=width, steps=steps, guidance=guidance, pictures=images, text_tokens=text_tokens,
         frames=frames, dtype=dtype or machine.dtype,
     )  # fmt: skip
-    workload = workloads.workload_for(model or MODEL_DIR, asked)
+    workload = workloads.workload_for(model or MODEL_DIR, asked, revision)
     if single is not None:
         machine = calibrated(workload, machine, single)
     wishes = search.Wishes(

@@ -1,25 +1,12 @@
-"""Which device, how many threads and which dtype each rank works with."""
+"""Which device and how many threads each rank works with."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
-DTYPES = {
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-    "half": "float16",
-    "fp32": "float32",
-    "float32": "float32",
-    "float": "float32",
-}
+from numbers import Integral
+from typing import Any
 
 
 def choose_devices(devices: str | Sequence[str] | None, ranks: int, backend: str) -> list[str]:
@@ -49,7 +36,7 @@ def choose_devices(devices: str | Sequence[str] | None, ranks: int, backend: str
     return [_numbered(name) for name in names]
 
 
-def threads_per_rank(threads: int | None, ranks: int) -> int:
+def threads_per_rank(threads: Any, ranks: int) -> int:
     """CPU threads of each rank: as asked, else an even share of the cores.
 
     Raises:
@@ -57,9 +44,9 @@ def threads_per_rank(threads: int | None, ranks: int) -> int:
     """
     if threads is None:
         return max(1, available_cores() // ranks)
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    if isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1:
         raise ValueError(f"threads={threads!r} must be a whole number of 1 or more")
-    return threads
+    return int(threads)
 
 
 def available_cores() -> int:
@@ -67,20 +54,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def dtype_name(dtype: torch.dtype | str | None) -> str | None:
-    """The full name of a dtype given as a name or a ``torch.dtype``.
-
-    Raises:
-        ValueError: It is not a floating-point type that patchpipe runs in.
-    """
-    if dtype is None:
-        return None
-    name = str(dtype).removeprefix("torch.").lower()
-    if name not in DTYPES:
-        raise ValueError(f"dtype={str(dtype)!r} is unknown: use bf16, fp16 or fp32")
-    return DTYPES[name]
 
 
 def loopback_interface() -> str | None:

@@ -18,7 +18,7 @@ from patchpipe.combinations import check_together
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.engine import requests
 from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
-from patchpipe.engine.devices import dtype_name, threads_per_rank
+from patchpipe.engine.devices import threads_per_rank
 from patchpipe.engine.failures import from_death
 from patchpipe.engine.loras import describe_lora
 from patchpipe.engine.messages import (
@@ -27,6 +27,7 @@ from patchpipe.engine.messages import (
     Cancel,
     Done,
     LoadLora,
+    Planned,
     RankInfo,
     Ready,
     Start,
@@ -34,13 +35,16 @@ from patchpipe.engine.messages import (
     UnloadLora,
 )
 from patchpipe.engine.processes import Worker, Workers
-from patchpipe.engine.requests import Seed
+from patchpipe.engine.requests import OwnSeed, Seed
 from patchpipe.engine.results import OnProgress, Progress, Result, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
-from patchpipe.precheck import check_folder
+from patchpipe.precheck import check_folder, quantised
+from patchpipe.pretrained.dtypes import default_dtype, one_dtype
+from patchpipe.pretrained.options import HUB, Options, read_options
+from patchpipe.pretrained.quantised import without_tensor
 from patchpipe.refusals import check_calls
-from patchpipe.source import resolve_source
+from patchpipe.source import fetch, resolve_source
 from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
@@ -65,15 +69,19 @@ class Engine:
         config: The layout; ``None`` takes the planner's for the devices there are, an ``AutoLayout`` says more of what
             is wanted of it, ``"plain"`` runs diffusers as it is in one worker.
         devices: One device name for all ranks or one for each. ``None`` prefers CUDA devices.
-        dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or a ``torch.dtype``; ``None`` takes the pipeline's default.
+        dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or a ``torch.dtype``, or one for each component by name as in
+            diffusers; ``torch_dtype`` is the same. ``None`` takes the checkpoint's own, where a rank computes on a CPU
+            float32 in place of half precision.
         variant: The checkpoint's variant, such as ``"fp16"``.
         threads: CPU threads of each rank; ``None`` shares the cores evenly.
         start_timeout: Seconds the workers may take to load the model.
         port: The local port the ranks meet at; ``None`` takes a free one.
-        **load_options: Further arguments of ``from_pretrained``, such as ``revision``.
+        **load_options: Further arguments of diffusers' ``from_pretrained``: ``revision``, ``cache_dir``, ``token`` and
+            the others of the hub, ``quantization_config``, or components such as ``scheduler``.
 
     Raises:
         ValueError: An argument is wrong, or the model does not fit the layout.
+        TypeError: There is no such argument.
         FileNotFoundError: There is no such model.
         PatchpipeError: A worker could not start.
     """
@@ -83,7 +91,7 @@ class Engine:
         path: str | os.PathLike[str],
         config: ParallelConfig | AutoLayout | Literal["plain"] | None = None,
         devices: str | Sequence[str] | None = None,
-        dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | Mapping[str, Any] | None = None,
         variant: str | None = None,
         threads: int | None = None,
         start_timeout: float = 600.0,
@@ -93,13 +101,16 @@ class Engine:
         if sys.platform == "win32":
             raise PatchpipeError("the engine needs Linux or macOS; on Windows use torchrun")
         began = time.monotonic()
-        wanted = read_wanted(config)
-        source = resolve_source(path, **load_options)
+        wanted, kind = read_wanted(config), one_dtype(dtype, load_options.pop("torch_dtype", None))
+        source = resolve_source(path, **{name: value for name, value in load_options.items() if name in HUB})
         self.path = source.path
-        if isinstance(wanted, ParallelConfig) and Path(source.path).is_dir():
-            check_folder(Path(source.path), wanted)
+        options = _own_options(read_options(load_options, source.index, parallel=wanted is not None))
         self.devices = devices_for(wanted, devices, threads)
         self.threads = threads_per_rank(threads, len(self.devices))
+        folder = fetch(source, variant, {**options.hub, **options.files, **options.load})
+        if isinstance(wanted, ParallelConfig):
+            check_folder(folder, wanted, options.load)
+        kind = kind or default_dtype(folder, variant, self.devices)
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._painting = False
@@ -109,9 +120,9 @@ class Engine:
         self._workers = Workers(len(self.devices), self.threads, offline=source.offline)
         self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
         try:
-            self._take_layout(wanted, threads, dtype_name(dtype), load_options, start_timeout)
+            self._take_layout(wanted, threads, folder, kind, options.load, start_timeout)
             self._store = None if listener is None else _serve_store(listener)
-            ready = self._start(dtype_name(dtype), variant, load_options, start_timeout)
+            ready = self._start(folder, kind, variant, options.for_pipeline, start_timeout)
         except BaseException:
             self._abandon()
             raise
@@ -122,12 +133,18 @@ class Engine:
         self.start_seconds = time.monotonic() - began
 
     def _take_layout(
-        self, wanted: Wanted, threads: int | None, dtype: str | None, options: Mapping[str, Any], timeout: float
+        self,
+        wanted: Wanted,
+        threads: int | None,
+        folder: Path,
+        dtype: str | Mapping[str, str] | None,
+        options: Mapping[str, Any],
+        timeout: float,
     ) -> None:
         """Settles the layout, with as many workers as it needs."""
         self.layout_reason: str | None = None
         if isinstance(wanted, AutoLayout):
-            planned = ask(self._workers.members[0], wanted, self.path, self.devices, dtype, options, timeout)
+            planned = self._plan(wanted, folder, dtype, options, timeout)
             self.config, self.layout_reason = planned.config, planned.why
         else:
             self.config = wanted
@@ -137,6 +154,23 @@ class Engine:
         self.threads = threads_per_rank(threads, layout.world_size)
         self._silence = layout.timeout + SILENCE_GRACE
         self._output_rank = layout.output_rank
+
+    def _plan(
+        self,
+        wanted: AutoLayout,
+        folder: Path,
+        dtype: str | Mapping[str, str] | None,
+        options: Mapping[str, Any],
+        timeout: float,
+    ) -> Planned:
+        """The planner's layout, which the model can be loaded in."""
+        if quantised(folder, options):
+            wanted = without_tensor(wanted)
+        name = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, Mapping) else dtype
+        planned = ask(self._workers.members[0], wanted, str(folder), self.devices, name, {}, timeout)
+        if planned.config is not None:
+            check_folder(folder, planned.config, options)
+        return planned
 
     def __call__(
         self,
@@ -310,13 +344,14 @@ class Engine:
         if self.closed:
             raise PatchpipeError("the engine is closed: make a new one")
 
-    def _call(self, arguments: dict[str, Any], seed: Seed, trace: str | None = None) -> tuple[Call, Seed]:
+    def _call(self, arguments: dict[str, Any], seed: Seed, trace: str | None = None) -> tuple[Call, OwnSeed]:
         """The message that asks for one call, whose request is not numbered yet, and the seed it uses."""
         requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
         if seed is None and arguments.get("generator") is None:
             seed = requests.fresh_seed()
-        encoded, global_seed = requests.encode(arguments, seed, self._arguments)
-        return Call(_START, global_seed, encoded, trace), seed
+        used = None if seed is None else requests.check_seed(seed)
+        encoded, global_seed = requests.encode(arguments, used, self._arguments)
+        return Call(_START, global_seed, encoded, trace), used
 
     @property
     def closed(self) -> bool:
@@ -366,7 +401,8 @@ class Engine:
 
     def _start(
         self,
-        dtype: str | None,
+        folder: Path,
+        dtype: str | Mapping[str, str] | None,
         variant: str | None,
         load_options: Mapping[str, Any],
         timeout: float,
@@ -375,7 +411,7 @@ class Engine:
             start = Start(
                 rank=worker.rank,
                 world_size=len(self.devices),
-                path=self.path,
+                path=os.fsencode(folder),
                 config=None if self.config is None else self.config.as_dict(),
                 device=self.devices[worker.rank],
                 dtype=dtype,
@@ -475,6 +511,16 @@ def _send(worker: Worker, message: Any) -> None:
         raise RankLost(f"rank {worker.rank} (pid {worker.pid}) takes no messages: it seems to be stopped") from error
     except ConnectionError:
         return  # it is dead: the wait that follows finds out how it died
+
+
+def _own_options(options: Options) -> Options:
+    """Refuses a transformer from the caller's memory, of which every worker would get a whole copy."""
+    if options.load.get("transformer") is not None:
+        raise ValueError(
+            "transformer= cannot be given to the engine, whose workers read their own parts of it: save it as the "
+            "transformer of a folder, or call parallelize(pipe) under torchrun"
+        )
+    return options
 
 
 def _describe_rank(rank: RankInfo) -> str:

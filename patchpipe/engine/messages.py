@@ -40,15 +40,16 @@ class Planned:
 class Start:
     """Parent to worker, once: everything a worker needs to build its part of the pipeline.
 
-    ``config`` of ``None`` asks for plain diffusers on one device; ``store_port`` is ``None`` then.
+    ``path`` is bytes, since the worker may read the names of files in another encoding than its parent. ``config`` of
+    ``None`` asks for plain diffusers on one device; ``store_port`` is ``None`` then.
     """
 
     rank: int
     world_size: int
-    path: str
+    path: bytes
     config: Mapping[str, Any] | None
     device: str
-    dtype: str | None
+    dtype: str | Mapping[str, str] | None
     variant: str | None
     threads: int
     store_port: int | None

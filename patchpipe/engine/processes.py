@@ -1,9 +1,10 @@
 """Starts worker processes, tells how they died, and ends them.
 
-A worker is a fresh interpreter (``python -m patchpipe.engine.worker``), so the caller's script is never
-imported again and needs no ``__main__`` guard. Its standard input is a lifeline: it never carries data, and
-its end means that the parent is gone. (``PR_SET_PDEATHSIG`` would not do: it fires when the *thread* that
-started the worker ends, which in a web server or a notebook is not the end of the parent.)
+A worker is a fresh interpreter, so the caller's script is never imported again and needs no ``__main__`` guard. It
+imports nothing from the current folder, where a user's ``queue.py`` would stand in for the standard library's. Its
+standard input is a lifeline: it never carries data, and its end means that the parent is gone. (``PR_SET_PDEATHSIG``
+would not do: it fires when the *thread* that started the worker ends, which in a web server or a notebook is not the
+end of the parent.)
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ from patchpipe.engine.devices import loopback_interface
 from patchpipe.engine.messages import Channel, Close
 
 LOG_TAIL_LINES = 25
+_PACKAGE = Path(__file__).resolve().parents[1]
+# ``python -m`` and ``python -c`` look for modules in the current folder first, and ``-P`` came with Python 3.11. The
+# package is loaded by its place, so that a folder it shares with others does not go before the standard library.
+_BOOTSTRAP = """
+import sys
+sys.path[:] = [place for place in sys.path if place]
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("patchpipe", sys.argv[2])
+package = sys.modules["patchpipe"] = module_from_spec(spec)
+spec.loader.exec_module(package)
+from patchpipe.engine.worker import main
+main()
+"""
 
 
 class Worker:
@@ -53,7 +67,7 @@ class Worker:
     def log_tail(self) -> str:
         """The last lines the worker printed."""
         try:
-            text = self.log.read_text(errors="replace")
+            text = self.log.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
         return "\n".join(text.rstrip().splitlines()[-LOG_TAIL_LINES:])
@@ -116,7 +130,7 @@ def _start(rank: int, directory: Path, env: dict[str, str]) -> Worker:
     log = directory / f"rank-{rank}.log"
     with theirs, ours, log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "patchpipe.engine.worker", str(theirs.fileno())],
+            [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), str(_PACKAGE / "__init__.py")],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -128,12 +142,11 @@ def _start(rank: int, directory: Path, env: dict[str, str]) -> Worker:
 
 
 def _environment(threads: int, offline: bool) -> dict[str, str]:
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     env = dict(os.environ)
     env.update(
-        PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)),
+        PYTHONPATH=_python_path(os.environ.get("PYTHONPATH", "")),
         PYTHONUNBUFFERED="1",
+        PYTHONUTF8="1",  # whatever the locale, folders have their names
         PYTHONFAULTHANDLER="1",
         OMP_NUM_THREADS=str(threads),
         MKL_NUM_THREADS=str(threads),
@@ -162,6 +175,12 @@ def _end(members: list[Worker], grace: float) -> None:
         _signal(worker, signal.SIGKILL)
     for worker in members:
         _reap(worker)
+
+
+def _python_path(paths: str) -> str:
+    """``PYTHONPATH`` for the workers: relative places made absolute, less those that mean the current folder."""
+    given = [path for path in paths.split(os.pathsep) if os.path.normpath(path or ".") != "."]
+    return os.pathsep.join(dict.fromkeys(map(os.path.abspath, given)))
 
 
 def _ask_to_leave(members: list[Worker]) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from patchpipe.engine.messages import GeneratorState
 from patchpipe.errors import did_you_mean
 
 Seed = int | Sequence[int] | None
+OwnSeed = int | list[int] | None  # once it was checked
 
 
 def check_names(names: Iterable[str], known: Sequence[str], any_argument: bool, pipeline: str) -> None:
@@ -49,7 +53,7 @@ def encode(arguments: Mapping[str, Any], seed: Seed, known: Sequence[str]) -> tu
         if seed is not None:
             raise ValueError("seed and generator were both given: leave one of them out")
         return encoded, fresh_seed()
-    seeds = _check_seed(fresh_seed() if seed is None else seed)
+    seeds = check_seed(fresh_seed() if seed is None else seed)
     first = seeds if isinstance(seeds, int) else seeds[0]
     if "generator" in known:
         encoded["generator"] = _seeded(seeds)
@@ -81,12 +85,21 @@ def pictures(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _check_seed(seed: int | Sequence[int]) -> int | list[int]:
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return seed
-    if isinstance(seed, (list, tuple)) and seed and all(type(one) is int for one in seed):
-        return list(seed)
+def check_seed(seed: Any) -> int | list[int]:
+    """A seed, or one for each picture, as Python's own whole numbers.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if _is_whole(seed):
+        return int(seed)
+    if isinstance(seed, (list, tuple, np.ndarray)) and len(seed) and all(map(_is_whole, seed)):
+        return [int(one) for one in seed]
     raise TypeError(f"seed={seed!r} must be a whole number or a list of them")
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _seeded(seeds: int | list[int]) -> Any:
@@ -109,6 +122,8 @@ def _encode_value(name: str, value: Any) -> Any:
                 f"{name} holds a callable, which cannot travel to the worker processes: follow a request "
                 "with on_progress, or call the pipeline itself under torchrun"
             )
+        if isinstance(item, np.generic):
+            return item.item()  # numpy's numbers are not Python's: what asks for an int would not take them
         return _to_host(item)
 
     return _map(value, leaf)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from patchpipe.engine.requests import Seed, pictures
+from patchpipe.engine.requests import OwnSeed, pictures
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Result:
     seed: int | list[int] | None
 
 
-def result_of(output: Any, seconds: float, stats: Mapping[str, Any], seed: Seed) -> Result:
+def result_of(output: Any, seconds: float, stats: Mapping[str, Any], seed: OwnSeed) -> Result:
     """A request's result, from what a worker gave."""
-    used = seed if seed is None or isinstance(seed, int) else list(seed)
-    return Result(pictures(output), seconds, dict(stats), output, used)
+    return Result(pictures(output), seconds, dict(stats), output, seed)

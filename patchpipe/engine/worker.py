@@ -210,9 +210,11 @@ class Server:
     def _load_pipeline(self) -> Any:
         import torch
 
+        from patchpipe.pretrained.dtypes import as_torch
+
         start = self._start
         torch.set_num_threads(start.threads)
-        dtype = None if start.dtype is None else getattr(torch, start.dtype)
+        dtype = None if start.dtype is None else as_torch(start.dtype)
         device = torch.device(start.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -225,10 +227,10 @@ class Server:
 
         options = dict(self._start.load_options)
         if dtype is not None:
-            options["torch_dtype"] = dtype
+            options["dtype"] = dtype
         if self._start.variant is not None:
             options["variant"] = self._start.variant
-        return diffusers.DiffusionPipeline.from_pretrained(self._start.path, **options).to(device)
+        return diffusers.DiffusionPipeline.from_pretrained(os.fsdecode(self._start.path), **options).to(device)
 
     def _load_parallel(self, device: Any, dtype: Any) -> Any:
         from torch.distributed import TCPStore
@@ -244,7 +246,7 @@ class Server:
         store = TCPStore("127.0.0.1", start.store_port, None, False)
         self._group = join(config, rank=start.rank, world_size=start.world_size, store=store, device=device)
         options = {"dtype": dtype, "device": device, "variant": start.variant, "group": self._group}
-        return from_pretrained(start.path, config, **options, **start.load_options)
+        return from_pretrained(os.fsdecode(start.path), config, **options, **start.load_options)
 
     def _ready(self) -> Ready:
         call = inspect.signature(type(self._pipe).__call__).parameters
@@ -332,7 +334,3 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,6 +63,12 @@ def served_class(kind: type) -> type:
             f"{kind.__name__}.from_pipe(pipe)"
         )
 
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        attachment = vars(self).get("patchpipe")
+        if attachment is None:
+            return kind.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
+        attachment.refuse_saving()
+
     def device(self: Any) -> torch.device:
         attachment = vars(self).get("patchpipe")
         return kind.device.fget(self) if attachment is None else attachment.group.device  # type: ignore[attr-defined]
@@ -75,6 +81,7 @@ def served_class(kind: type) -> type:
         "enable_model_cpu_offload": offload,
         "enable_sequential_cpu_offload": offload,
         "__deepcopy__": deepcopy,
+        "save_pretrained": save_pretrained,
         "device": property(device),
         "_execution_device": property(device),
         "__doc__": kind.__doc__,

@@ -172,7 +172,7 @@ def measure_link(places: Sequence[str], progress: Progress) -> Link:
         progress("ranks")
         while not context.join(DEADLINE):
             pass
-        found = [float(text) for text in (Path(folder) / "found").read_text().split()]
+        found = [float(text) for text in (Path(folder) / "found").read_text(encoding="utf-8").split()]
     progress("link")
     cpu = places[0] == "cpu"
     return _link(found, len(places), f"{'gloo' if cpu else 'NCCL'} on this machine", cpu)
@@ -204,7 +204,7 @@ def _rank(rank: int, places: list[str], store: str, folder: str) -> None:
     times.append(_exchange(Exchange(wire, rank, ranks, tuple(range(ranks)))))
     group.barrier().wait()
     if rank == 0:
-        (Path(folder) / "found").write_text(" ".join(str(seconds) for seconds in times))
+        (Path(folder) / "found").write_text(" ".join(str(seconds) for seconds in times), encoding="utf-8")
 
 
 def _there_and_back(group: dist.ProcessGroup, rank: int, place: torch.device, size: int) -> float:

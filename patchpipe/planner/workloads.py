@@ -14,10 +14,11 @@ from torch import nn
 from patchpipe.demo import call_defaults
 from patchpipe.describe import component_parameters
 from patchpipe.errors import UnsupportedModel
-from patchpipe.loading import DTYPES, PipelineFolder, owned_names
+from patchpipe.loading import PipelineFolder, owned_names
 from patchpipe.models.plan import BlockPlace, ImageRows, ModelPlan, Rows
 from patchpipe.planner.presets import PRESETS, Preset, preset_named
 from patchpipe.planner.work import Attention, Block, Matrix, Stream, Workload
+from patchpipe.pretrained.dtypes import as_torch, dtype_name
 from patchpipe.source import resolve_source
 from patchpipe.tensor import INPUTS, split_linears, tensor_plan
 
@@ -61,22 +62,22 @@ class Asked:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is unknown: use {', '.join(DTYPES)}")
+        dtype_name(self.dtype)
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return DTYPES[self.dtype].itemsize
+        return as_torch(dtype_name(self.dtype) or "float32").itemsize
 
 
-def workload_for(model: str | Path, asked: Asked) -> Workload:
+def workload_for(model: str | Path, asked: Asked, revision: str | None = None) -> Workload:
     """The workload of a request.
 
     Args:
         model: A preset such as ``flux.1-dev``, a folder in diffusers format, or a hub id, of which the configuration
             files alone are fetched.
         asked: The request.
+        revision: Of a hub id; ``None`` is its main branch.
 
     Raises:
         UnsupportedModel: The transformer's class has no plan, and it is no preset.
@@ -87,7 +88,7 @@ def workload_for(model: str | Path, asked: Asked) -> Workload:
     if preset is not None:
         return _from_preset(preset, asked)
     try:
-        return _from_folder(str(model), read_folder(model), asked)
+        return _from_folder(str(model), read_folder(model, revision=revision), asked)
     except FileNotFoundError as error:
         names = ", ".join(preset.name for preset in PRESETS)
         raise FileNotFoundError(f"{error}; known without a download are {names}") from error
@@ -111,11 +112,11 @@ def read_folder(model: str | Path, **hub: Any) -> PipelineFolder:
         **hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only`` for the hub.
     """
     source = resolve_source(model, **hub)
-    folder = Path(source.path)
-    if not folder.is_dir():
+    folder = source.folder
+    if folder is None:
         from huggingface_hub import snapshot_download
 
-        options = {"local_files_only": source.offline, **hub}
+        options = {**hub, "local_files_only": source.offline}
         folder = Path(snapshot_download(source.path, allow_patterns=list(CONFIGURATION), **options))
     return PipelineFolder(folder)
 

@@ -64,7 +64,7 @@ def align(
 def host_number() -> int:
     """A number for the machine whose monotonic clock this process reads."""
     try:
-        name = _BOOT_ID.read_text()
+        name = _BOOT_ID.read_text(encoding="ascii")
     except OSError:  # not Linux
         name = socket.gethostname()
     return zlib.crc32(name.encode())
