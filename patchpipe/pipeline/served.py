@@ -67,7 +67,7 @@ def served_class(kind: type) -> type:
         attachment = vars(self).get("patchpipe")
         if attachment is None:
             return kind.save_pretrained(self, *args, **kwargs)  # type: ignore[attr-defined]
-        attachment.refuse_saving()
+        return attachment.refuse_saving()
 
     def device(self: Any) -> torch.device:
         attachment = vars(self).get("patchpipe")
