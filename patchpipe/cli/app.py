@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -40,6 +41,9 @@ class App(typer.Typer):
         """Runs the command line given, by default the process's own, and returns its exit status."""
         given = list(kwargs.get("args") or (args[0] if args else None) or sys.argv[1:])
         command = typer.main.get_command(self)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that knows no "×" shows "?"
         try:
             status = command.main(args=given, prog_name="patchpipe", standalone_mode=False)
         except BaseException as error:
