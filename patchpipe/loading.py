@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ from patchpipe.joining import device_for, meet, settle
 from patchpipe.mesh import Group
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
+from patchpipe.pipeline.choice import choose_class, named
+from patchpipe.pipeline.schedulers import build_scheduler, scheduler_settings
 from patchpipe.pretrained.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
 from patchpipe.pretrained.options import HUB, Options, read_options
 from patchpipe.pretrained.quantised import Quantiser, check_recipe, without_tensor
@@ -67,8 +70,10 @@ def from_pretrained(
         variant: File variant such as ``"fp16"``.
         group: The ranks; ``None`` joins those ``torchrun`` started.
         kwargs: Further options of diffusers' ``from_pretrained`` (``revision``, ``cache_dir``, ``token`` and the others
-            of the hub, ``quantization_config``), and components such as ``scheduler``. A ``transformer`` that is
-            given stays in memory whole, as with ``parallelize``.
+            of the hub, ``quantization_config``), and components such as ``scheduler``, which may be a name such as
+            ``"heun"``. A ``transformer`` that is given stays in memory whole, as with ``parallelize``. ``pipeline``
+            takes another pipeline class for the same weights, by itself or by name; ``task`` the one that diffusers'
+            AutoPipeline knows for ``"image-to-image"``, ``"inpainting"`` or ``"text-to-image"``.
 
     Returns:
         The ordinary diffusers pipeline. Called as ever, it gives the images on the output rank and ``None`` on
@@ -140,10 +145,11 @@ class PipelineFolder:
     Args:
         path: The folder with ``model_index.json``.
         variant: File variant of the weights.
+        kind: The pipeline's class; ``None`` takes the one it was saved as.
     """
 
-    def __init__(self, path: Path, variant: str | None = None) -> None:
-        self.path, self.variant = path, variant
+    def __init__(self, path: Path, variant: str | None = None, kind: type[Any] | None = None) -> None:
+        self.path, self.variant, self._kind = path, variant, kind
         self.index: dict[str, Any] = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
 
     @classmethod
@@ -165,19 +171,16 @@ class PipelineFolder:
             FileNotFoundError: There is no such folder, or the hub cannot be reached or knows no such model.
             ValueError: What is there is not a diffusers pipeline.
         """
-        given = dict(options or {})
+        given, pipeline, task = named(options or {})
         source = resolve_source(model, **{name: value for name, value in given.items() if name in HUB})
-        read = read_options(given, source.index)
-        return cls(fetch(source, variant, {**read.hub, **read.files, **read.load}), variant), read
+        kind = choose_class(source.index, pipeline, task, given) if pipeline or task else None
+        read = read_options(given, source.index, kind)
+        return cls(fetch(source, variant, {**read.hub, **read.files, **read.load}), variant, kind), read
 
     @property
     def pipeline_class(self) -> Any:
         """The diffusers pipeline class."""
-        name = self.index["_class_name"]
-        found = getattr(diffusers, name, None)
-        if found is None:
-            raise UnsupportedModel(f"this diffusers ({diffusers.__version__}) has no pipeline class {name}: upgrade it")
-        return found
+        return self._kind or choose_class(self.index)
 
     def plan(self) -> ModelPlan:
         """The plan of the pipeline's transformer.
@@ -204,6 +207,10 @@ class PipelineFolder:
             )
         return json.loads(path.read_text(encoding="utf-8"))
 
+    def scheduler_settings(self) -> dict[str, Any]:
+        """The configuration of the pipeline's own scheduler."""
+        return scheduler_settings(self.path)
+
     def build(self, part: str, dtype: torch.dtype) -> Any:
         """A part without weights: parameters on ``meta``, computed buffers real."""
         library, name = self.index[part]
@@ -217,8 +224,9 @@ class PipelineFolder:
     def other_parts(self, config: ParallelConfig, group: Group, dtype: Any) -> dict[str, Any]:
         """Stand-ins for text encoders and VAE where this rank does not hold them."""
         parts: dict[str, Any] = {}
+        taken = inspect.signature(self.pipeline_class.__init__).parameters
         for part, entry in self.index.items():
-            if not isinstance(entry, list) or not entry[1]:
+            if not isinstance(entry, list) or not entry[1] or part not in taken:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             decodes_elsewhere = part == "vae" and not (group.output or config.parallel_vae)
@@ -269,8 +277,10 @@ class _Found:
     ) -> _Found:
         """Finds the model and checks that the layout fits it."""
         source, read = PipelineFolder.locate(model, variant, options)
-        named = dtype or default_dtype(source.path, variant, [device.type]) or "float32"
-        wanted, rest = as_torch(named), read.for_pipeline
+        told = dtype or default_dtype(source.path, variant, [device.type]) or "float32"
+        wanted, rest = as_torch(told), read.for_pipeline
+        if isinstance(rest.get("scheduler"), str):
+            rest["scheduler"] = build_scheduler(rest["scheduler"], source.scheduler_settings(), source.pipeline_class)
         given = rest.pop("transformer", None)
         if given is not None:
             plan, stages = fit(SimpleNamespace(transformer=given, components={}), given, config)

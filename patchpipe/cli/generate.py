@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from patchpipe.cli import options
+from patchpipe.cli.inputs import implied_task, picture_arguments, read_choice
 from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 from patchpipe.cli.loras import read_loras
 
@@ -38,6 +39,10 @@ EPILOG = """
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --pipefusion 4 --dtype bf16 --steps 28 \
 --height 1024 --width 1024
 
+  Paint a picture over, or only where a mask is white:
+
+  [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --image photo.jpg --strength 0.7 --mask mask.png
+
   Any other argument of the pipeline:
 
   [green]patchpipe generate[/] "an owl" --set max_sequence_length=32 --set output_type=pil
@@ -66,6 +71,10 @@ def generate(
     guidance: options.Guidance = None,
     negative: options.Negative = None,
     loras: options.Loras = None,
+    image: options.Picture = None,
+    mask: options.Mask = None,
+    strength: options.Strength = None,
+    scheduler: options.Scheduler = None,
     settings: options.Settings = None,
     model: options.ModelOption = None,
     devices: options.Devices = None,
@@ -73,6 +82,8 @@ def generate(
     threads: options.Threads = None,
     variant: options.Variant = None,
     revision: options.Revision = None,
+    pipeline: options.PipelineClass = None,
+    task: options.Task = None,
     layout: options.Layout = "auto",
     pipefusion: options.Pipefusion = 1,
     cfg: options.Cfg = 1,
@@ -98,9 +109,9 @@ def generate(
 ) -> None:
     """Paint pictures from prompts on one or several devices."""
     given = locals()
-    from patchpipe.demo import MODEL_DIR
+    from patchpipe.demo import MODEL_DIR, call_defaults
 
-    source = model or str(MODEL_DIR)
+    source, chosen = model or str(MODEL_DIR), options.read_settings(settings)
     arguments = call_arguments(
         source,
         height=height,
@@ -108,8 +119,10 @@ def generate(
         steps=steps,
         guidance=guidance,
         negative=negative,
-        settings=options.read_settings(settings),
+        settings=chosen,
     )
+    asked = {"height": height, "width": width} | chosen
+    arguments |= picture_arguments(image, mask, strength, asked, call_defaults(source))
     wanted = auto_layout(arguments, len(prompts) * images, together=in_flight, traced=trace is not None, alone=compare)
     config = options.read_layout(context, given, wanted)
     job = Job(
@@ -126,6 +139,7 @@ def generate(
         variant=variant,
         revision=revision,
         loras=read_loras(loras),
+        choice=read_choice(pipeline, implied_task(image, mask, pipeline, task), scheduler),
         out=out,
         force=force,
         sheet=sheet,

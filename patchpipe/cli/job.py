@@ -46,6 +46,7 @@ class Job:
     variant: str | None
     revision: str | None
     loras: tuple[Lora, ...]
+    choice: dict[str, Any]  # of a pipeline class and a scheduler
     out: Path | None
     force: bool
     sheet: bool
@@ -225,7 +226,7 @@ def _start(job: Job, view: View) -> Engine:
     config = PLAIN if job.config is None else job.config
     with view.waiting(text):
         given = (config, job.devices, job.dtype, job.variant, job.threads)
-        engine = Engine(job.model, *given, revision=job.revision)
+        engine = Engine(job.model, *given, revision=job.revision, **job.choice)
         load_loras(engine, job.loras)
         return engine
 
@@ -235,7 +236,7 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
 
     with view.waiting("starting plain diffusers on one device"):
         given = (PLAIN, engine.devices[0], job.dtype, job.variant, engine.threads)
-        plain = Engine(job.model, *given, revision=job.revision)
+        plain = Engine(job.model, *given, revision=job.revision, **job.choice)
         load_loras(plain, job.loras)
         return plain
 
@@ -329,8 +330,13 @@ def _report(job: Job, engine: Engine, files: list[Path], requests: list[dict[str
         "requests": requests,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    text = json.dumps(report, indent=2, default=str) + "\n"
+    text = json.dumps(report, indent=2, default=_as_text) + "\n"
     if job.report == Path("-"):
         print(text, end="")
     else:
         write_text(text, job.report)
+
+
+def _as_text(value: Any) -> str:
+    size = getattr(value, "size", None)
+    return f"picture of {size[0]} × {size[1]}" if isinstance(size, tuple) else str(value)

@@ -111,6 +111,13 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(help="Folder or hub id. [dim]Default: the bundled model.[/]", show_default=False),
 ]
+PipelineClass = Annotated[
+    str | None,
+    _option(_MODEL, "Another pipeline class of diffusers for the same weights.", "--pipeline", metavar="CLASS"),
+]
+Task = Annotated[
+    str | None, _option(_MODEL, "text-to-image, image-to-image or inpainting: diffusers' class for it.", metavar="TASK")
+]
 Devices = Annotated[
     str | None,
     _option(_MODEL, "One for all ranks or one each: cpu, cuda:0,cuda:1. [dim]Default: GPUs if any.[/]"),
@@ -142,6 +149,23 @@ Loras = Annotated[
 Settings = Annotated[
     list[str] | None,
     _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
+]
+Picture = Annotated[
+    Path | None,
+    _option(_PICTURE, "Picture to start from; implies --task image-to-image.", "--image", metavar="FILE"),
+]
+Mask = Annotated[
+    Path | None,
+    _option(
+        _PICTURE, "White where --image is to be painted anew; implies --task inpainting.", "--mask", metavar="FILE"
+    ),
+]
+Strength = Annotated[
+    float | None, _option(_PICTURE, "How much of --image is painted anew, 0 to 1. [dim]Default: the pipeline's.[/]")
+]
+Scheduler = Annotated[
+    str | None,
+    _option(_PICTURE, "Another scheduler: euler, heun, unipc, dpm++ … or a class of diffusers.", metavar="NAME"),
 ]
 InFlight = Annotated[
     int,

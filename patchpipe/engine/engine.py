@@ -39,6 +39,7 @@ from patchpipe.engine.requests import OwnSeed, Seed
 from patchpipe.engine.results import OnProgress, Progress, Result, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
+from patchpipe.pipeline.choice import check_choice, choose_for_engine
 from patchpipe.precheck import check_folder, quantised
 from patchpipe.pretrained.dtypes import default_dtype, one_dtype
 from patchpipe.pretrained.options import HUB, Options, read_options
@@ -77,7 +78,9 @@ class Engine:
         start_timeout: Seconds the workers may take to load the model.
         port: The local port the ranks meet at; ``None`` takes a free one.
         **load_options: Further arguments of diffusers' ``from_pretrained``: ``revision``, ``cache_dir``, ``token`` and
-            the others of the hub, ``quantization_config``, or components such as ``scheduler``.
+            the others of the hub, ``quantization_config``, or components such as ``scheduler``, which may be a name
+            such as ``"heun"``. ``pipeline`` takes another pipeline class of diffusers for the same weights, ``task``
+            the one its AutoPipeline knows for ``"image-to-image"``, ``"inpainting"`` or ``"text-to-image"``.
 
     Raises:
         ValueError: An argument is wrong, or the model does not fit the layout.
@@ -104,10 +107,12 @@ class Engine:
         wanted, kind = read_wanted(config), one_dtype(dtype, load_options.pop("torch_dtype", None))
         source = resolve_source(path, **{name: value for name, value in load_options.items() if name in HUB})
         self.path = source.path
-        options = _own_options(read_options(load_options, source.index, parallel=wanted is not None))
+        given, kind_of_pipeline = choose_for_engine(load_options, source.index)
+        options = _own_options(read_options(given, source.index, kind_of_pipeline, parallel=wanted is not None))
         self.devices = devices_for(wanted, devices, threads)
         self.threads = threads_per_rank(threads, len(self.devices))
         folder = fetch(source, variant, {**options.hub, **options.files, **options.load})
+        chosen = check_choice(kind_of_pipeline, options.load, source.index, folder)
         if isinstance(wanted, ParallelConfig):
             check_folder(folder, wanted, options.load)
         kind = kind or default_dtype(folder, variant, self.devices)
@@ -122,7 +127,7 @@ class Engine:
         try:
             self._take_layout(wanted, threads, folder, kind, options.load, start_timeout)
             self._store = None if listener is None else _serve_store(listener)
-            ready = self._start(folder, kind, variant, options.for_pipeline, start_timeout)
+            ready = self._start(folder, kind, variant, {**options.for_pipeline, **chosen}, start_timeout)
         except BaseException:
             self._abandon()
             raise

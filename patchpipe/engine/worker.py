@@ -225,12 +225,14 @@ class Server:
     def _load_plain(self, device: Any, dtype: Any) -> Any:
         import diffusers
 
-        options = dict(self._start.load_options)
+        from patchpipe.pipeline.choice import load_chosen, named
+
+        options, kind, _ = named(self._start.load_options)
         if dtype is not None:
             options["dtype"] = dtype
         if self._start.variant is not None:
             options["variant"] = self._start.variant
-        return diffusers.DiffusionPipeline.from_pretrained(os.fsdecode(self._start.path), **options).to(device)
+        return load_chosen(kind or diffusers.DiffusionPipeline, os.fsdecode(self._start.path), options).to(device)
 
     def _load_parallel(self, device: Any, dtype: Any) -> Any:
         from torch.distributed import TCPStore

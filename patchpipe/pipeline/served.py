@@ -14,13 +14,13 @@ _PERTURBED = "_set_pag_attn_processor"
 
 
 def check_served(pipe: Any) -> None:
-    """Refuses pipelines that change the blocks of the transformer while they run.
+    """Refuses a pipeline, or a class of such, that changes the blocks of the transformer while it runs.
 
     Raises:
         ValueError: It is one.
     """
     if hasattr(pipe, _PERTURBED):
-        kind = original_class(pipe).__name__
+        kind = (pipe if isinstance(pipe, type) else original_class(pipe)).__name__
         raise ValueError(
             f"{kind} cannot be served: perturbed attention guidance swaps attention layers of the transformer while it "
             f"runs, and a rank has only its own. Use {kind.replace('PAG', '')}, or {kind} on one device"

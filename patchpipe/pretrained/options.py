@@ -16,7 +16,9 @@ _CHOICE_OF_FILES = frozenset(
     {"custom_pipeline", "custom_revision", "load_connected_pipeline", "trust_remote_code", "use_safetensors"}
 )
 _LOADING = frozenset({"disable_mmap", "low_cpu_mem_usage", "quantization_config"})
-_NAMED = frozenset({"dtype", "torch_dtype", "variant"})  # arguments of their own, wherever options are taken
+_NAMED = frozenset(
+    {"dtype", "pipeline", "task", "torch_dtype", "variant"}
+)  # arguments of their own, wherever options are taken
 KNOWN = HUB | _CHOICE_OF_FILES | _LOADING
 
 _PLACES = "patchpipe places the parts itself: name the devices (devices= of Engine, device= of from_pretrained)"
@@ -59,12 +61,15 @@ class Options:
         return {**self.files, **self.load}
 
 
-def read_options(given: Mapping[str, Any], index: Mapping[str, Any], *, parallel: bool = True) -> Options:
+def read_options(
+    given: Mapping[str, Any], index: Mapping[str, Any], kind: type[Any] | None = None, *, parallel: bool = True
+) -> Options:
     """Checks the options of a ``from_pretrained`` by their names.
 
     Args:
         given: The options. ``None`` is the same as left out, except for a component.
         index: What the pipeline's ``model_index.json`` says.
+        kind: The class that serves it, where it is not the one it was saved as.
         parallel: Whether patchpipe reads the transformer, not diffusers.
 
     Raises:
@@ -78,7 +83,7 @@ def read_options(given: Mapping[str, Any], index: Mapping[str, Any], *, parallel
     options = {name: value for name, value in options.items() if name not in _REFUSED}
     unknown = [name for name in options if name not in KNOWN]
     if unknown and options.get("custom_pipeline") is None:
-        _check_components(unknown, index)
+        _check_components(unknown, index, kind)
     if parallel and options.get("use_safetensors") is False:
         raise ValueError(
             "use_safetensors=False is not taken: ranks read single tensors, which pickled files do not allow"
@@ -90,8 +95,8 @@ def read_options(given: Mapping[str, Any], index: Mapping[str, Any], *, parallel
     )
 
 
-def _check_components(names: list[str], index: Mapping[str, Any]) -> None:
-    kind, taken = _components(index)
+def _check_components(names: list[str], index: Mapping[str, Any], chosen: type[Any] | None) -> None:
+    kind, taken = _components(index, chosen)
     if taken is None:
         return
     for name in names:
@@ -101,12 +106,12 @@ def _check_components(names: list[str], index: Mapping[str, Any]) -> None:
             raise TypeError(f"from_pretrained of {kind} takes no option {name!r}: {hint}")
 
 
-def _components(index: Mapping[str, Any]) -> tuple[str, list[str] | None]:
+def _components(index: Mapping[str, Any], chosen: type[Any] | None) -> tuple[str, list[str] | None]:
     """The pipeline's class, and what its constructor takes; ``None`` where this diffusers has no such class."""
     import diffusers
 
-    name = index["_class_name"]
-    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    name = index["_class_name"] if chosen is None else chosen.__name__
+    kind = chosen or (getattr(diffusers, name, None) if isinstance(name, str) else None)
     if kind is None:
         return str(name), None
     return name, [one for one in inspect.signature(kind.__init__).parameters if one != "self"]
