@@ -18,6 +18,7 @@ import patchpipe
 from patchpipe import Engine, ParallelConfig
 from patchpipe.cli import app
 from patchpipe.cli.inputs import fitting_size, read_picture
+from patchpipe.models import PLANS
 from patchpipe.pipeline.choice import choose_class, tasks_of
 from patchpipe.pipeline.schedulers import build_scheduler, scheduler_class, schedulers_for
 from tests import tiny
@@ -80,6 +81,16 @@ def test_a_task_names_the_class_that_diffusers_has_for_it() -> None:
 def test_a_class_that_does_not_fit_is_refused(choice: dict[str, str], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         choose_class(index(), **choice)
+
+
+def test_the_pipelines_that_are_listed_fit_their_transformer_and_are_in_the_docs() -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    for plan in PLANS:
+        assert plan.pipelines
+        for name in plan.pipelines:
+            assert f"`{name}`" in docs
+            types = getattr(diffusers, name)._get_signature_types()["transformer"]
+            assert plan.model in [one.__name__ for one in types]
 
 
 def test_a_task_that_a_model_has_no_class_for_is_refused() -> None:

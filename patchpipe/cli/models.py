@@ -20,10 +20,10 @@ def models() -> None:
     from patchpipe.models import PLANS
 
     console = Console(highlight=False)
-    table = Table("transformer", "methods", box=box.SIMPLE_HEAD)
+    table = Table("transformer", "pipelines tested", "methods", box=box.SIMPLE_HEAD)
     for plan in PLANS:
         methods = [method for method in DEGREES if method != "tensor" or plan.tensor is not None]
-        table.add_row(plan.model, " · ".join(methods))
+        table.add_row(plan.model, "\n".join(plan.pipelines), " · ".join(methods))
     console.print(table)
     console.print("Methods that may be multiplied, each product compared with one process by a test:")
     for product in TESTED:

@@ -6,6 +6,14 @@ STREAMS = ("encoder_hidden_states", "hidden_states")
 
 FLUX = ModelPlan(
     model="FluxTransformer2DModel",
+    pipelines=(
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxFillPipeline",
+        "FluxControlPipeline",
+        "FluxKontextPipeline",
+    ),
     grid=PackedTokens(ids="img_ids", column=1),
     blocks=(
         BlockList(

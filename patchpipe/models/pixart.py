@@ -4,6 +4,7 @@ from patchpipe.models.plan import BlockList, ImageRows, ModelPlan
 
 PIXART = ModelPlan(
     model="PixArtTransformer2DModel",
+    pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     grid=ImageRows(),
     blocks=(
         BlockList(

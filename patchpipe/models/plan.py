@@ -229,6 +229,7 @@ class ModelPlan:
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
             ``"colwise"`` or ``"rowwise"``. ``"class"`` takes the class's own; ``None`` covers none.
+        pipelines: Pipeline classes that are tested; docs/pipelines.md says how.
         latent: Name of the latent input.
         text: Name of the input that identifies the prompt, which tells guidance branches apart.
     """
@@ -251,6 +252,7 @@ class ModelPlan:
     unbatched_inputs: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
     tensor: Mapping[str, Any] | Literal["class"] | None = None
+    pipelines: tuple[str, ...] = ()
     latent: str = "hidden_states"
     text: str = "encoder_hidden_states"
 

@@ -4,6 +4,7 @@ from patchpipe.models.plan import TEXT_ROWS, BlockList, ModelPlan, PackedShapes,
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
+    pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
     grid=PackedShapes(),
     blocks=(
         BlockList(

@@ -4,6 +4,7 @@ from patchpipe.models.plan import BlockList, ImageRows, ModelPlan
 
 SD3 = ModelPlan(
     model="SD3Transformer2DModel",
+    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
     grid=ImageRows(),
     blocks=(
         BlockList(

@@ -10,6 +10,7 @@ from patchpipe.errors import UnsupportedModel, did_you_mean
 from patchpipe.pipeline.schedulers import build_scheduler, scheduler_class, scheduler_settings
 from patchpipe.source import read_index
 
+_ENDING = "Pipeline"
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 
 
@@ -85,11 +86,11 @@ def _class_named(name: str, saved: type[Any]) -> type[Any]:
     found = getattr(diffusers, name, None) if name.isidentifier() else None
     if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline):
         return found
-    names = [one for one in dir(diffusers) if one.endswith("Pipeline")]
-    near = did_you_mean(f"{name.removesuffix('Pipeline')}Pipeline", names)
+    stems = [one.removesuffix(_ENDING) for one in dir(diffusers) if one.endswith(_ENDING)]
+    near = did_you_mean(name.removesuffix(_ENDING), stems)
     served = list(dict.fromkeys(kind.__name__ for kind in tasks_of(saved).values()))
     others = ", ".join(served or [saved.__name__])
-    hint = f"did you mean {near!r}?" if near else f"on these weights there are {others}"
+    hint = f"did you mean '{near}{_ENDING}'?" if near else f"on these weights there are {others}"
     raise ValueError(f"diffusers has no pipeline class {name!r}: {hint}")
 
 

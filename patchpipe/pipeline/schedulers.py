@@ -12,6 +12,7 @@ from typing import Any
 
 from patchpipe.errors import did_you_mean
 
+_ENDING = "Scheduler"
 _FLOW = "FlowMatch"
 _FLOW_SETTINGS = "use_flow_sigmas"
 _ENDINGS = re.compile(r"flowmatch|discrete|multistep|scheduler")
@@ -90,6 +91,10 @@ def _all_schedulers() -> list[type[Any]]:
     return [kind for kind in found if not _lacks_library(kind)]
 
 
+def _names() -> list[str]:
+    return [kind.__name__ for kind in _all_schedulers()]
+
+
 def _knows_flows(kind: type[Any]) -> bool:
     name, taken = kind.__name__, inspect.signature(kind.__init__).parameters
     return name.startswith(_FLOW) or ({_FLOW_SETTINGS, "flow_shift"} <= set(taken) and "Inverse" not in name)
@@ -129,8 +134,8 @@ def _code(function: Any) -> CodeType:
 def _why_not(name: str, settings: Mapping[str, Any], pipeline: type[Any]) -> str:
     same = [kind for kind in _all_schedulers() if name == kind.__name__ or _short(kind.__name__) == _short(name)]
     if not same:
-        near = did_you_mean(name, [kind.__name__ for kind in _all_schedulers()])
-        return f"diffusers has no scheduler {name!r}" + (f" (did you mean {near!r}?)" if near else "")
+        near = did_you_mean(name.removesuffix(_ENDING), [one.removesuffix(_ENDING) for one in _names()])
+        return f"diffusers has no scheduler {name!r}" + (f" (did you mean '{near}{_ENDING}'?)" if near else "")
     kind = same[0]
     if _flows(settings) and not _knows_flows(kind):
         return f"{kind.__name__} denoises models that predict noise, but {pipeline.__name__}'s predicts a flow"
