@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from patchpipe.cli import app
+from patchpipe.cli import app, demo
 from patchpipe.cli.job import check_negative
+from patchpipe.cli.view import View
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import did_you_mean
 from patchpipe.files import check_new, free_name, numbered
@@ -196,3 +198,41 @@ def test_a_negative_prompt_without_effect_is_told(arguments: dict[str, Any], wor
     )
     with nullcontext() if words is None else pytest.raises(ValueError, match=words):
         check_negative(arguments, engine)
+
+
+# -- the demo ------------------------------------------------------------------------------------
+
+
+def way(name: str, seconds: float, shade: int, reason: str | None = None) -> demo.Way:
+    engine: Any = SimpleNamespace(devices=("cpu",) * (1 if "plain" in name else 2), layout_reason=reason)
+    return demo.Way(name, engine, reason or "", [seconds, seconds], [Image.new("RGB", (128, 128), (shade,) * 3)])
+
+
+def test_the_demo_shows_seconds_and_likeness_of_every_way(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = [
+        way("plain diffusers", 2.0, 100),
+        way("cfg 2", 1.0, 100, "predicted quicker"),
+        way("pipefusion 2", 4.0, 101),
+    ]
+    demo._show(View(), ways)
+    lines = capsys.readouterr().out.splitlines()
+    told = {line.split("  ")[1]: line.split() for line in lines if "×" in line}
+    assert told["plain diffusers"][-2:] == ["1.00×", "–"]
+    assert told["cfg 2"][-4:] == ["2", "1.00", "2.00×", "identical"]
+    assert told["pipefusion 2"][-3:] == ["0.50×", "48.1", "dB"]
+    text = " ".join(" ".join(lines).split())
+    assert "The planner takes cfg 2: predicted quicker." in text
+    assert "PipeFusion pays where links are slow (PCIe, Ethernet) or the model is too large for one card" in text
+    sheet = demo._sheet(ways, ("a grey square",))
+    assert sheet.width > 3 * 256
+
+
+def test_the_demo_refuses_before_it_starts_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.png").write_text("precious")
+    for args, words in ((["--rounds", "0"], "--rounds 0 must be 1"), (["-o", "mine.png"], "mine.png is already there")):
+        assert app(args=["demo", *args]) == 2
+        assert words in capsys.readouterr().err
+    assert Path("mine.png").read_text() == "precious"
