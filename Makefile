@@ -19,10 +19,10 @@ PINS := constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench clean
+.PHONY: help setup demo test lint types check bench gpu-check clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 18
 
 setup: $(STAMP) ## make the virtual environment and install what the project needs
 
@@ -51,6 +51,9 @@ bench: setup ## measure every method against one device; writes bench/results an
 	for shape in flux-wide sd3 pixart; do $(BIN)/python -m bench.loopback --shape $$shape $(ARGS) || exit 1; done
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.plot
+
+gpu-check: ## on a machine with a GPU: what only a GPU shows, in 8 minutes (docs/gpu.md)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -83,14 +83,20 @@ def flux(size: Size) -> tuple[Any, dict[str, Any]]:
     return _pipeline("flux", transformer), _call(size, max_sequence_length=64)
 
 
-def flux_real() -> tuple[Any, dict[str, Any]]:
-    """FLUX.1's own sizes at 1024 pixels, for a GPU: 12 billion random weights in bfloat16, made on the device."""
+def flux_real(dual: int = 19, single: int = 38, device: str = "cuda") -> tuple[Any, dict[str, Any]]:
+    """FLUX.1's own sizes at 1024 pixels, for a GPU: 12 billion random weights in bfloat16, made on the device.
+
+    Args:
+        dual: Dual-stream blocks.
+        single: Single-stream blocks.
+        device: Where the weights are made.
+    """
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cuda"):
+        with torch.device(device):
             sizes = {"in_channels": 16, "joint_attention_dim": tiny.WIDTH, "pooled_projection_dim": 16}
-            transformer = FluxTransformer2DModel(**sizes)
+            transformer = FluxTransformer2DModel(num_layers=dual, num_single_layers=single, **sizes)
     finally:
         torch.set_default_dtype(kept)
     pipe, call = _pipeline("flux", lambda: transformer), _call(FULL, max_sequence_length=512)
