@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from patchpipe.pipeline.blocks import Blocks
 from patchpipe.pipeline.board import say_goodbye
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
+from patchpipe.pipeline.preview import Previews, Show
 from patchpipe.pipeline.recipes import check_recipes, check_surroundings
 from patchpipe.pipeline.relatives import mark, pipelines_with
 from patchpipe.pipeline.served import check_served, original_class, served_class
@@ -94,6 +96,7 @@ class Attachment:
         self._tracing: Tracing | None = None
         self._extent = Extent(group, self.runner, lambda: self._adapters.state)
         self._callbacks = Callbacks()
+        self._previews: Previews | None = None
         self._first = self  # the attachment of the pipeline that was made parallel
         self._others: list[weakref.ref[Any]] = []  # pipelines that share its modules
         self._hooked: set[int] = set()  # VAEs
@@ -127,6 +130,40 @@ class Attachment:
             Whether there was a request that could still be ended. One whose last call is over gives its picture.
         """
         return self._extent.cancel()
+
+    @contextmanager
+    def preview(self, every: int = 5, *, show: Show) -> Iterator[None]:
+        """Shows approximate pictures of the requests in the block, which do not wait for them; every rank enters it.
+
+        Example::
+
+            with pipe.patchpipe.preview(every=5, show=lambda preview: preview.images[0].save("preview.png")):
+                image = pipe(prompt)
+
+        Args:
+            every: Steps between them. The last step has none: the picture itself follows.
+            show: Called with each ``Preview`` on the output rank, in a thread of its own; ignored on others.
+
+        Raises:
+            ValueError: ``every`` is no number of steps.
+        """
+        first = self._first
+        outer, first._previews = (
+            first._previews,
+            Previews(every, show, first=self.group.rank == 0, output=self.group.output),
+        )
+        try:
+            yield
+        finally:
+            first._previews = outer
+
+    def _previewed(self, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        previews = self._first._previews
+        if previews is None or self._first._calls or not self._uses_transformer:
+            return nullcontext()
+        names = [name for name in inspect.signature(original).parameters if name != "self"]
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        return previews.of(self._pipe, original, arguments, self._extent.board)
 
     @property
     def _run(self) -> Callable[..., Any]:
@@ -314,7 +351,13 @@ class Attachment:
         if self._uses_transformer:
             self._warn_if_synchronous(kwargs)
         vae = getattr(self._pipe, "vae", None)
-        with self._extent.ending(), self._traced(), self.runner.serving(), self._calling():
+        with (
+            self._extent.ending(),
+            self._traced(),
+            self._previewed(original, args, kwargs),
+            self.runner.serving(),
+            self._calling(),
+        ):
             self._align(kwargs.get("generator"))
             if isinstance(vae, nn.Module):  # it may be another one by now
                 self._hook_vae(vae)
@@ -468,6 +511,8 @@ class Attachment:
 
         def here(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = materialise_tree((args, kwargs), "vae.decode")
+            if self._first._previews is not None:
+                self._first._previews.finish()  # one decodes at a time
             if self._callbacks.running:  # the pipeline goes on afterwards, so every rank gets the picture
                 with self.runner.points.passing("decodes the latent"):
                     self.runner.points.meet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
@@ -15,6 +16,7 @@ from patchpipe.errors import RankFailed, RankLost
 from patchpipe.mesh import Group
 from patchpipe.pipeline.inputs import first_difference
 
+HAND_OVER_SECONDS = 0.02  # between looks at whether something was handed over
 SLICE_SECONDS = 0.5  # of waiting, between looks at who has left
 LEFT = "left"  # where a rank tells that its program has ended
 
@@ -94,6 +96,32 @@ class Board:
         except dist.DistStoreError:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             return missing[0] if missing else None
+
+    def hand_over(self, topic: str, data: bytes) -> None:
+        """Leaves data for one other rank to take."""
+        key = f"{self._prefix}/{topic}"
+        self._mine.add(key)
+        self._store.set(key, data)
+
+    def taken_over(self, topic: str, given_up: threading.Event) -> bytes:
+        """Waits for what another rank hands over, and takes it.
+
+        Args:
+            topic: Of the data.
+            given_up: Set when it is wanted no more.
+
+        Raises:
+            RankLost: It does not come.
+        """
+        key = f"{self._prefix}/{topic}"
+        deadline = time.monotonic() + self.timeout
+        while not self._store.check([key]):
+            if given_up.is_set() or time.monotonic() > deadline:
+                raise RankLost(f"nobody handed over {topic} within {self.timeout:g} s")
+            time.sleep(HAND_OVER_SECONDS)
+        data = self._store.get(key)
+        self._store.delete_key(key)
+        return data
 
     def forget(self) -> None:
         """Takes this rank's notes away; when all ranks have ended the request."""

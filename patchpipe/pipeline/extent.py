@@ -85,6 +85,11 @@ class Extent:
                     self._group.close()  # peers that wait for this rank must not wait for the deadline
                 raise
 
+    @property
+    def board(self) -> Board | None:
+        """Where the ranks write to each other about the request under way, if there are several."""
+        return self._runner.points.board
+
     def cancel(self) -> bool:
         """Ends the request under way on all ranks; see ``Points.cancel``."""
         return self._runner.points.cancel(CANCELLED)
