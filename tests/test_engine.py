@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from patchpipe import Cancelled, Engine, ParallelConfig, PatchpipeError, RankFailed, RankLost
-from patchpipe.engine import Progress, devices, failures, requests
+from patchpipe.engine import Preview, Progress, devices, failures, requests
 from patchpipe.engine.failures import CAUSE, CONSEQUENCE, Failure
 from patchpipe.engine.messages import Call, Channel, Done, Failed
 from patchpipe.engine.oom import out_of_memory
@@ -204,6 +204,23 @@ def test_a_size_nobody_has_memory_for_leaves_the_engine_usable(engine: Engine) -
     assert not engine.closed
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", [TWO, "plain"], ids=["two ranks", "plain"])
+def test_previews_reach_the_caller_and_change_nothing(model: Path, layout: Any) -> None:
+    seen: list[Preview] = []
+    with Engine(model, layout, devices="cpu", threads=1) as engine:
+        call = {**CALL, "num_inference_steps": 8, "seed": 1}
+        before = pixels(engine(**call))
+        assert pixels(engine(on_preview=seen.append, preview_every=3, **call)) == before
+        assert [one.step for one in seen] == [3, 6]
+        assert all(one.images[0].size == (CALL["width"], CALL["height"]) for one in seen)
+        with pytest.raises(ValueError, match="preview_every=0 must be a number of steps"):
+            engine(on_preview=seen.append, preview_every=0, **call)
+        with pytest.raises(LookupError):
+            engine(on_preview=lambda _: complain(), preview_every=1, **{**call, "num_inference_steps": 100})
+        assert pixels(engine(**call)) == before
+
+
 # -- cancelling ----------------------------------------------------------------------------------
 
 
@@ -234,8 +251,9 @@ def test_an_interrupt_or_a_raising_on_progress_leaves_the_engine_usable(
     assert pixels(engine(seed=1, **CALL)) == before
 
 
-@pytest.mark.parametrize("layout", [TWO, None, ParallelConfig(patches=2)], ids=["two ranks", "plain", "one rank"])
-def test_cancel_from_another_thread(model: Path, layout: ParallelConfig | None) -> None:
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", [TWO, "plain", ParallelConfig(patches=2)], ids=["two ranks", "plain", "one rank"])
+def test_cancel_from_another_thread(model: Path, layout: Any) -> None:
     with Engine(model, layout, devices="cpu", threads=1) as engine:
         before = pixels(engine(seed=1, **CALL))
         assert not engine.cancel()
@@ -246,7 +264,7 @@ def test_cancel_from_another_thread(model: Path, layout: ParallelConfig | None) 
         assert told == [True]
         assert time.monotonic() - began < 30
         assert pixels(engine(seed=1, **CALL)) == before
-        if layout is not None:
+        if layout != "plain":
             threading.Timer(0.5, engine.cancel).start()
             with pytest.raises(Cancelled):
                 engine.together([LONG, LONG])

@@ -62,6 +62,7 @@ def generate(
     rounds: options.Rounds = 1,
     json_file: options.JsonFile = None,
     trace: options.Trace = None,
+    preview: options.PreviewSteps = None,
     images: options.Images = 1,
     in_flight: options.InFlight = 1,
     seed: options.Seed = 0,
@@ -147,5 +148,6 @@ def generate(
         rounds=rounds,
         report=json_file,
         trace=trace,
+        preview=preview,
     )
     run(job)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from patchpipe.tracing.timeline import check_target
 if TYPE_CHECKING:
     from PIL import Image
 
-    from patchpipe.engine import Engine, Result
+    from patchpipe.engine import Engine, Preview, Result
 
 DEFAULT_OUT = Path("out.png")
 TOGETHER_METHODS = ("pipefusion", "cfg")  # whose products are tested with requests in flight together
@@ -54,6 +55,7 @@ class Job:
     rounds: int
     report: Path | None
     trace: Path | None
+    preview: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "rounds", "in_flight"):
@@ -61,6 +63,8 @@ class Job:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
         if self.in_flight > 1:
             self._check_in_flight()
+        if self.preview is not None:
+            self._check_preview()
         if self.data > 1 and self.compare:
             raise ValueError("--compare paints picture by picture, --data several at once: leave one of them out")
         if self.trace is not None and self.compare:
@@ -78,6 +82,12 @@ class Job:
     def data(self) -> int:
         """Parts into which the pictures of a request are split."""
         return self.config.data if isinstance(self.config, ParallelConfig) else 1
+
+    def _check_preview(self) -> None:
+        if self.preview is not None and self.preview < 1:
+            raise ValueError(f"--preview {self.preview} must be a number of steps, 1 or more")
+        if self.compare or self.in_flight > 1 or self.data > 1:
+            raise ValueError("--preview follows one picture: leave out --compare, --in-flight and --data")
 
     def _check_in_flight(self) -> None:
         if self.compare:
@@ -262,11 +272,31 @@ def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
 
 
 def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int, trace: Path | None) -> Painted:
-    with view.painting(prompt) as on_progress:
-        result = engine.generate(prompt=prompt, seed=seed, on_progress=on_progress, trace=trace, **job.arguments)
+    with view.painting(prompt) as on_progress, _previewed(job) as previews:
+        told = {"on_progress": on_progress, **previews}
+        result = engine.generate(prompt=prompt, seed=seed, **told, trace=trace, **job.arguments)
     picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
     view.painted(prompt, seed, result)
     return Painted(prompt, seed, picture, result)
+
+
+@contextmanager
+def _previewed(job: Job) -> Iterator[dict[str, Any]]:
+    """What to ask an engine for previews with; they are on disk until the picture is done."""
+    if job.preview is None:
+        yield {}
+        return
+    assert job.out is not None
+    named = job.out.with_suffix(".preview.png")
+    file = named if job.force else free_name(named, 1)
+
+    def write(preview: Preview) -> None:
+        pictures.write_picture(pictures.as_pictures(preview.images, "the pipeline")[0], file)
+
+    try:
+        yield {"on_preview": write, "preview_every": job.preview}
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def _paint_together(

@@ -196,6 +196,10 @@ Trace = Annotated[
     Path | None,
     _option(_OUTPUT, "Write a timeline of the run, for `patchpipe trace` and Perfetto.", metavar="FILE"),
 ]
+PreviewSteps = Annotated[
+    int | None,
+    _option(_OUTPUT, "Write what the picture looks like to FILE.preview.png every so many steps.", "--preview"),
+]
 Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
 
 

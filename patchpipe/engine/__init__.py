@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from patchpipe.engine.engine import Engine
 from patchpipe.engine.messages import RankInfo
-from patchpipe.engine.results import Progress, Result
+from patchpipe.engine.results import Preview, Progress, Result
 
-__all__ = ["Engine", "Progress", "RankInfo", "Result"]
+__all__ = ["Engine", "Preview", "Progress", "RankInfo", "Result"]

@@ -28,6 +28,7 @@ from patchpipe.engine.messages import (
     Done,
     LoadLora,
     Planned,
+    Previewed,
     RankInfo,
     Ready,
     Start,
@@ -36,7 +37,7 @@ from patchpipe.engine.messages import (
 )
 from patchpipe.engine.processes import Worker, Workers
 from patchpipe.engine.requests import OwnSeed, Seed
-from patchpipe.engine.results import OnProgress, Progress, Result, result_of
+from patchpipe.engine.results import OnPreview, OnProgress, Preview, Progress, Result, check_every, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
 from patchpipe.pipeline.choice import check_choice, choose_for_engine
@@ -182,17 +183,22 @@ class Engine:
         *args: Any,
         seed: Seed = None,
         on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 5,
         trace: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Runs the pipeline and returns its pictures; see ``generate``."""
-        return self.generate(*args, seed=seed, on_progress=on_progress, trace=trace, **kwargs).images
+        told: dict[str, Any] = {"on_progress": on_progress, "on_preview": on_preview, "preview_every": preview_every}
+        return self.generate(*args, seed=seed, **told, trace=trace, **kwargs).images
 
     def generate(
         self,
         *args: Any,
         seed: Seed = None,
         on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
+        preview_every: int = 5,
         trace: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Result:
@@ -202,6 +208,8 @@ class Engine:
             *args: The pipeline's first arguments by position, usually the prompt.
             seed: Seed of the noise, one for all pictures or one for each. ``None`` takes a fresh one.
             on_progress: Called after each step. If it raises, the request is cancelled.
+            on_preview: Called with approximate pictures on the way, which the request does not wait for; likewise.
+            preview_every: Steps between them.
             trace: File (``NAME.json``) for the timeline of the request, which ``patchpipe trace`` draws.
             **kwargs: The pipeline's arguments by name.
 
@@ -216,8 +224,10 @@ class Engine:
             self._check_open()
             place = self._trace_place(trace)
             call, used = self._call(self._named(args, kwargs), seed, place)
+            if on_preview is not None:
+                call = replace(call, preview=check_every(preview_every))
             began = time.monotonic()
-            done = self._run(call, on_progress)
+            done = self._run(call, on_progress, on_preview)
             seconds = time.monotonic() - began
         return result_of(done.output, seconds, done.stats, used)
 
@@ -437,7 +447,16 @@ class Engine:
             raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
         return str(check_target(Path(trace)))
 
-    def _run(self, call: Call | CallTogether | LoadLora | UnloadLora, on_progress: OnProgress | None) -> Done:
+    def _run(
+        self,
+        call: Call | CallTogether | LoadLora | UnloadLora,
+        on_progress: OnProgress | None,
+        on_preview: OnPreview | None = None,
+    ) -> Done:
+        def show(told: Previewed) -> None:
+            if on_preview is not None:
+                on_preview(Preview(told.step, told.images))
+
         def on_step(rank: int, step: Step) -> None:
             if on_progress is not None and rank == self._output_rank:
                 on_progress(Progress(step.step, step.total, step.seconds, step.call))
@@ -449,7 +468,7 @@ class Engine:
                 for worker in self._workers.members:
                     _send(worker, replace(call, request=self._request))
                 self._painting = True
-            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step))
+            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step, show))
         except BaseException:
             self._abandon()
             raise
@@ -483,9 +502,10 @@ class Engine:
         activity: str,
         silence: float,
         on_step: Callable[[int, Step], None] | None = None,
+        on_preview: Callable[[Previewed], None] | None = None,
     ) -> Watch:
         members = self._workers.members
-        return Watch(members, self.devices, expected, self._request, activity, silence, on_step)
+        return Watch(members, self.devices, expected, self._request, activity, silence, on_step, on_preview)
 
     def _settle(self, outcome: Outcome) -> list[Any]:
         if outcome.failure is None:

@@ -97,12 +97,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Call:
-    """Parent to worker: run the pipeline once with these (encoded) arguments, its timeline written to ``trace``."""
+    """Parent to worker: run the pipeline once with these (encoded) arguments, its timeline written to ``trace``.
+
+    ``preview`` asks for an approximate picture every so many steps.
+    """
 
     request: int
     seed: int
     arguments: Mapping[str, Any]
     trace: str | None = None
+    preview: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,15 @@ class Step:
     total: int | None
     seconds: float
     call: int = 0
+
+
+@dataclass(frozen=True)
+class Previewed:
+    """Worker to parent: what the pictures look like after some steps."""
+
+    request: int
+    step: int
+    images: Any
 
 
 @dataclass(frozen=True)

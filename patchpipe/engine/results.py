@@ -30,6 +30,22 @@ OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What pictures look like on the way.
+
+    Attributes:
+        step: Steps that are over.
+        images: The pictures, of the kind the request gives.
+    """
+
+    step: int
+    images: Any
+
+
+OnPreview = Callable[[Preview], None]
+
+
+@dataclass(frozen=True)
 class Result:
     """What a request came to.
 
@@ -51,3 +67,14 @@ class Result:
 def result_of(output: Any, seconds: float, stats: Mapping[str, Any], seed: OwnSeed) -> Result:
     """A request's result, from what a worker gave."""
     return Result(pictures(output), seconds, dict(stats), output, seed)
+
+
+def check_every(steps: Any) -> int:
+    """The number of steps between previews.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"preview_every={steps!r} must be a number of steps, 1 or more")
+    return steps

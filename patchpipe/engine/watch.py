@@ -11,7 +11,7 @@ from typing import Any
 
 from patchpipe.engine import failures
 from patchpipe.engine.failures import Failure
-from patchpipe.engine.messages import Failed, Step, Warned
+from patchpipe.engine.messages import Failed, Previewed, Step, Warned
 from patchpipe.engine.processes import Worker
 
 logger = logging.getLogger("patchpipe.engine")
@@ -47,6 +47,7 @@ class Watch:
         activity: What the workers are doing, for error messages.
         silence: Seconds without any message after which the wait is given up.
         on_step: Called with the rank and each step it tells of.
+        on_preview: Called with each preview.
 
     Attributes:
         ending: Whether the request was cancelled, so that steps are told no more.
@@ -61,6 +62,7 @@ class Watch:
         activity: str,
         silence: float,
         on_step: Callable[[int, Step], None] | None = None,
+        on_preview: Callable[[Previewed], None] | None = None,
     ) -> None:
         self._workers = {worker.channel.connection: worker for worker in workers}
         self._devices = devices
@@ -68,7 +70,7 @@ class Watch:
         self._request = request
         self._activity = activity
         self._silence = silence
-        self._on_step = on_step
+        self._on_step, self._on_preview = on_step, on_preview
         self._answers: dict[int, Any] = {}
         self._failures: list[Failure] = []
         self._warnings: set[str] = set()
@@ -117,6 +119,9 @@ class Watch:
             self._steps[worker.rank] = message
             if self._on_step is not None and not self._failures and not self.ending:
                 self._on_step(worker.rank, message)
+        elif isinstance(message, Previewed):
+            if self._on_preview is not None and not self._failures and not self.ending:
+                self._on_preview(message)
         elif isinstance(message, Failed):
             self._fail(failures.from_message(worker, self._devices[worker.rank], message))
         elif isinstance(message, self._expected):

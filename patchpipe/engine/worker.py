@@ -27,6 +27,7 @@ from patchpipe.engine.messages import (
     Failed,
     LoadLora,
     Plan,
+    Previewed,
     RankInfo,
     Ready,
     Start,
@@ -161,8 +162,23 @@ class Server:
 
         self._pipe.progress_bar = self._bar(call.request, began)
         torch.manual_seed(call.seed)
-        with self._warnings(call.request), self._traced(call.trace):
-            return portable(self._pipe(**decode(call.arguments)))
+        arguments = decode(call.arguments)
+        with self._warnings(call.request), self._traced(call.trace), self._previewed(call, arguments):
+            return portable(self._pipe(**arguments))
+
+    def _previewed(self, call: Call, arguments: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+        from patchpipe.engine.requests import portable
+        from patchpipe.pipeline.preview import Preview, Previews
+
+        if call.preview is None:
+            return contextlib.nullcontext()
+
+        def show(preview: Preview) -> None:
+            self._channel.send(Previewed(call.request, preview.step, portable(preview.images)))
+
+        if self._start.config is not None:
+            return self._attachment.preview(call.preview, show=show)
+        return Previews(call.preview, show).of(self._pipe, type(self._pipe).__call__, arguments)
 
     def _run_together(self, asked: CallTogether, began: float) -> list[Any]:
         from patchpipe.engine.requests import decode, portable
