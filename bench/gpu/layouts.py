@@ -30,7 +30,7 @@ FOUR: list[dict[str, Any]] = [
     {"pipefusion": 2, "ring": 2, "patches": 2}, {"pipefusion": 2, "tensor": 2, "patches": 2},
     {"cfg": 2, "pipefusion": 2, **PATCHES}, {"cfg": 2, "distrifusion": 2},
 ]  # fmt: skip
-FEW = {2: [TWO[1], {"ring": 2}], 4: [{"pipefusion": 2, "ulysses": 2, "patches": 2}]}  # for a CPU
+FEW: dict[int, list[dict[str, Any]]] = {2: [TWO[1]], 4: []}  # for a CPU
 CLOSE = 1e-2  # of the largest value, in float32: sums are reordered, and 4 steps carry that on
 PATIENCE = 45.0  # with the start of the ranks
 SECONDS_TO_TELL = 15.0  # a rank's death is known to the others by then

@@ -14,10 +14,10 @@ import patchpipe
 from bench.gpu.ranks import Spot
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
-from patchpipe.loading import DTYPES
 from tests import tiny
 from tests.nccl_rules import under_nccl_rules
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LARGE = "large "
 HEIGHT = 112  # 7 rows of tokens: divides by nothing
 STEPS = 4

@@ -18,6 +18,7 @@ from patchpipe.planner import Device, Workload, block_seconds
 from patchpipe.planner.cards import card_found
 from patchpipe.planner.measure import measure_device
 from patchpipe.planner.workloads import Asked, workload_for
+from tests import tiny
 
 REAL, SMALL = "flux-real", "bundled"
 PATCHES, ROUNDS, STEPS = (1, 2, 4, 8), 3, 6
@@ -33,7 +34,7 @@ def run(setting: Setting, note: Note) -> None:
     pipe, call = build(shape, setting.device, "fp32" if setting.tiny else "bf16")
     _patches(pipe, call, shape, setting, note)
     if setting.tiny:
-        pipe = build("flux", "cpu", "fp32")[0]
+        pipe = tiny.pipeline("flux")
     _blocks(pipe.transformer, setting, note)
     _device(setting, note)
 
