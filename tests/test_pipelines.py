@@ -26,6 +26,7 @@ from PIL import Image
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.pipeline.relatives import _USERS
 from tests import tiny
 from tests.ranks import Place, quieten
 from tests.threads import run_threads
@@ -106,13 +107,18 @@ def in_turn(place: Place, name: str, expected: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_pipelines_on_the_same_weights_are_served_in_turn(name: str) -> None:
-    plain = tiny.pipeline(name)
+    plain, others = tiny.pipeline(name), users()  # what other tests have left parallel
     expected = {type(plain).__name__: paint(plain, name)}
     for kind in KINDS[name]:
         expected[kind] = paint(getattr(diffusers, kind).from_pipe(plain), name)
     for world_size in (1, 2):
         run_threads(world_size, in_turn, name, expected)
-    assert not hasattr(DiffusionPipeline.__setattr__, "__wrapped__")
+    assert users() == others
+
+
+def users() -> int:
+    """Parallel pipelines for which setting an attribute is watched."""
+    return getattr(DiffusionPipeline.__setattr__, _USERS, 0)
 
 
 def streaming(place: Place) -> np.ndarray | None:
