@@ -132,7 +132,8 @@ def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[s
     if found.quantiser is not None:
         needed = needs(transformer, plan, owned, last=group.last)
         blocks = [place.name for place in plan.blocks_of(transformer)]
-        found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
+        with _BUILDING:
+            found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
         return
     names = owned_names(transformer, plan, owned, last=group.last)
     dtypes = dtypes_of(transformer, dtype_of("transformer", found.dtype))
@@ -292,7 +293,8 @@ class _Found:
         stages = split_blocks(transformer, plan, config)
         check_tensor(transformer, plan, config.tensor)
         if quantiser is not None:
-            quantiser.prepare(transformer, checkpoint)
+            with _BUILDING:
+                quantiser.prepare(transformer, checkpoint)
         return cls(source, plan, transformer, stages, checkpoint, quantiser, wanted, rest)
 
     @property
