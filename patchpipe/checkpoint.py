@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -52,6 +53,17 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """The files they are in."""
         return sorted(set(self._file_of.values()))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor as it is stored, by the headers of the files."""
+        found = {}
+        for path in self.files:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length))
+            offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+            found.update({name: stop - start for name, (start, stop) in offsets.items()})
+        return found
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors as they are stored, on the CPU."""

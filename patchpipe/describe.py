@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from patchpipe.balance import StageBlocks, shared_blocks, split_blocks
 from patchpipe.checkpoint import Checkpoint
 from patchpipe.config import ParallelConfig
 from patchpipe.explain import Volume
-from patchpipe.loading import PipelineFolder, owned_names
+from patchpipe.loading import PipelineFolder, needs
 from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.pretrained.quantised import check_recipe
 from patchpipe.tensor import INPUTS, check_tensor, split_linears
 
 
@@ -74,14 +76,16 @@ def describe_model(
     source, _ = PipelineFolder.locate(model, variant, {"revision": revision})
     plan = source.plan()
     transformer = source.build("transformer", torch.float32)
-    dtype = Checkpoint(source.path / "transformer", variant).dtype()
+    checkpoint = Checkpoint(source.path / "transformer", variant)
+    dtype, recipe = checkpoint.dtype(), check_recipe(source.config("transformer"), None, config)
+    stored = checkpoint.sizes() if recipe else {}
     return ModelInfo(
         pipeline_class=source.index["_class_name"],
         transformer_class=plan.model,
         parameters=_parameters(transformer),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + (f", quantised by {recipe}" if recipe else ""),
         block_lists=[_block_list(transformer, listing.path) for listing in plan.blocks],
-        stages=_stages(source, transformer, plan, config, dtype.itemsize),
+        stages=_stages(source, transformer, plan, config, dtype.itemsize, stored),
         plan=describe_plan(plan),
     )
 
@@ -94,8 +98,14 @@ def describe_plan(plan: ModelPlan) -> str:
 
 
 def _stages(
-    source: PipelineFolder, transformer: nn.Module, plan: ModelPlan, config: ParallelConfig, itemsize: int
+    source: PipelineFolder,
+    transformer: nn.Module,
+    plan: ModelPlan,
+    config: ParallelConfig,
+    itemsize: int,
+    stored: Mapping[str, int],
 ) -> list[StageInfo]:
+    """What every rank holds; ``stored`` has the bytes of tensors that are quantised."""
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
     components = component_parameters(source)
@@ -104,12 +114,17 @@ def _stages(
     for rank in range(config.world_size):
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
-        names = owned_names(transformer, plan, owned.held, last=stage == config.pipefusion - 1)
+        needed = needs(transformer, plan, owned.held, last=stage == config.pipefusion - 1)
         held = [part for part in components if rank == _home(part, config) or (part == "vae" and config.parallel_vae)]
-        parameters = sum(sizes[name] for name in names) + sum(components[part] for part in held)
+        own, others = _sum(sizes, needed), sum(components[part] for part in held)
+        weights = _sum(stored, needed) if stored else own * itemsize
         blocks = _blocks(places, owned)
-        stages.append(StageInfo(rank, blocks, parameters, parameters * itemsize, held))
+        stages.append(StageInfo(rank, blocks, own + others, weights + others * itemsize, held))
     return stages
+
+
+def _sum(sizes: Mapping[str, int], needed: Callable[[str], bool]) -> int:
+    return sum(size for name, size in sizes.items() if needed(name))
 
 
 def _blocks(places: list[BlockPlace], owned: StageBlocks) -> str:

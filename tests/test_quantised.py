@@ -15,8 +15,9 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 import patchpipe
 from patchpipe import Engine, ParallelConfig, checkpoint, loading
 from patchpipe.config import AutoLayout
+from patchpipe.describe import describe_model
 from patchpipe.precheck import check_folder, quantised
-from patchpipe.pretrained.quantised import without_tensor
+from patchpipe.pretrained.quantised import stored_bytes, without_tensor
 from tests import tiny
 from tests.ranks import Place, quieten
 from tests.threads import run_threads
@@ -77,14 +78,8 @@ def spread(folder: Path, config: ParallelConfig, **options: Any) -> tuple[torch.
 
 
 def held(module: Any) -> int:
-    """Bytes of a module's weights, those within quantised tensors counted as they are."""
-    total = 0
-    for one in module.parameters():
-        if one.device.type != "meta":
-            names = one.__tensor_flatten__()[0] if hasattr(one, "__tensor_flatten__") else None
-            inner = [one] if names is None else [getattr(one, name) for name in names]
-            total += sum(tensor.numel() * tensor.element_size() for tensor in inner)
-    return total
+    """Bytes of a module's weights on this rank."""
+    return sum(stored_bytes(one) for one in module.parameters() if one.device.type != "meta")
 
 
 @RECIPES
@@ -107,9 +102,7 @@ def test_a_quantised_pipeline_is_that_of_diffusers(recipe: Callable[[], Any], na
 
 
 @RECIPES
-def test_a_rank_quantises_what_it_owns(
-    recipe: Callable[[], Any], saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_quantises_what_it_owns(recipe: Callable[[], Any], saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = of_transformer(recipe)
     most: list[int] = []
     read = checkpoint.Checkpoint.read
@@ -169,6 +162,9 @@ def test_a_checkpoint_that_is_stored_quantised(recipe: Callable[[], Any], saved:
     expected = latents(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32))
     made, sizes = spread(folder, TWO)
     assert torch.equal(made, expected)
+    told, whole = describe_model(folder, TWO), describe_model(saved, TWO)
+    assert told.dtype == f"float32, quantised by {recipe.__name__}"
+    assert all(less.bytes < size.bytes for less, size in zip(told.stages, whole.stages, strict=True))
     assert max(sizes) < 0.6 * sum(sizes)
 
 

@@ -277,6 +277,8 @@ class Server:
     def _info(self) -> RankInfo:
         import torch
 
+        from patchpipe.pretrained.quantised import stored_bytes
+
         model = next((m for m in (getattr(self._pipe, n, None) for n in _MODEL_NAMES) if m is not None), None)
         held = _parameters(model)
         modules = [m for m in self._pipe.components.values() if isinstance(m, torch.nn.Module)]
@@ -289,7 +291,7 @@ class Server:
             pipeline_class=type(self._pipe).__name__,
             transformer_class=type(model).__name__,
             parameters=sum(p.numel() for p in held),
-            bytes=sum(p.numel() * p.element_size() for module in modules for p in _parameters(module)),
+            bytes=sum(stored_bytes(one) for module in modules for one in _parameters(module)),
         )
 
     def _last(self) -> Any:

@@ -125,6 +125,14 @@ def recipe_in_memory(model: nn.Module) -> str | None:
     return None
 
 
+def stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor; those of what it is made of, where it is quantised and says the size of what it stands for."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.numel() * tensor.element_size()
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return sum(stored_bytes(part) for part in parts if part is not None)
+
+
 class Quantiser:
     """Quantises one transformer as diffusers does, or reads one that is stored quantised.
 
