@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -298,3 +300,15 @@ def test_a_large_picture_is_made_as_small_as_the_model_paints() -> None:
     assert fitting_size(100, 70, 1024 * 1024) == (96, 64)
     assert fitting_size(4096, 3072, 1024 * 1024) == (1168, 880)
     assert fitting_size(1024, 1024, 128 * 128) == (128, 128)
+
+
+def test_a_refusal_is_one_line_in_a_fresh_process(folder: Path) -> None:
+    """Nothing is said of optional libraries, and a missing file does not wait for torch."""
+    command = [sys.executable, "-m", "patchpipe", "generate", "x", "--devices", "cpu", "--model", str(folder)]
+    run = subprocess.run([*command, "--scheduler", "ddim"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: DDIMScheduler denoises models that predict noise")
+    assert run.stderr.count("\n") == 1
+    code = "import sys; from patchpipe.cli import app; app(args=['generate', 'x', '--image', 'none.png']); "
+    script = [sys.executable, "-c", f"{code}sys.exit('torch' in sys.modules)"]
+    assert subprocess.run(script, capture_output=True, check=False).returncode == 0

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from patchpipe.engine.loras import find_lora
-
 if TYPE_CHECKING:
     from patchpipe.engine import Engine
 
@@ -33,6 +31,8 @@ def read_loras(texts: Sequence[str] | None) -> tuple[Lora, ...]:
 
 
 def _read(text: str) -> Lora:
+    from patchpipe.engine.loras import find_lora  # with the engine comes torch, too slow for --help
+
     path, colon, tail = text.rpartition(":")
     if not colon or Path(text).expanduser().exists():
         return Lora(find_lora(text))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ from patchpipe.source import read_index
 
 _ENDING = "Pipeline"
 TASKS = ("text-to-image", "image-to-image", "inpainting")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without what transformers says of optional libraries while diffusers loads classes."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def choose_class(
@@ -46,7 +60,8 @@ def choose_class(
 
 def tasks_of(saved: type[Any]) -> dict[str, type[Any]]:
     """The pipeline class for each task on the weights of a class, as diffusers' AutoPipeline has them."""
-    from diffusers.pipelines import auto_pipeline as auto
+    with quietly():
+        from diffusers.pipelines import auto_pipeline as auto
 
     maps = (
         auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING, auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -72,7 +87,8 @@ def _class_for_task(saved: type[Any], task: str) -> type[Any]:
 def _saved_class(index: Mapping[str, Any]) -> type[Any]:
     import diffusers
 
-    found = getattr(diffusers, str(index["_class_name"]), None)
+    with quietly():
+        found = getattr(diffusers, str(index["_class_name"]), None)
     if found is None:
         raise UnsupportedModel(
             f"this diffusers ({diffusers.__version__}) has no pipeline class {index['_class_name']}: upgrade it"
@@ -83,7 +99,8 @@ def _saved_class(index: Mapping[str, Any]) -> type[Any]:
 def _class_named(name: str, saved: type[Any]) -> type[Any]:
     import diffusers
 
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
+    with quietly():
+        found = getattr(diffusers, name, None) if name.isidentifier() else None
     if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline):
         return found
     stems = [one.removesuffix(_ENDING) for one in dir(diffusers) if one.endswith(_ENDING)]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchpipe.pipeline.choice import quietly
+
 HUB = frozenset({"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"})
 _CHOICE_OF_FILES = frozenset(
     {"custom_pipeline", "custom_revision", "load_connected_pipeline", "trust_remote_code", "use_safetensors"}
@@ -111,7 +113,8 @@ def _components(index: Mapping[str, Any], chosen: type[Any] | None) -> tuple[str
     import diffusers
 
     name = index["_class_name"] if chosen is None else chosen.__name__
-    kind = chosen or (getattr(diffusers, name, None) if isinstance(name, str) else None)
+    with quietly():
+        kind = chosen or (getattr(diffusers, name, None) if isinstance(name, str) else None)
     if kind is None:
         return str(name), None
     return name, [one for one in inspect.signature(kind.__init__).parameters if one != "self"]
