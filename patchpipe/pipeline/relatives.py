@@ -41,9 +41,13 @@ def mark(modules: Iterable[nn.Module], serve: Serve) -> Callable[[], None]:
 
 def pipelines_with(modules: Iterable[nn.Module]) -> list[Any]:
     """All pipelines of this process that have one of the modules as an attribute."""
-    wanted = {id(module) for module in modules}
-    everything = [found for found in gc.get_objects() if issubclass(type(found), DiffusionPipeline)]
-    return [pipe for pipe in everything if any(id(value) in wanted for value in list(vars(pipe).values()))]
+    wanted = {id(module): module for module in modules}
+    # Not all objects of the process: to hold a tuple that another thread is just making breaks that thread.
+    holders = gc.get_referrers(*wanted.values())
+    held = [holder for holder in holders if type(holder) is dict]
+    owners = {id(owner): owner for owner in (*holders, *(gc.get_referrers(*held) if held else ()))}
+    pipes = [owner for owner in owners.values() if issubclass(type(owner), DiffusionPipeline)]
+    return [pipe for pipe in pipes if any(id(value) in wanted for value in list(vars(pipe).values()))]
 
 
 def _watch() -> Callable[[], None]:
