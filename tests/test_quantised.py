@@ -151,21 +151,37 @@ def test_layouts_with_quantised_weights_paint_what_they_paint_in_memory(
     assert torch.equal(loaded, in_memory)
 
 
-@RECIPES
-def test_a_checkpoint_that_is_stored_quantised(recipe: Callable[[], Any], saved: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(saved, tmp_path / "stored"))
+def stored(recipe: Callable[[], Any], saved: Path, folder: Path) -> Path:
+    """The pipeline with a transformer that is quantised on disk, in several files."""
+    shutil.copytree(saved, folder)
     pipe = DiffusionPipeline.from_pretrained(saved, quantization_config=of_transformer(recipe), dtype=torch.float32)
     shutil.rmtree(folder / "transformer")
     pipe.transformer.save_pretrained(folder / "transformer", max_shard_size="30KB")
+    return folder
+
+
+def test_a_checkpoint_that_is_stored_quantised(saved: Path, tmp_path: Path) -> None:
+    folder = stored(torchao, saved, tmp_path / "stored")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 2
     assert quantised(folder, {})
     expected = latents(DiffusionPipeline.from_pretrained(folder, dtype=torch.float32))
     made, sizes = spread(folder, TWO)
     assert torch.equal(made, expected)
     told, whole = describe_model(folder, TWO), describe_model(saved, TWO)
-    assert told.dtype == f"float32, quantised by {recipe.__name__}"
+    assert told.dtype == "float32, quantised by torchao"
     assert all(less.bytes < size.bytes for less, size in zip(told.stages, whole.stages, strict=True))
     assert max(sizes) < 0.6 * sum(sizes)
+
+
+def test_quanto_in_a_checkpoint_is_refused(saved: Path, tmp_path: Path) -> None:
+    folder = stored(quanto, saved, tmp_path / "stored")
+    for start in (
+        lambda: patchpipe.from_pretrained(folder, ONE),
+        lambda: Engine(folder, TWO, devices="cpu"),
+        lambda: patchpipe.parallelize(DiffusionPipeline.from_pretrained(folder), ONE),
+    ):
+        with pytest.raises(ValueError, match=r"stored as quantised by quanto.* load the whole weights with"):
+            start()
 
 
 @RECIPES

@@ -47,6 +47,8 @@ def check_recipe(settings: Mapping[str, Any], asked: Any, config: ParallelConfig
         advice = _INSTEAD.get(recipe, "use TorchAoConfig")
         whose = "the transformer's weights are" if stored is not None else "quantization_config asks for a transformer"
         raise ValueError(f"{whose} quantised by {recipe}, which is not tested in parts ({_BESIDE}): {advice}")
+    if stored is not None and recipe == "quanto":
+        raise _stored_quanto()
     if recipe is not None:
         check_layout(recipe, config)
     if config.parallel_vae and of_component(asked, "vae") is not None:
@@ -90,6 +92,8 @@ def check_in_memory(model: nn.Module, config: ParallelConfig) -> None:
     if recipe not in (*SERVED, "gguf"):
         advice = _INSTEAD.get(recipe, "use TorchAoConfig")
         raise ValueError(f"the transformer is quantised by {recipe}, which is not tested ({_BESIDE}): {advice}")
+    if recipe == "quanto" and any(parameter.is_meta for parameter in model.parameters()):
+        raise _stored_quanto()
     check_layout(recipe, config)
 
 
@@ -204,6 +208,14 @@ class Quantiser:
         checkpoint.check_complete([name for name, one in model.named_parameters() if one.is_meta and needed(name)])
         self._quantiser.postprocess_model(model)
         model.hf_quantizer = self._quantiser
+
+
+def _stored_quanto() -> ValueError:
+    """Tensors that diffusers reads from such files say that they are on ``meta``, where nothing can be computed."""
+    return ValueError(
+        "the transformer is stored as quantised by quanto, whose tensors tell a wrong device once they are read: load "
+        "the whole weights with quantization_config=PipelineQuantizationConfig(…), or use TorchAoConfig"
+    )
 
 
 def _by_block(names: list[str], blocks: list[str]) -> list[list[str]]:
