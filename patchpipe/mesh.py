@@ -330,7 +330,15 @@ class Group:
 
     def _told_failure(self) -> PatchpipeError | None:
         """The first failure that another rank has told of, or that one has told of another."""
-        first = self._first_failure()
+        return self._as_error(self._first_failure())
+
+    def failed_to_load(self) -> PatchpipeError | None:
+        """Why another rank has failed before any request, as the error to raise; ``None`` if none has."""
+        if self._store is None or not self._store.check([LOADING]):
+            return None
+        return self._as_error(json.loads(self._store.get(LOADING)))
+
+    def _as_error(self, first: dict[str, Any] | None) -> PatchpipeError | None:
         if first is None:
             return None
         if first.get("lost"):

@@ -33,6 +33,7 @@ class Board:
         assert group.store is not None
         self.rank, self.world_size = group.rank, group.world_size
         self.timeout = group.config.timeout
+        self._failed_to_load = group.failed_to_load
         self._store: dist.Store = group.store
         self._prefix = f"request/{number}"
         self._mine: set[str] = set()
@@ -70,6 +71,10 @@ class Board:
         Args:
             topic: Of the notes.
             explain: The error for a rank that has not written one within the timeout.
+
+        Raises:
+            RankFailed: One of them has failed before any request.
+            RankLost: One of them has left.
         """
         deadline = time.monotonic() + self.timeout
         while True:
@@ -79,6 +84,9 @@ class Board:
                 found = self.told(topic)
                 assert found is not None
                 return found
+            failure = self._failed_to_load()
+            if failure is not None:
+                raise failure
             if self._store.check([f"{LEFT}/{missing}"]):
                 raise RankLost(
                     f"rank {missing} has ended its program, or has restored the pipeline, while rank {self.rank} "
