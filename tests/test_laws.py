@@ -437,9 +437,9 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
         ("qwen", "controlnet_block_samples", [0]),
         ("qwen", "guidance", [0]),
         ("qwen", "additional_t_cond", [0]),
-        ("qwen", "attention_kwargs", {"scale": 0.5}),
+        ("qwen", "attention_kwargs", {"gligen": [0]}),
         ("pixart", "attention_mask", [0]),
-        ("pixart", "cross_attention_kwargs", {"scale": 0.5}),
+        ("pixart", "cross_attention_kwargs", {"gligen": [0]}),
     ],
 )
 def test_law_6_never_silently_wrong(name: str, option: str, value: Any, folder: Callable[[str], Path]) -> None:
