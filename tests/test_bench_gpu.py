@@ -6,6 +6,7 @@ import importlib
 import json
 import lzma
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -123,6 +124,42 @@ def test_a_part_that_hangs_is_ended_with_its_children_and_keeps_its_rows(tmp_pat
             break
         time.sleep(0.1)
     assert not _runs(row["child"])
+
+
+WAITS = """
+import os, time
+def run(setting, note):
+    note("first", True, {"pid": os.getpid()})
+    time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_ended_leaves_no_part(number: signal.Signals, tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    (tmp_path / "a_part.py").write_text(WAITS)
+    starts = (
+        "import bench.gpu.__main__ as command, bench.gpu.catalogue as catalogue, sys\n"
+        "part = catalogue.Part('z', 'a part', 'a_part', 100)\n"
+        "command.chosen = lambda _text: [part]\n"
+        f"command.app(['--cpu', '--out', {str(tmp_path / 'gpu.json')!r}])\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), folder]), "TMPDIR": folder}
+    process = subprocess.Popen([sys.executable, "-c", starts], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    rows: list[dict[str, Any]] = []
+    for _ in range(600):
+        rows = [row for file in tmp_path.glob("*/z.jsonl") for row in read_rows(file)]
+        if rows:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.wait(20)
+    pid = rows[0]["pid"]
+    for _ in range(100):
+        if not _runs(pid):
+            break
+        time.sleep(0.1)
+    assert not _runs(pid)
 
 
 def _runs(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -53,6 +54,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="Limit for all parts together.")] = LIMIT,
 ) -> None:
     """Runs the parts one after the other; see ``HELP``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part under way is ended too
     console = Console(highlight=False)
     scratch = Path(tempfile.mkdtemp(prefix="patchpipe-gpu-"))
     try:

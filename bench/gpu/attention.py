@@ -52,7 +52,7 @@ def run(setting: Setting, note: Note) -> None:
         for model, dtype in models:
             for method, layout in ALONE.items():
                 note(*_row(model, dtype, method, [kernels(Spot(0, 1, None, places[0]), Case(model, dtype, layout))]))
-            for method, layout in _methods(setting, model).items():
+            for method, layout in _methods(setting, model, dtype).items():
                 answers = ranks.run(kernels, Case(model, dtype, layout), patience=45.0)
                 why = problems(answers)
                 if why:
@@ -61,11 +61,11 @@ def run(setting: Setting, note: Note) -> None:
                     note(*_row(model, dtype, method, [answer.value for answer in answers]))
 
 
-def _methods(setting: Setting, model: str) -> dict[str, dict[str, Any]]:
+def _methods(setting: Setting, model: str, dtype: str) -> dict[str, dict[str, Any]]:
     """All methods for the first model, those that touch keys for the others; guidance needs two branches."""
     if setting.tiny:
         return {"ring": TWO["ring"]} if model == "flux" else {}
-    if model == "flux":
+    if (model, dtype) == MODELS[0]:
         return TWO
     return {name: TWO[name] for name in ("pipefusion", "ulysses", "ring", "distrifusion")}
 

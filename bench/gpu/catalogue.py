@@ -31,8 +31,8 @@ PARTS = (
     Part("a", "the laws on two ranks that share the card, over the host", "bench.gpu.laws", 60),
     Part("b", "every layout over NCCL, and a rank that dies", "bench.gpu.layouts", 115, nccl=True),
     Part("c", "what patches cost beside plain diffusers, and blocks by tokens", "bench.gpu.speed", 60),
-    Part("d", "which attention kernel runs", "bench.gpu.attention", 45),
-    Part("e", "compiled blocks beside eager ones", "bench.gpu.compiled", 130),
+    Part("d", "which attention kernel runs", "bench.gpu.attention", 55),
+    Part("e", "compiled blocks beside eager ones", "bench.gpu.compiled", 120),
     Part("f", "whether the host waits for the device", "bench.gpu.waits", 30, nccl=True),
     Part("g", "peak memory beside the planner's formula", "bench.gpu.memory", 35),
 )
