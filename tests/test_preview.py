@@ -15,7 +15,7 @@ from tests import tiny
 from tests.ranks import Place
 from tests.threads import run_threads
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(100, method="thread")
 STEPS, EVERY = 8, 2
 TWO = {"pipefusion": 2, "patches": 2}
 

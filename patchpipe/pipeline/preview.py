@@ -90,7 +90,8 @@ class Previews:
         if hasattr(pipe, "encode_prompt"):
             undo.append(_replace(pipe, "encode_prompt", self._encode(pipe.encode_prompt)))
         if self._output:
-            self._painter = threading.Thread(target=self._paint_all, args=(pipe, run, arguments), daemon=True)
+            given = (pipe, run, arguments, torch.get_num_threads())
+            self._painter = threading.Thread(target=self._paint_all, args=given, name="previews", daemon=True)
             self._painter.start()
         try:
             yield
@@ -153,7 +154,8 @@ class Previews:
 
     # -- the output rank's thread ----------------------------------------------------------------
 
-    def _paint_all(self, pipe: Any, run: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    def _paint_all(self, pipe: Any, run: Callable[..., Any], arguments: Mapping[str, Any], threads: int) -> None:
+        torch.set_num_threads(threads)  # a new thread would take all cores
         while (job := self._jobs.get()) is not None:
             step, clean = job
             if self._closing.is_set():
@@ -169,9 +171,25 @@ class Previews:
             assert self._board is not None
             data = self._board.taken_over(f"preview {step}", self._closing)
             clean = torch.load(io.BytesIO(data), weights_only=True)
-        output = run(_still(pipe, clean, list(self._texts)), **_quiet(run, arguments))
+        with _beside(pipe._execution_device, clean):
+            output = run(_still(pipe, clean, list(self._texts)), **_quiet(run, arguments))
         images = output[0] if isinstance(output, tuple) else next(iter(output.values()))
         self._show(Preview(step, images))
+
+
+@contextmanager
+def _beside(device: torch.device, clean: Tensor) -> Iterator[None]:
+    """On a GPU, work in the block has a stream of its own, which begins when the latent is there."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        if clean.is_cuda:
+            clean.record_stream(stream)
+        yield
+        stream.synchronize()
 
 
 def heading(scheduler: Any, index: int | None, before: Tensor, after: Tensor) -> Tensor:
