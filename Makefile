@@ -19,7 +19,7 @@ PINS := constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check bench gpu-check clean
+.PHONY: help setup demo test quantised lint types check bench gpu-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -37,6 +37,11 @@ demo: setup ## paint a sheet of pictures in one process and in several, with sec
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+quantised: setup ## run the tests of quantised weights, whose libraries are put beside the virtual environment
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantised --constraint constraints.txt \
+		torchao optimum-quanto gguf ninja
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n $(JOBS) tests/test_quantised.py $(ARGS)
 
 lint: setup ## check style
 	$(BIN)/ruff check .

@@ -305,3 +305,29 @@ def test_a_library_that_is_missing_is_named(saved: Path, monkeypatch: pytest.Mon
     asked = PipelineQuantizationConfig(quant_mapping={"transformer": QuantoConfig()})
     with pytest.raises(ValueError, match=r"the transformer cannot be quantised here: .*pip install optimum-quanto"):
         patchpipe.from_pretrained(saved, ONE, quantization_config=asked)
+
+
+def test_a_transformer_read_from_gguf_is_bit_equal() -> None:
+    """As ``from_single_file`` leaves it: every Linear is one that unpacks its weight when it is called."""
+    gguf = pytest.importorskip("gguf")
+    from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    pipe = tiny.pipeline("sd3")
+    model, packed, biases = pipe.transformer, {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+            data = gguf.quants.quantize(module.weight.numpy(), kind)
+            packed[f"{name}.weight"] = GGUFParameter(torch.from_numpy(data), quant_type=kind)
+            biases[name] = module.bias
+    _replace_with_gguf_linear(model, torch.float32, packed)
+    for name, weight in packed.items():
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        linear.weight, linear.bias = weight, biases[name.removesuffix(".weight")]
+    model.is_quantized, model.quantization_method = True, "gguf"
+    expected = latents(pipe)
+    assert not torch.equal(expected, latents(tiny.pipeline("sd3")))
+    assert torch.equal(latents(patchpipe.parallelize(pipe, ONE)), expected)
+    patchpipe.restore(pipe)
+    with pytest.raises(ValueError, match="tensor=2 would split matrices quantised by gguf"):
+        patchpipe.parallelize(pipe, ParallelConfig(tensor=2))
