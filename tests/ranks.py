@@ -11,7 +11,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -40,10 +40,18 @@ class Place:
     rank: int
     world_size: int
     store: dist.Store | None
+    joined: list[Group] = field(default_factory=list)
 
     def join(self, config: ParallelConfig) -> Group:
         """A group of all the ranks."""
-        return join(config, rank=self.rank, world_size=self.world_size, store=self.store, device="cpu")
+        group = join(config, rank=self.rank, world_size=self.world_size, store=self.store, device="cpu")
+        self.joined.append(group)
+        return group
+
+    def leave(self) -> None:
+        """Closes them: the threads and sockets of a rank that is itself a thread would stay for good."""
+        for group in self.joined:
+            group.close()
 
 
 def run_ranks(

@@ -34,13 +34,14 @@ def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout
     """
     quieten()
     store = dist.HashStore()
+    places = [Place(rank, world_size, store if world_size > 1 else None) for rank in range(world_size)]
     results: dict[int, Any] = {}
     problems: dict[int, str] = {}
 
     def run(rank: int) -> None:
         torch.set_num_threads(1)
         try:
-            results[rank] = target(Place(rank, world_size, store if world_size > 1 else None), *args)
+            results[rank] = target(places[rank], *args)
         except BaseException:
             problems[rank] = traceback.format_exc()
 
@@ -49,13 +50,25 @@ def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout
     ]
     for thread in threads:
         thread.start()
-    _wait(threads, problems, time.monotonic() + timeout)
+    try:
+        _wait(threads, problems, time.monotonic() + timeout)
+    finally:  # also where a test runs out of time: what its ranks still do would disturb the next one
+        _leave(places)
     if len(results) == world_size:
         return [results[rank] for rank in range(world_size)]
     told = {rank: problems.get(rank, "no answer before the deadline") for rank in range(world_size)}
     raise AssertionError(
         "\n".join(f"--- rank {rank} ---\n{'finished' if rank in results else text}" for rank, text in told.items())
     )
+
+
+def _leave(places: list[Place]) -> None:
+    """All at once: each waits for the next one's word."""
+    threads = [threading.Thread(target=place.leave, name="leaving", daemon=True) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(FIRST_CAUSE_SECONDS)
 
 
 def _wait(threads: list[threading.Thread], problems: dict[int, str], deadline: float) -> None:
