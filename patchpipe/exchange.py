@@ -126,8 +126,9 @@ class Exchange:
 
     @property
     def whom(self) -> str:
-        """The ranks of the line, for messages."""
-        return f"one of the ranks {self.ranks}"
+        """The other ranks of the line, for messages."""
+        others = [str(rank) for at, rank in enumerate(self.ranks) if at != self.index]
+        return f"rank {others[0]}" if len(others) == 1 else f"one of the ranks {', '.join(others)}"
 
 
 class Pieces:
