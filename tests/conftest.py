@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # On CPUs not made by Intel, MKL's float32 products differ in the last bits with where a matrix lies in memory:
@@ -10,6 +11,12 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 import pytest
 import torch
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is here to stay: the collector, and the search for pipelines, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import signal
 import sys
@@ -133,6 +134,7 @@ def _rank_main(
     pipe: Connection, rank: int, world_size: int, port: int, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     _die_with_parent()
+    gc.freeze()  # what was imported need not be gone through again
     warnings.simplefilter("ignore")
     quieten()
     try:
