@@ -37,13 +37,13 @@ from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
 from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
-from patchpipe.axes import Mesh
-from patchpipe.balance import sizes_of, split_blocks
+from patchpipe.layout.axes import Mesh
 from patchpipe.models import plan_for
-from patchpipe.patches import fewest_patches
 from patchpipe.planner.layout import Layout
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import predict
-from patchpipe.planner.profiles import Profile
+from patchpipe.stage.balance import sizes_of, split_blocks
+from patchpipe.stage.patches import fewest_patches
 from patchpipe.tracing.busy import Stretch, busy
 from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks

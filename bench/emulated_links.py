@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.network import LINK, Network, address_of
 from patchpipe.config import ParallelConfig
-from patchpipe.planner.links import Line, Link
+from patchpipe.planner.machine.links import Line, Link
 
 CLONE_NEWNET = 0x40000000
 SEGMENT = 16 * 1024  # bytes that leave a host at once, and that a link lets pass at full speed after a rest

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import calibrated
-from patchpipe.planner.presets import preset_named
-from patchpipe.planner.profiles import Profile
-from patchpipe.planner.work import Workload
+from patchpipe.planner.work.presets import preset_named
+from patchpipe.planner.work.workload import Workload
 from tests import tiny
 
 HEADS = 8

@@ -4,7 +4,8 @@ python -m bench.planner
 python -m bench.planner --held-out    # rows that nothing in the planner was fitted to
 
 A group is one model at one resolution on one kind of card and link. Its single-device time calibrates the compute rate;
-every other row is predicted as xDiT runs it: see ``patchpipe.planner.system.XDIT``. No parameter belongs to a row.
+every other row is predicted as xDiT runs it: see ``patchpipe.planner.machine.system.XDIT``. No parameter belongs to
+a row.
 """
 
 from __future__ import annotations

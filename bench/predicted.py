@@ -11,9 +11,9 @@ from bench.contenders import OURS
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.planner import Link, Profile, Workload, calibrated, predict
-from patchpipe.planner.measure import measure_device
+from patchpipe.planner.machine.measure import measure_device
 from patchpipe.planner.search import Wishes, search
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.work.named import Asked, workload_for
 
 
 def workload_of(shape: str, steps: int) -> Workload:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.loading import resident
-from patchpipe.process_groups import ProcessGroups
+from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.vae import join_rows, spread_vae
 from tests.ranks import Place, run_ranks
 

@@ -9,9 +9,9 @@ from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import Cancelled, PatchpipeError, RankFailed, RankLost, UnsupportedModel
 
 if TYPE_CHECKING:
-    from patchpipe.apply import parallelize, restore
     from patchpipe.engine import Engine
-    from patchpipe.loading import from_pretrained
+    from patchpipe.pipeline.apply import parallelize, restore
+    from patchpipe.pipeline.loading import from_pretrained
 
 try:
     __version__ = version("patchpipe")
@@ -34,9 +34,9 @@ __all__ = [
 
 _HOMES = {
     "Engine": "patchpipe.engine",
-    "from_pretrained": "patchpipe.loading",
-    "parallelize": "patchpipe.apply",
-    "restore": "patchpipe.apply",
+    "from_pretrained": "patchpipe.pipeline.loading",
+    "parallelize": "patchpipe.pipeline.apply",
+    "restore": "patchpipe.pipeline.apply",
 }
 
 

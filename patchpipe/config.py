@@ -10,11 +10,11 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchpipe.combinations import check_combination, check_compiled
+from patchpipe.layout.combinations import check_combination, check_compiled
 
 if TYPE_CHECKING:
-    from patchpipe.patches import PatchCosts
-    from patchpipe.planner.profiles import Profile
+    from patchpipe.planner.machine.profiles import Profile
+    from patchpipe.stage.patches import PatchCosts
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 Backend = Literal["auto", "nccl", "gloo"]
@@ -31,7 +31,7 @@ class ParallelConfig:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
             shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.patches.quickest``); never so many that one has fewer rows than ranks.
+            ``patchpipe.stage.patches.quickest``); never so many that one has fewer rows than ranks.
         split_batch: Whether a batch of an even number of entries, such as both branches of guidance, goes through
             the stages in halves. Half as many patches, which see fresher keys, then keep the stages busy, and blocks
             that do not divide by the stages are evened out between the halves; a patch costs as much as two.
@@ -170,7 +170,7 @@ class ParallelConfig:
             warmup: Synchronous steps.
             compile: Whether blocks are compiled.
             **asked: The request: ``height``, ``width``, ``steps``, ``guidance``, ``pictures``, ``text_tokens``,
-                ``dtype``; see ``patchpipe.planner.workloads.Asked``.
+                ``dtype``; see ``patchpipe.planner.work.named.Asked``.
 
         Raises:
             ValueError: A name is unknown, or no layout fits.
@@ -230,7 +230,7 @@ class ParallelConfig:
         if self.patch_rows is not None:
             return len(self.patch_rows)
         if self.patches is None:
-            from patchpipe.patches import quickest
+            from patchpipe.stage.patches import quickest
 
             wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), costs, halves)
             return max(1, min(rows // (self.ulysses * self.ring), wanted))
@@ -258,7 +258,7 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
-        from patchpipe.explain import describe_ranks
+        from patchpipe.planner.explain import describe_ranks
 
         return describe_ranks(self)
 

@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from patchpipe.process_groups import ProcessGroups
-from patchpipe.runner import Runner
+from patchpipe.distributed.process_groups import ProcessGroups
+from patchpipe.schedule.runner import Runner
 
 CONTACT_SECONDS = 15.0  # two ranks that have not met by then never will
 STUCK_SECONDS = 20.0  # nor does a line move again that has stood still so long
@@ -300,7 +300,7 @@ def under_nccl_rules() -> Iterator[Seen]:
             _here.in_request = False
 
     with (
-        mock.patch("patchpipe.joining._backend", return_value="nccl"),
+        mock.patch("patchpipe.distributed.joining._backend", return_value="nccl"),
         mock.patch.object(ProcessGroups, "make", made),
         mock.patch.object(Runner, "open", opened),
     ):

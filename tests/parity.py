@@ -12,7 +12,7 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.mesh import Group
+from patchpipe.distributed.mesh import Group
 from tests import tiny
 from tests.oracle import naive_pipefusion
 from tests.ranks import Place, quieten, run_ranks

@@ -14,14 +14,15 @@ import patchpipe
 from patchpipe import AutoLayout, Engine, ParallelConfig
 from patchpipe.cli import app
 from patchpipe.demo import MODEL_DIR, call_defaults
+from patchpipe.distributed.joining import settle
 from patchpipe.engine.choosing import devices_for, read_wanted
-from patchpipe.joining import settle
-from patchpipe.planner import choose, choosing, here
+from patchpipe.planner import choose, choosing
 from patchpipe.planner.automatic import take
-from patchpipe.planner.here import cpu_ranks, profile_of
-from patchpipe.planner.profiles import Profile
+from patchpipe.planner.machine import here
+from patchpipe.planner.machine.here import cpu_ranks, profile_of
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.search import search
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.work.named import Asked, workload_for
 from tests import tiny
 from tests.ranks import Place, run_ranks
 from tests.test_refusals import as_torchrun_starts

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from patchpipe.axes import AXES, Mesh, shares
+from patchpipe.layout.axes import AXES, Mesh, shares
 
 
 def test_last_axis_varies_fastest():

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import (
+from patchpipe.loading.precheck import check_folder
+from patchpipe.models import plan_for
+from patchpipe.stage.balance import (
     balanced,
     block_cost,
     patch_costs,
@@ -20,8 +22,6 @@ from patchpipe.balance import (
     split_costs,
     stages_of,
 )
-from patchpipe.models import plan_for
-from patchpipe.precheck import check_folder
 from tests import tiny
 
 

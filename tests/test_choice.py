@@ -20,9 +20,9 @@ import patchpipe
 from patchpipe import Engine, ParallelConfig
 from patchpipe.cli import app
 from patchpipe.cli.inputs import fitting_size, read_picture
+from patchpipe.loading.choice import choose_class, tasks_of
+from patchpipe.loading.schedulers import build_scheduler, scheduler_class, schedulers_for
 from patchpipe.models import PLANS
-from patchpipe.pipeline.choice import choose_class, tasks_of
-from patchpipe.pipeline.schedulers import build_scheduler, scheduler_class, schedulers_for
 from tests import tiny
 from tests.ranks import Place, quieten
 from tests.test_pipelines import KINDS, arguments, layout, mask, paint, picture, same

@@ -18,7 +18,7 @@ from PIL import Image
 from patchpipe.cli import app, options, pictures
 from patchpipe.cli.job import call_arguments
 from patchpipe.config import ParallelConfig
-from patchpipe.pretrained.dtypes import dtype_name
+from patchpipe.loading.dtypes import dtype_name
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)

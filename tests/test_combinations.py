@@ -10,9 +10,9 @@ import dataclasses
 import pytest
 
 from patchpipe import ParallelConfig
-from patchpipe.combinations import TESTED, check_combination
-from patchpipe.describe import volume_of
-from patchpipe.explain import Volume, kept, traffic
+from patchpipe.layout.combinations import TESTED, check_combination
+from patchpipe.planner.explain import Volume, kept, traffic
+from patchpipe.planner.work.describe import volume_of
 from tests import parity, tiny
 
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import patchpipe
-from patchpipe import ParallelConfig, compiling
-from patchpipe.combinations import COMPILED
+from patchpipe import ParallelConfig
+from patchpipe.layout.combinations import COMPILED
+from patchpipe.stage import compiling
 from tests import tiny
 from tests.parity import TOLERANCE, pinned, relative
 from tests.ranks import Place, run_ranks

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
-from patchpipe.attention import Attend, Attending
-from patchpipe.displaced import Displaced, PartStore, displaced_for
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut
+from patchpipe.parallel.displaced import Displaced, PartStore, displaced_for
+from patchpipe.stage.attention import Attend, Attending
+from patchpipe.stage.patches import Cut
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 

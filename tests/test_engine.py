@@ -21,10 +21,10 @@ from patchpipe import Cancelled, Engine, ParallelConfig, PatchpipeError, RankFai
 from patchpipe.engine import Preview, Progress, devices, failures, requests
 from patchpipe.engine.failures import CAUSE, CONSEQUENCE, Failure
 from patchpipe.engine.messages import Call, Channel, Done, Failed
-from patchpipe.engine.oom import out_of_memory
 from patchpipe.engine.processes import Worker
 from patchpipe.engine.watch import Outcome, Watch
-from patchpipe.source import resolve_source
+from patchpipe.engine.worker.oom import out_of_memory
+from patchpipe.loading.source import resolve_source
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)
@@ -337,7 +337,7 @@ def test_sources(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         resolve_source(tmp_path)
-    monkeypatch.setattr("patchpipe.source._hub_answers", lambda: False)
+    monkeypatch.setattr("patchpipe.loading.source._hub_answers", lambda: False)
     with pytest.raises(FileNotFoundError, match="the hub cannot be reached"):
         resolve_source("nobody/nothing-here")
 

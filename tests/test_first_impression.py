@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from patchpipe.cli import app, demo
+from patchpipe.cli import app
+from patchpipe.cli.commands import demo
 from patchpipe.cli.job import check_negative
 from patchpipe.cli.view import View
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import did_you_mean
 from patchpipe.files import check_new, free_name, numbered
-from patchpipe.planner.cards import CARDS, card_found, card_named
-from patchpipe.planner.links import LINKS, link_named
+from patchpipe.planner.machine.cards import CARDS, card_found, card_named
+from patchpipe.planner.machine.links import LINKS, link_named
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -7,9 +7,9 @@ import time
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.hops import Hops
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, Patch
+from patchpipe.schedule.hops import Hops
+from patchpipe.stage.patches import Cut, Patch
 from tests.ranks import Place, run_ranks
 
 CUT = Cut.of(Rows(count=5, tokens=2, units=1), ParallelConfig(patches=2))

@@ -18,8 +18,8 @@ from patchpipe import ParallelConfig
 from patchpipe.engine.processes import _environment
 from patchpipe.kernels import choice, lse
 from patchpipe.kernels.choice import KernelWatch, kernel_for, refusals, watch_kernels
-from patchpipe.patches import Patch
-from patchpipe.store import LayerStore
+from patchpipe.stage.patches import Patch
+from patchpipe.stage.store import LayerStore
 from tests import tiny
 from tests.ranks import Place
 from tests.threads import run_threads
@@ -181,9 +181,9 @@ def test_every_method_is_watched(
 ) -> None:
     """Under a double that takes the CPU for a GPU: the output rank warns once in two requests."""
     monkeypatch.setattr(
-        "patchpipe.apply.watch_kernels", lambda _device, output: watch_kernels(torch.device("cuda"), output)
+        "patchpipe.pipeline.apply.watch_kernels", lambda _device, output: watch_kernels(torch.device("cuda"), output)
     )
-    monkeypatch.setattr("patchpipe.compiling.BACKEND", "eager")
+    monkeypatch.setattr("patchpipe.stage.compiling.BACKEND", "eager")
 
     def paint(place: Place) -> None:
         pipe, config = tiny.pipeline("flux"), ParallelConfig(**layout)

@@ -19,7 +19,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from patchpipe.lazy import PatchTensor, lift, materialise_tree, patch_of
+from patchpipe.lazy.latent import PatchTensor, lift, materialise_tree, patch_of
 
 SHAPE, BOUNDS = (2, 4, 16, 8), (0, 4, 10, 16)
 
@@ -309,7 +309,7 @@ def test_steps_do_not_pile_up(holder: bool) -> None:
         if holder:
             [x.patch(index) for index in range(3)]
         gc.collect()
-        counts.append(sum(type(thing).__module__ == "patchpipe.lazy_nodes" for thing in gc.get_objects()))
+        counts.append(sum(type(thing).__module__ == "patchpipe.lazy.nodes" for thing in gc.get_objects()))
     assert counts[1] == counts[-1]
     if not holder:
         assert x._value.node is None

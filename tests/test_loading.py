@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import patchpipe
-from patchpipe import ParallelConfig, UnsupportedModel, checkpoint
-from patchpipe.pretrained.dtypes import as_torch, dtype_name
+from patchpipe import ParallelConfig, UnsupportedModel
+from patchpipe.loading import checkpoint
+from patchpipe.loading.dtypes import as_torch, dtype_name
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 

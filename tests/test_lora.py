@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import patchpipe
-from patchpipe import ParallelConfig, compiling
-from patchpipe.loading import from_pretrained
+from patchpipe import ParallelConfig
 from patchpipe.models.lora import adapted_layers
+from patchpipe.pipeline.loading import from_pretrained
+from patchpipe.stage import compiling
 from tests import loras, tiny
 from tests.ranks import Place, quieten, run_ranks
 from tests.threads import run_threads

@@ -13,16 +13,16 @@ from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig, UnsupportedModel
-from patchpipe.attention import Attend, Attending, attend_through
-from patchpipe.combinations import TESTED
-from patchpipe.masks import key_column
+from patchpipe.layout.combinations import TESTED
+from patchpipe.loading.precheck import check_folder
 from patchpipe.models import plan_for
 from patchpipe.models.plan import PackedShapes, Rows
-from patchpipe.patches import Cut, Patch
-from patchpipe.precheck import check_folder
-from patchpipe.ring import Merged
-from patchpipe.store import LayerStore
-from patchpipe.tensor import TensorPart
+from patchpipe.parallel.ring import Merged
+from patchpipe.parallel.tensor import TensorPart
+from patchpipe.stage.attention import Attend, Attending, attend_through
+from patchpipe.stage.masks import key_column
+from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import quieten, run_ranks
 from tests.test_displaced import naive_distrifusion

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig, RankFailed
-from patchpipe.joining import join
+from patchpipe.distributed.joining import join
 from tests.ranks import Place, run_ranks
 
 

@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.axes import Mesh
-from patchpipe.distributed.communicators import Link, answer_links, count, key_links, stage_links
+from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.errors import PatchpipeError
-from patchpipe.process_groups import ProcessGroups
+from patchpipe.layout.axes import Mesh
+from patchpipe.layout.communicators import Link, answer_links, count, key_links, stage_links
 from tests import parity, tiny
 from tests.nccl_rules import over, under_nccl_rules
 from tests.ranks import Place, run_ranks

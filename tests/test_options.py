@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 import patchpipe
 from patchpipe import Engine, ParallelConfig
 from patchpipe.cli import app
-from patchpipe.pretrained.dtypes import default_dtype, one_dtype
-from patchpipe.pretrained.options import read_options
-from patchpipe.source import fetch, resolve_source
+from patchpipe.loading.dtypes import default_dtype, one_dtype
+from patchpipe.loading.options import read_options
+from patchpipe.loading.source import fetch, resolve_source
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 
@@ -159,7 +159,7 @@ def test_the_hub_gets_the_options_it_knows(saved: Path, monkeypatch: pytest.Monk
         asked["download"] = (repository, options)
         return str(saved)
 
-    monkeypatch.setattr("patchpipe.source._hub_answers", lambda: True)
+    monkeypatch.setattr("patchpipe.loading.source._hub_answers", lambda: True)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", index)
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     options = {"revision": "v2", "token": "abc", "cache_dir": "/c", "force_download": True}

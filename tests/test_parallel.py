@@ -12,7 +12,7 @@ import pytest
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.axes import Mesh
+from patchpipe.layout.axes import Mesh
 from patchpipe.models import plan_for
 from tests import parity, tiny
 from tests.nccl_rules import over

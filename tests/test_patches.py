@@ -6,7 +6,7 @@ import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, PatchCosts, balanced_rows, quickest
+from patchpipe.stage.patches import Cut, PatchCosts, balanced_rows, quickest
 
 
 @pytest.mark.parametrize("rows", range(1, 20))

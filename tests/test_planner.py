@@ -13,9 +13,6 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 
 from bench.planner import PATCHES, choices, compare, read_rows
 from patchpipe import ParallelConfig
-from patchpipe.balance import patch_costs
-from patchpipe.describe import describe_model, volume_of
-from patchpipe.explain import traffic
 from patchpipe.models import plan_for
 from patchpipe.models.plan import Rows
 from patchpipe.planner import (
@@ -32,14 +29,17 @@ from patchpipe.planner import (
     predict,
     preset_named,
 )
-from patchpipe.planner.cards import DEVICES
+from patchpipe.planner.explain import traffic
 from patchpipe.planner.layout import balanced_stages
-from patchpipe.planner.links import LINKS
-from patchpipe.planner.measure import fit_products
+from patchpipe.planner.machine.cards import DEVICES
+from patchpipe.planner.machine.links import LINKS
+from patchpipe.planner.machine.measure import fit_products
 from patchpipe.planner.memory import stage_parameters, stored
-from patchpipe.planner.presets import PRESETS, crossed, dual, single
 from patchpipe.planner.schedule import Unit, total
-from patchpipe.planner.workloads import Asked, _blocks, workload_for
+from patchpipe.planner.work.describe import describe_model, volume_of
+from patchpipe.planner.work.named import Asked, _blocks, workload_for
+from patchpipe.planner.work.presets import PRESETS, crossed, dual, single
+from patchpipe.stage.balance import patch_costs
 from tests import tiny
 
 IDEAL = Device("ideal", 1e12, 1.0, 2**40, 1e30, 0.0, 0.0, "made up")

@@ -11,19 +11,19 @@ from unittest import mock
 
 import pytest
 
-import patchpipe.cli.generate
+import patchpipe.cli.commands.generate
 from patchpipe import ParallelConfig
-from patchpipe.balance import shared_blocks, stages_of
 from patchpipe.cli import app
-from patchpipe.combinations import check_combination
 from patchpipe.config import DEGREES
+from patchpipe.layout.combinations import check_combination
 from patchpipe.models.plan import Rows
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.layout import balanced_stages
-from patchpipe.planner.presets import crossed, preset_named
 from patchpipe.planner.report import command, layout_words, reasons
 from patchpipe.planner.search import Choice, Wishes, search
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.work.named import Asked, workload_for
+from patchpipe.planner.work.presets import crossed, preset_named
+from patchpipe.stage.balance import shared_blocks, stages_of
 from tests import tiny
 
 PCIE = Profile.named("l40", "pcie4")
@@ -177,7 +177,7 @@ def test_reasons_name_the_next_and_the_exact(flux: Choice) -> None:
 def read_back(words: str, tmp_path: Path) -> Any:
     """What ``patchpipe generate`` would run."""
     jobs: list[Any] = []
-    with mock.patch.object(patchpipe.cli.generate, "run", jobs.append):
+    with mock.patch.object(patchpipe.cli.commands.generate, "run", jobs.append):
         assert app(args=[*shlex.split(words)[1:], "-o", str(tmp_path / "out.png")]) == 0
     return jobs[0]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from patchpipe import ParallelConfig
-from patchpipe.process_groups import ProcessGroups
+from patchpipe.distributed.process_groups import ProcessGroups
 from tests.ranks import Place, run_ranks
 
 LOOP = "gloo_tcp_loop"

@@ -13,11 +13,13 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 import patchpipe
-from patchpipe import Engine, ParallelConfig, checkpoint, loading
+from patchpipe import Engine, ParallelConfig
 from patchpipe.config import AutoLayout
-from patchpipe.describe import describe_model
-from patchpipe.precheck import check_folder, quantised
-from patchpipe.pretrained.quantised import stored_bytes, without_tensor
+from patchpipe.loading import checkpoint
+from patchpipe.loading.precheck import check_folder, quantised
+from patchpipe.loading.quantised import stored_bytes, without_tensor
+from patchpipe.pipeline import loading
+from patchpipe.planner.work.describe import describe_model
 from tests import tiny
 from tests.ranks import Place, quieten
 from tests.threads import run_threads

@@ -22,7 +22,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.pipeline.recipes import check_recipes
+from patchpipe.recipes.checks import check_recipes
 from tests import tiny
 from tests.ranks import Place, quieten
 from tests.threads import run_threads

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import patchpipe
 from patchpipe import ParallelConfig, models
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, PatchCosts
+from patchpipe.stage.patches import Cut, PatchCosts
 from tests import tiny
 from tests.ranks import Place, run_ranks
 

@@ -13,9 +13,9 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.joining import join
+from patchpipe.distributed.joining import join
 from patchpipe.models import plan_for
-from patchpipe.request import Request
+from patchpipe.schedule.request import Request
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import patchpipe
 from patchpipe import Cancelled, ParallelConfig
-from patchpipe.pipeline.inputs import describe_call
+from patchpipe.lockstep.inputs import describe_call
 from tests import tiny
 from tests.ranks import Place
 from tests.threads import run_threads

@@ -13,14 +13,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.attention import Attend
 from patchpipe.config import ALL_STEPS
 from patchpipe.errors import RankLost
 from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut
-from patchpipe.ring import Merged, Ring
-from patchpipe.store import LayerStore
+from patchpipe.parallel.ring import Merged, Ring
+from patchpipe.stage.attention import Attend
+from patchpipe.stage.patches import Cut
+from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import schedulers
 from torch import Tensor
 
-from patchpipe.lazy import PatchTensor, lift, materialise_tree, patch_of
+from patchpipe.lazy.latent import PatchTensor, lift, materialise_tree, patch_of
 
 DOC = Path(__file__).parents[1] / "docs" / "schedulers.md"
 SHAPE, VIDEO, BOUNDS, STEPS = (1, 4, 16, 16), (1, 4, 1, 16, 16), (0, 4, 10, 16), 8

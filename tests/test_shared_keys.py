@@ -11,8 +11,8 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.describe import describe_model
-from patchpipe.explain import kept, traffic
+from patchpipe.planner.explain import kept, traffic
+from patchpipe.planner.work.describe import describe_model
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
 from tests.test_combinations import VOLUMES

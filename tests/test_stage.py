@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from patchpipe import ParallelConfig
-from patchpipe.balance import Boundary, StageBlocks, stages_of
 from patchpipe.models import plan_for
-from patchpipe.patches import Cut
-from patchpipe.positions import PositionTable
-from patchpipe.stage import CallContext, SharedStandIn, Stage, StandIn
+from patchpipe.stage.balance import Boundary, StageBlocks, stages_of
+from patchpipe.stage.patches import Cut
+from patchpipe.stage.positions import PositionTable
+from patchpipe.stage.stage import CallContext, SharedStandIn, Stage, StandIn
 from tests import tiny
 
 PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen")

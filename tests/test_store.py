@@ -8,8 +8,8 @@ from torch import Tensor
 
 from patchpipe import ParallelConfig
 from patchpipe.models.plan import Rows
-from patchpipe.patches import Cut, Patch
-from patchpipe.store import LayerStore
+from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.store import LayerStore
 
 IMAGE, TEXT = 6, 2
 FIRST, SECOND, THIRD = Cut.of(Rows(IMAGE, 1, 1), ParallelConfig(patch_rows=(1, 2, 3))).patches

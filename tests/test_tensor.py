@@ -11,10 +11,10 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.balance import split_blocks
-from patchpipe.loading import owned_names
 from patchpipe.models import plan_for
-from patchpipe.tensor import TensorPart, check_tensor
+from patchpipe.parallel.tensor import TensorPart, check_tensor
+from patchpipe.pipeline.loading import owned_names
+from patchpipe.stage.balance import split_blocks
 from tests import tiny
 from tests.parity import TOLERANCE, relative
 from tests.ranks import Place, quieten, run_ranks

@@ -12,9 +12,9 @@ import torch
 
 from patchpipe import ParallelConfig
 from patchpipe.cli import app
+from patchpipe.distributed.clock import PINGS, align, gather
 from patchpipe.tracing import timeline as files
 from patchpipe.tracing.busy import busy, busy_stretches, steady_state, steps_stretch
-from patchpipe.tracing.clock import PINGS, align, gather
 from patchpipe.tracing.draw import draw, figure_of
 from patchpipe.tracing.recorder import Event, Recorder, StreamClock, Where, span
 from patchpipe.tracing.timeline import Timeline, Track

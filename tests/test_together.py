@@ -17,8 +17,8 @@ from diffusers import DDPMScheduler
 
 import patchpipe
 from patchpipe import ParallelConfig, RankLost
-from patchpipe.baton import Baton, Grounded
-from patchpipe.refusals import check_calls
+from patchpipe.parallel.refusals import check_calls
+from patchpipe.schedule.baton import Baton, Grounded
 from patchpipe.tracing import timeline as files
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
@@ -112,9 +112,9 @@ def test_law_6_every_layout_that_may_fly_together_is_tested() -> None:
     wrong = run_ranks(4, compare, {"flux": LAYOUTS[4], "pixart-4": LAYOUTS[4][:1]})  # guidance in two calls, and in one
     assert wrong == [[]] * 4
     with pytest.raises(ValueError, match=r"requests in flight together .* nearest that is tested is distrifusion"):
-        patchpipe.combinations.check_together(frozenset({"cfg", "distrifusion"}))
+        patchpipe.layout.combinations.check_together(frozenset({"cfg", "distrifusion"}))
     with pytest.raises(ValueError, match="compile=True is not tested with requests in flight together"):
-        patchpipe.combinations.check_together(frozenset({"pipefusion"}), compiled=True)
+        patchpipe.layout.combinations.check_together(frozenset({"pipefusion"}), compiled=True)
 
 
 # -- what requests share, and must not --------------------------------------------------------------

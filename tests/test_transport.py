@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig, RankLost
-from patchpipe.tensor import all_reduce
-from patchpipe.transport import CALLS_IN_FLIGHT
+from patchpipe.distributed.transport import CALLS_IN_FLIGHT
+from patchpipe.parallel.tensor import all_reduce
 from tests.ranks import Place, run_ranks
 
 SHAPE = (3, 5)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from patchpipe.distributed.process_groups import ProcessGroups
+from patchpipe.distributed.rows import ROWS, WireRows
 from patchpipe.errors import RankLost, UnsupportedModel
-from patchpipe.process_groups import ProcessGroups
 from patchpipe.vae import join_rows, spread_vae
 from patchpipe.vae.convolution import RowKernel, spread_convolution
 from patchpipe.vae.cut import cut_rows
 from patchpipe.vae.hooks import Spread
 from patchpipe.vae.norm import spread_group_norm
-from patchpipe.vae.rows import ROWS, WireRows
 from tests.ranks import Place, run_ranks
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

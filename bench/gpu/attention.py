@@ -19,7 +19,7 @@ import patchpipe
 from bench.gpu.painting import LARGE, Case, pipeline, request
 from bench.gpu.ranks import Ranks, Spot, problems
 from bench.gpu.setting import Note, Setting
-from patchpipe import compiling
+from patchpipe.stage import compiling
 
 OUTSIDE = "outside the transformer"
 PREFIX = "aten::_scaled_dot_product_"

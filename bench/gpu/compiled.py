@@ -17,7 +17,8 @@ from bench.gpu.setting import Note, Setting
 from bench.one_device import request, timed
 from bench.rounds import FEW_STEPS
 from bench.shapes import flux_real
-from patchpipe import ParallelConfig, compiling
+from patchpipe import ParallelConfig
+from patchpipe.stage import compiling
 from tests import tiny
 
 PATCHES, STEPS, ROUNDS = 4, 6, 3

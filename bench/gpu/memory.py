@@ -19,7 +19,7 @@ from bench.shapes import SHAPES, flux_real
 from patchpipe import ParallelConfig
 from patchpipe.planner import Layout, Profile, Workload
 from patchpipe.planner.memory import _working, rank_memory
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.work.named import Asked, workload_for
 from tests import tiny
 
 STEPS = 3

@@ -16,8 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from patchpipe import ParallelConfig
-from patchpipe.joining import join
-from patchpipe.mesh import Group
+from patchpipe.distributed.joining import join
+from patchpipe.distributed.mesh import Group
 from tests.ranks import PRELOAD, Place, _die_with_parent, quieten
 
 GRACE_SECONDS = 20.0  # for the others to end, once one has failed

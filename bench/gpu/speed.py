@@ -15,9 +15,9 @@ from bench.gpu.setting import Note, Setting
 from bench.one_device import build, row, step_seconds, wait
 from bench.shapes import SHAPES
 from patchpipe.planner import Device, Workload, block_seconds
-from patchpipe.planner.cards import card_found
-from patchpipe.planner.measure import measure_device
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.machine.cards import card_found
+from patchpipe.planner.machine.measure import measure_device
+from patchpipe.planner.work.named import Asked, workload_for
 from tests import tiny
 
 REAL, SMALL = "flux-real", "bundled"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from patchpipe.cli import demo, explain, generate, info, models, plan, profile, trace
 from patchpipe.cli.app import app
+from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, trace
 
 __all__ = ["app"]
 

@@ -16,9 +16,9 @@ from patchpipe.cli.compare import Comparison, compare
 from patchpipe.cli.loras import Lora, load_loras
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
-from patchpipe.combinations import check_together
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
 from patchpipe.files import check_new, free_name, numbered, write_text
+from patchpipe.layout.combinations import check_together
 from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressDisplay
 from rich.table import Table
 
-from patchpipe.cli.info import count, size
+from patchpipe.cli.commands.info import count, size
 
 if TYPE_CHECKING:
     from patchpipe.cli.compare import Comparison

@@ -10,7 +10,7 @@ from patchpipe.engine.devices import available_cores, choose_devices, cuda_count
 from patchpipe.engine.messages import Plan, Planned
 from patchpipe.engine.processes import Worker
 from patchpipe.engine.watch import Watch
-from patchpipe.planner.here import cpu_ranks
+from patchpipe.planner.machine.here import cpu_ranks
 
 if TYPE_CHECKING:
     from patchpipe.planner.automatic import Taken

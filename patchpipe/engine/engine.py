@@ -14,7 +14,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchpipe.combinations import check_together
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.engine import requests
 from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
@@ -40,13 +39,14 @@ from patchpipe.engine.requests import OwnSeed, Seed
 from patchpipe.engine.results import OnPreview, OnProgress, Preview, Progress, Result, check_every, result_of
 from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
 from patchpipe.errors import PatchpipeError, RankLost
-from patchpipe.pipeline.choice import check_choice, choose_for_engine
-from patchpipe.precheck import check_folder, quantised
-from patchpipe.pretrained.dtypes import default_dtype, one_dtype
-from patchpipe.pretrained.options import HUB, Options, read_options
-from patchpipe.pretrained.quantised import without_tensor
-from patchpipe.refusals import check_calls
-from patchpipe.source import fetch, resolve_source
+from patchpipe.layout.combinations import check_together
+from patchpipe.loading.choice import check_choice, choose_for_engine
+from patchpipe.loading.dtypes import default_dtype, one_dtype
+from patchpipe.loading.options import HUB, Options, read_options
+from patchpipe.loading.precheck import check_folder, quantised
+from patchpipe.loading.quantised import without_tensor
+from patchpipe.loading.source import fetch, resolve_source
+from patchpipe.parallel.refusals import check_calls
 from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:

@@ -73,7 +73,7 @@ def change_loras(pipe: Any, message: LoadLora | UnloadLora) -> None:
     Raises:
         ValueError: The pipeline takes no LoRA, or this one matches none of its layers.
     """
-    from patchpipe.pipeline.adapters import load, modules_of
+    from patchpipe.recipes.adapters import load, modules_of
 
     if isinstance(message, UnloadLora):
         if message.left:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from patchpipe.errors import UnsupportedModel
-from patchpipe.models.flux import FLUX
-from patchpipe.models.pixart import PIXART
+from patchpipe.models.families.flux import FLUX
+from patchpipe.models.families.pixart import PIXART
+from patchpipe.models.families.qwen import QWEN_IMAGE
+from patchpipe.models.families.sd3 import SD3
 from patchpipe.models.plan import ModelPlan
-from patchpipe.models.qwen import QWEN_IMAGE
-from patchpipe.models.sd3 import SD3
 
 PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE)
 

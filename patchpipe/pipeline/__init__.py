@@ -1,1 +1,4 @@
-"""What concerns attaching to a diffusers pipeline and calling it: the extent of a request, as its caller sees it."""
+"""Attaching the patch pipeline to a diffusers pipeline, in memory or as it is loaded, and a request's extent.
+
+The top of what runs on a rank: it puts the hooks on and takes them off; what they do lives below.
+"""

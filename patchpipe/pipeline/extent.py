@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from patchpipe.agreement import attempt
+from patchpipe.distributed.agreement import attempt
+from patchpipe.distributed.mesh import Group
 from patchpipe.errors import CANCELLED, PatchpipeError
-from patchpipe.mesh import Group
-from patchpipe.pipeline.board import Board, agree_on_calls
-from patchpipe.pipeline.inputs import describe_call
-from patchpipe.pipeline.points import Points
-from patchpipe.runner import Runner
+from patchpipe.lockstep.board import Board, agree_on_calls
+from patchpipe.lockstep.inputs import describe_call
+from patchpipe.lockstep.points import Points
+from patchpipe.schedule.runner import Runner
 
 Given = tuple[Sequence[Any], Mapping[str, Any]]  # a call's arguments by position and by name
 

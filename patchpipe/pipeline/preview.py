@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.agreement import attempt
-from patchpipe.lazy import PatchTensor
-from patchpipe.pipeline.board import Board
+from patchpipe.distributed.agreement import attempt
+from patchpipe.lazy.latent import PatchTensor
+from patchpipe.lockstep.board import Board
 from patchpipe.pipeline.callbacks import NAMES
 
 logger = logging.getLogger("patchpipe")

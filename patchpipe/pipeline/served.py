@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from patchpipe.pipeline.adapters import adapter_members
+from patchpipe.recipes.adapters import adapter_members
 
 _ORIGINAL = "_patchpipe_original"
 _PERTURBED = "_set_pag_attn_processor"

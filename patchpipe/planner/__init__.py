@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from patchpipe.planner.cards import device_named
 from patchpipe.planner.cost import Tokens, block_parts, block_seconds
-from patchpipe.planner.devices import Device
 from patchpipe.planner.layout import Layout
-from patchpipe.planner.links import Line, Link, link_named
+from patchpipe.planner.machine.cards import device_named
+from patchpipe.planner.machine.devices import Device
+from patchpipe.planner.machine.links import Line, Link, link_named
+from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.machine.system import PATCHPIPE, XDIT, System
 from patchpipe.planner.predict import Prediction, calibrated, predict
-from patchpipe.planner.presets import preset_named
-from patchpipe.planner.profiles import Profile
 from patchpipe.planner.schedule import Schedule
-from patchpipe.planner.system import PATCHPIPE, XDIT, System
-from patchpipe.planner.work import Block, Workload
+from patchpipe.planner.work.presets import preset_named
+from patchpipe.planner.work.workload import Block, Workload
 
 __all__ = [
     "PATCHPIPE",

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from patchpipe.config import ALL_STEPS, AutoLayout, ParallelConfig
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import Prediction, predict
-from patchpipe.planner.profiles import Profile
 from patchpipe.planner.search import HEADROOM, Wishes, search
-from patchpipe.planner.work import Workload
+from patchpipe.planner.work.workload import Workload
 
 WORTH = 0.1  # of the time: several devices, or a picture other than one device's, that nobody asked for must gain more
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from patchpipe.config import ParallelConfig
-from patchpipe.planner.cards import card_named, device_named
-from patchpipe.planner.here import cpu_ranks, profile_of
-from patchpipe.planner.links import link_named
-from patchpipe.planner.profiles import Profile
+from patchpipe.planner.machine.cards import card_named, device_named
+from patchpipe.planner.machine.here import cpu_ranks, profile_of
+from patchpipe.planner.machine.links import link_named
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.search import Wishes, search
-from patchpipe.planner.workloads import Asked, workload_for
+from patchpipe.planner.work.named import Asked, workload_for
 
 NAMED = 2  # devices of a card that is named, and their number not
 

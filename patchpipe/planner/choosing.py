@@ -18,13 +18,13 @@ from patchpipe.demo import call_defaults
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models import plan_for
 from patchpipe.models.plan import ModelPlan
+from patchpipe.parallel.refusals import guided
 from patchpipe.planner.automatic import Taken, one_device, take
-from patchpipe.planner.here import profile_of
-from patchpipe.planner.presets import preset_named
-from patchpipe.planner.profiles import Profile
-from patchpipe.planner.work import Workload
-from patchpipe.planner.workloads import Asked, check_runnable, read_folder, workload_for, workload_of
-from patchpipe.refusals import guided
+from patchpipe.planner.machine.here import profile_of
+from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.work.named import Asked, check_runnable, read_folder, workload_for, workload_of
+from patchpipe.planner.work.presets import preset_named
+from patchpipe.planner.work.workload import Workload
 
 logger = logging.getLogger("patchpipe")
 

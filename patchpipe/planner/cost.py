@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from patchpipe.planner.devices import Device
-from patchpipe.planner.work import Attention, Block, Matrix
+from patchpipe.planner.machine.devices import Device
+from patchpipe.planner.work.workload import Attention, Block, Matrix
 
 PASSES = 36  # reads and writes of a token's channels by norms, modulation, rotary embedding, gates and activation
 OPERATIONS_PER_STREAM = 12  # kernels of the same

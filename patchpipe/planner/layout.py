@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from patchpipe.balance import (
+from patchpipe.config import ParallelConfig
+from patchpipe.planner.cost import Tokens, block_parts
+from patchpipe.planner.machine.links import Line
+from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.machine.system import PATCHPIPE, System
+from patchpipe.planner.work.workload import Block, Workload
+from patchpipe.stage.balance import (
     StageBlocks,
     balanced,
     goes_in_halves,
@@ -16,13 +22,7 @@ from patchpipe.balance import (
     split_costs,
     stages_of,
 )
-from patchpipe.config import ParallelConfig
-from patchpipe.patches import Cut, PatchCosts, balanced_rows
-from patchpipe.planner.cost import Tokens, block_parts
-from patchpipe.planner.links import Line
-from patchpipe.planner.profiles import Profile
-from patchpipe.planner.system import PATCHPIPE, System
-from patchpipe.planner.work import Block, Workload
+from patchpipe.stage.patches import Cut, PatchCosts, balanced_rows
 
 
 @dataclass(frozen=True)

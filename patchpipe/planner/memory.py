@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from patchpipe.axes import Mesh
-from patchpipe.planner.devices import GIB
+from patchpipe.layout.axes import Mesh
 from patchpipe.planner.layout import Layout
-from patchpipe.planner.work import Block
+from patchpipe.planner.machine.devices import GIB
+from patchpipe.planner.work.workload import Block
 
 RUNTIME = int(1.2 * GIB)  # the CUDA context, communication buffers, what the allocator cannot use
 WORKING_WIDTHS = 16  # activations of a block at once, in channels of a token: streams, queries to values, feed-forward

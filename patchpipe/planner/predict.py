@@ -6,15 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from patchpipe.balance import shared_blocks
 from patchpipe.config import ParallelConfig
-from patchpipe.explain import Volume, traffic
+from patchpipe.planner.explain import Volume, traffic
 from patchpipe.planner.layout import Layout
+from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.machine.system import PATCHPIPE, System
 from patchpipe.planner.memory import RankMemory, rank_memory
-from patchpipe.planner.profiles import Profile
 from patchpipe.planner.schedule import Schedule, Timing
-from patchpipe.planner.system import PATCHPIPE, System
-from patchpipe.planner.work import Workload
+from patchpipe.planner.work.workload import Workload
+from patchpipe.stage.balance import shared_blocks
 
 
 @dataclass(frozen=True)

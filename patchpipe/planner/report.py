@@ -9,9 +9,9 @@ from typing import Any
 from patchpipe.config import ALL_STEPS, ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
-from patchpipe.planner.presets import preset_named
 from patchpipe.planner.search import ALIKE, Choice
-from patchpipe.planner.work import Workload
+from patchpipe.planner.work.presets import preset_named
+from patchpipe.planner.work.workload import Workload
 
 DEGREE_FLAGS = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
 PROMPT = "a lighthouse in a storm"

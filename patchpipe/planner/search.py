@@ -8,14 +8,14 @@ from itertools import product
 from math import prod
 from typing import Any, Literal, cast
 
-from patchpipe.balance import balanced, shared_blocks, sizes_of
 from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
-from patchpipe.patches import fewest_patches
-from patchpipe.planner.devices import GIB
 from patchpipe.planner.layout import Layout, balanced_stages
+from patchpipe.planner.machine.devices import GIB
+from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import Prediction, predict
-from patchpipe.planner.profiles import Profile
-from patchpipe.planner.work import Workload
+from patchpipe.planner.work.workload import Workload
+from patchpipe.stage.balance import balanced, shared_blocks, sizes_of
+from patchpipe.stage.patches import fewest_patches
 
 FRESH = (
     0.5  # DistriFusion at 1/8: FID against the one-device pictures 19.8; PipeFusion, over 1/2: 3.1 (arXiv 2405.14430)

@@ -6,7 +6,7 @@ norm merges the ranks' statistics, an attention gathers keys and values. Activat
 about one N-th of the whole decode's.
 """
 
+from patchpipe.distributed.rows import Halo, RowGroup, WireRows, join_rows
 from patchpipe.vae.apply import spread_vae
-from patchpipe.vae.rows import Halo, RowGroup, WireRows, join_rows
 
 __all__ = ["Halo", "RowGroup", "WireRows", "join_rows", "spread_vae"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchpipe.distributed.rows import ROWS, RowGroup
 from patchpipe.vae.cut import check_shares, cut_rows
 from patchpipe.vae.hooks import Spread, Undo, override
-from patchpipe.vae.rows import ROWS, RowGroup
 from patchpipe.vae.survey import Survey
 
 MARK = "_patchpipe_rows"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchpipe.distributed.rows import ROWS
 from patchpipe.vae.hooks import Spread, Undo, override
-from patchpipe.vae.rows import ROWS
 
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from patchpipe.vae.rows import RowGroup
+    from patchpipe.distributed.rows import RowGroup
 
 Undo = Callable[[], None]
 

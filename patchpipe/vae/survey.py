@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from patchpipe.distributed.rows import ROWS
 from patchpipe.errors import UnsupportedModel
 from patchpipe.vae.attention import spread_attention
 from patchpipe.vae.convolution import RowKernel, spread_convolution
 from patchpipe.vae.hooks import Spread, Undo
 from patchpipe.vae.norm import spread_group_norm
-from patchpipe.vae.rows import ROWS
 
 SUPPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLWan", "AutoencoderKLQwenImage")
 # Compute each row from itself alone, or only call others. A module of a class that is in none of these lists

@@ -1,0 +1,77 @@
+"""``patchpipe explain``: what a layout means, before anything is started."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from patchpipe.cli import options
+from patchpipe.cli.commands.info import size
+
+PIXELS_PER_TOKEN = 16  # eight of the autoencoder, two of the patch embedding
+EPILOG = """
+[bold]Examples[/]
+
+  [green]patchpipe explain[/] --cfg 2 --pipefusion 2 --ulysses 2
+
+  [green]patchpipe explain[/] ./flux-dev --pipefusion 4 --height 2048 --width 2048
+"""
+
+TextTokens = Annotated[int, typer.Option(help="Tokens of the prompt that take part in joint attention.")]
+
+
+def explain(
+    model: options.ModelArgument = None,
+    revision: options.Revision = None,
+    pipefusion: options.Pipefusion = 1,
+    cfg: options.Cfg = 1,
+    data: options.Data = 1,
+    ulysses: options.Ulysses = 1,
+    ring: options.Ring = 1,
+    tensor: options.Tensor = 1,
+    distrifusion: options.Distrifusion = 1,
+    parallel_vae: options.ParallelVae = False,
+    patches: options.Patches = None,
+    split_batch: options.SplitBatch = None,
+    share_blocks: options.ShareBlocks = None,
+    warmup: options.Warmup = "1",
+    height: options.Height = 1024,
+    width: options.Width = 1024,
+    text_tokens: TextTokens = 512,
+    output_rank: options.OutputRank = 0,
+    text_rank: options.TextRank = None,
+    _debug: options.Debug = False,
+) -> None:
+    """Show the mesh of a layout: who is where, who holds what, and what travels in a step."""
+    given = locals()
+    from patchpipe.demo import MODEL_DIR
+    from patchpipe.loading.source import resolve_source
+
+    config = options.read_config(given)
+    source = resolve_source(model or MODEL_DIR, revision=revision)
+    revision = revision if source.folder is None else None
+    from patchpipe.planner.explain import communicators, kept, ranks_table, traffic
+    from patchpipe.planner.work.describe import volume_of  # heavy, and not needed to refuse bad input
+
+    tokens = (height or 1024) // PIXELS_PER_TOKEN * ((width or 1024) // PIXELS_PER_TOKEN)
+    console = Console(highlight=False)
+    console.print(f"[bold]{config.describe()}[/] · {config.world_size} ranks")
+    header, *rows = ranks_table(config)
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    volume = volume_of(source.path, config, tokens, text_tokens, revision)
+    sent = traffic(config, volume)
+    title = f"A rank sends per step, {height}×{width} pixels, one branch"
+    console.print(title if sent else "One device: nothing travels.")
+    for method, sent_bytes in sent.items():
+        console.print(f"  {method:14}{size(int(sent_bytes))}")
+    if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
+        console.print(f"and holds {size(int(kept(config, volume)))} of keys and values")
+    for line in communicators(config):
+        console.print(line)

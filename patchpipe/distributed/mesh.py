@@ -1,0 +1,428 @@
+"""The one truth about ranks: who is in the group, who comes before and after, how they talk."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from time import sleep
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from patchpipe.config import ParallelConfig
+from patchpipe.distributed.agreement import agree, gather
+from patchpipe.distributed.exchange import Exchange
+from patchpipe.distributed.guard import Guard, say_goodbye
+from patchpipe.distributed.process_groups import ProcessGroups, gist
+from patchpipe.distributed.rows import WireRows, join_rows
+from patchpipe.distributed.transport import Channel, Wire
+from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.layout.axes import Axis, Mesh
+from patchpipe.layout.communicators import Link, answer_links, key_links, line_axes, stage_links
+from patchpipe.tracing.recorder import Recorder, span
+
+CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
+LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
+GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
+
+
+class Group:
+    """The ranks of one parallel pipeline, and the wires between them.
+
+    Forward hops, the return hop and everything shared by all ranks have separate process groups, so that
+    none waits behind another. A group of one rank has none. Over NCCL every communicator is made here, or when the
+    pipeline is attached, and none in a request.
+
+    Args:
+        config: The layout.
+        rank: This rank.
+        device: Where this rank computes.
+        store: Where the ranks meet; ``None`` only for a single rank.
+        backend: ``"gloo"`` or ``"nccl"``.
+
+    Attributes:
+        recorder: Of the request under way, if it is traced.
+    """
+
+    def __init__(
+        self, config: ParallelConfig, rank: int, device: torch.device, store: dist.Store | None, backend: str
+    ) -> None:
+        self.config, self.rank, self.device, self.backend = config, rank, device, backend
+        self.world_size = config.world_size
+        self.mesh = Mesh(config.mesh_shape, rank)
+        self._store = store
+        self._control: Any = None
+        self._wires: dict[str, Wire] = {}
+        self._strips: list[WireRows] = []
+        self.recorder: Recorder | None = None
+        self._requests = 0
+        self._in_flight = 1
+        self._agreements = 0
+        self.lines: dict[Axis, Exchange] = {}
+        self._groups = ProcessGroups(store, config.timeout)
+        self._guard: Guard | None = None
+        self._lifeline: Any = None
+        if self.world_size == 1:
+            return
+        self._control = self._groups.make("control", "gloo", rank, self.world_size)
+        if backend == "nccl":
+            self._guard = self._watch()
+        self._add_wire("forward", "stream", stage_links(self.mesh))
+        self._add_wire("return", "prediction", answer_links(self.mesh))
+        for axis in line_axes(self.mesh):
+            self.lines[axis] = self._line(axis)
+
+    def open_keys(self, boundaries: Sequence[int]) -> None:
+        """Makes the ways for keys and values of blocks that two stages share; every rank calls it alike.
+
+        Args:
+            boundaries: The earlier stage of each such pair.
+        """
+        self._add_wire("keys", "keys", key_links(self.mesh, boundaries))
+
+    def _add_wire(self, name: str, carries: str, links: Sequence[Link]) -> None:
+        """Makes what the links need, and over NCCL lets the ranks of each meet, in the order of the links."""
+        if not links:
+            return
+        options = (self.device, self.backend, self.config.timeout, self.explain, carries, self._guard)
+        if self.backend == "gloo":
+            self._wires[name] = Wire(self._groups.make(name, "gloo", self.rank, self.world_size), *options)
+            return
+        groups: dict[Link, Any] = {}
+        wire = self._wires[name] = Wire(None, *options, groups)
+        for link in links:
+            if self.rank == link.sender:
+                groups[link] = self._groups.make(f"{name}/{link.sender}-{link.receiver}", self.backend, 0, 2)
+                wire.channel(link.receiver).send_nothing(torch.Size((1,)), torch.float32)
+            elif self.rank == link.receiver:
+                groups[link] = self._groups.make(f"{name}/{link.sender}-{link.receiver}", self.backend, 1, 2)
+                wire.channel(link.sender).expect((1,), torch.float32)
+        self.drain()
+
+    def _line(self, axis: Axis) -> Exchange:
+        ranks, index = self.mesh.along(axis), self.mesh.at(axis)
+        inner = self._groups.make(f"{axis}/{ranks[0]}", self.backend, index, len(ranks))
+        options = (self.config.timeout, self.explain, CARRIES.get(axis, axis), self._guard)
+        line = Exchange(Wire(inner, self.device, self.backend, *options), index, len(ranks), ranks)
+        if self.backend == "nccl":
+            line.meet()
+        return line
+
+    def _watch(self) -> Guard:
+        """Looks on where waits order streams; see ``Guard``."""
+        guard = Guard(self.config.timeout, self._told_failure, self._explain_to_all, self._abort)
+        self._lifeline = self._groups.make("lifeline", "gloo", self.rank, self.world_size)
+        guard.watch(self._lifeline, (self.rank + 1) % self.world_size)
+        return guard
+
+    # -- who is where ----------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        """Index of this rank's pipeline stage."""
+        return self.mesh.at("pipe")
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank runs the first stage, which holds the latent."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank runs the last stage, which makes the noise prediction."""
+        return self.stage == self.config.pipefusion - 1
+
+    @property
+    def output(self) -> bool:
+        """Whether this rank holds the VAE and gets the images."""
+        return self.rank == self.config.output_rank
+
+    def channel_from_previous(self) -> Channel:
+        """Streams from the stage before."""
+        return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage - 1))
+
+    def channel_to_next(self) -> Channel:
+        """Streams to the stage after."""
+        return self._wires["forward"].channel(self.mesh.peer(pipe=self.stage + 1))
+
+    def channel_for_keys(self, *, to_next: bool) -> Channel:
+        """Keys and values to and from the stage after, or the one before."""
+        return self._wires["keys"].channel(self.mesh.peer(pipe=self.stage + (1 if to_next else -1)))
+
+    def answers(self, rank: int) -> Channel:
+        """Noise predictions between a rank of the last stage and one of the first."""
+        return self._wires["return"].channel(rank)
+
+    @property
+    def _all_wires(self) -> list[Wire]:
+        lines = [line.wire for line in self.lines.values()]
+        return [*self._wires.values(), *lines, *(rows.wire for rows in self._strips)]
+
+    @property
+    def _ends(self) -> list[Channel | Exchange]:
+        """All that tensors leave through."""
+        return [*(channel for wire in self._wires.values() for channel in wire.channels), *self.lines.values()]
+
+    def next_call(self) -> None:
+        """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
+        for end in self._ends:
+            end.next_call(self._in_flight)
+
+    def drain(self) -> None:
+        """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
+        for end in self._ends:
+            end.drain()
+        if self._guard is not None:
+            self._guard.settle()
+
+    def traffic(self) -> tuple[int, float]:
+        """Bytes this rank sent in hops and exchanges so far, and seconds it waited for them."""
+        return sum(end.sent_bytes for end in self._ends), sum(end.waited_seconds for end in self._ends)
+
+    def rows(self) -> WireRows:
+        """All ranks as strips of a picture, for the VAE."""
+        rows = join_rows(self._groups, self.rank, self.world_size, device=self.device, explain=self.explain)
+        self._strips.append(rows)
+        return rows
+
+    def control_wire(self) -> Wire:
+        """Small tensors on the host between any two ranks, counted nowhere."""
+        return Wire(self._control, torch.device("cpu"), "gloo", self.config.timeout, self.explain, "control")
+
+    def record(self, recorder: Recorder | None) -> None:
+        """From here on, every wait and every tensor sent goes to ``recorder``; ``None`` ends that."""
+        self.recorder = recorder
+        for wire in self._all_wires:
+            wire.recorder = recorder
+
+    @property
+    def store(self) -> dist.Store | None:
+        """Where the ranks met; ``None`` for a single rank."""
+        return self._store
+
+    # -- what all ranks share --------------------------------------------------------------------
+
+    def broadcast(self, tensor: Tensor | None, root: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The root's tensor on every rank's device; others that have it too keep theirs, or pass ``None``."""
+        if self.world_size == 1:
+            assert tensor is not None
+            return tensor
+        if self.rank == root:
+            assert tensor is not None
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            self.check()  # the copy waits for the device, which goes on when communicators are aborted
+            self._broadcast_bytes(data, root, "latent")
+            return tensor
+        staged = torch.empty(shape, dtype=dtype)
+        self._broadcast_bytes(staged.reshape(-1).view(torch.uint8), root, "latent")
+        return staged.to(self.device) if tensor is None else tensor
+
+    def share(self, root: int, compute: Callable[[], Any], carries: str = "control") -> Any:
+        """What ``compute`` returns on the root, on every rank; what it raises there, it raises everywhere.
+
+        Args:
+            root: The rank that computes.
+            compute: Called there alone.
+            carries: What kind of thing it returns, for the timeline.
+        """
+        if self.world_size == 1:
+            return compute()
+        if self.rank == root:
+            return self._share_mine(root, compute, carries)
+        size = torch.zeros(1, dtype=torch.int64)
+        self._broadcast_bytes(size.view(torch.uint8), root, carries)
+        message = torch.empty(int(size), dtype=torch.uint8)
+        self._broadcast_bytes(message, root, carries)
+        failed, value = torch.load(io.BytesIO(message.numpy().tobytes()), map_location=self.device, weights_only=False)
+        if failed:
+            raise value
+        return value
+
+    def check(self) -> None:
+        """Raises what has gone wrong where no wait could tell, over NCCL.
+
+        Raises:
+            PatchpipeError: The first cause.
+        """
+        if self._guard is not None:
+            self._guard.check()
+
+    def _share_mine(self, root: int, compute: Callable[[], Any], carries: str) -> Any:
+        error: Exception | None = None
+        value: Any = None
+        try:
+            value = compute()
+        except Exception as raised:
+            error = raised
+        buffer = io.BytesIO()
+        torch.save((error is not None, _portable(error) if error else value), buffer)
+        message = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+        self._broadcast_bytes(torch.tensor([message.numel()]).view(torch.uint8), root, carries)
+        self._broadcast_bytes(message, root, carries)
+        if error is not None:
+            raise error
+        return value
+
+    def _broadcast_bytes(self, data: Tensor, root: int, carries: str) -> None:
+        whom = f"rank {root}"
+        with span(self.recorder, "wait", channel=carries, peer=whom), self.explaining(whom):
+            self._control.broadcast(data, root).wait(timedelta(seconds=self.config.timeout))
+
+    def agree(self, what: dict[str, Any], problem: Exception | None = None) -> None:
+        """Checks that every rank was started with the same ``what``, and that none has a problem.
+
+        Raises:
+            ValueError: Two ranks differ; every rank raises the same text.
+            Exception: This rank's problem.
+            RankFailed: Another rank has one that this one has not.
+        """
+        if self._store is not None:
+            self._agreements += 1
+            topic = f"agree/{self._agreements}"
+            agree(self._store, topic, self.rank, self.world_size, what, self.config.timeout, problem)
+        elif problem is not None:
+            raise problem
+
+    def tell_all(self, what: Any) -> list[Any]:
+        """What every rank tells, by rank; plain data."""
+        if self._store is None:
+            return [what]
+        self._agreements += 1
+        return gather(self._store, f"told/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
+
+    # -- failure ---------------------------------------------------------------------------------
+
+    def begin_requests(self, in_flight: int = 1) -> None:
+        """From here on, failures are those of a new request, or of several together; all ranks count alike."""
+        self._requests += 1
+        self._in_flight = in_flight
+
+    @property
+    def _failure_key(self) -> str:
+        return f"first_failure/{self._requests}" if self._requests else LOADING
+
+    def report_failure(self, text: str) -> None:
+        """Tells the other ranks why this one fails, unless another told first."""
+        self._tell_failure(text, lost=False)
+
+    def _tell_failure(self, text: str, *, lost: bool) -> None:
+        if self._store is None:
+            return
+        message = json.dumps({"rank": self.rank, "text": text, "lost": lost})
+        try:
+            self._store.compare_set(self._failure_key, "", message)
+        except RuntimeError:  # the store's own process is gone: nobody is left to tell
+            return
+
+    def explain(self, error: Exception, peer: str) -> PatchpipeError:
+        """The error to raise when waiting for ``peer`` failed: the group's first failure where one is known."""
+        told = self._told_failure()
+        if told is not None:
+            return told
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            late = self._silent_rank(peer)
+            return RankLost(f"{late} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
+        return RankLost(f"{peer} closed its connection: its process has died or was killed ({gist(error)})")
+
+    def _told_failure(self) -> PatchpipeError | None:
+        """The first failure that another rank has told of, or that one has told of another."""
+        return self._as_error(self._first_failure())
+
+    def failed_to_load(self) -> PatchpipeError | None:
+        """Why another rank has failed before any request, as the error to raise; ``None`` if none has."""
+        if self._store is None or not self._store.check([LOADING]):
+            return None
+        return self._as_error(json.loads(self._store.get(LOADING)))
+
+    def _as_error(self, first: dict[str, Any] | None) -> PatchpipeError | None:
+        if first is None:
+            return None
+        if first.get("lost"):
+            return RankLost(first["text"])
+        return None if first["rank"] == self.rank else RankFailed(f"rank {first['rank']} failed first: {first['text']}")
+
+    def _explain_to_all(self, error: Exception, peer: str) -> PatchpipeError:
+        """The same as ``explain``, told to the other ranks too: they may wait for one that waits itself."""
+        problem = self.explain(error, peer)
+        if isinstance(problem, RankLost):
+            self._tell_failure(str(problem), lost=True)
+        return problem
+
+    def _silent_rank(self, peer: str) -> str:
+        """The rank everybody waits for in the end: one that does not wait itself."""
+        if self._store is None:
+            return peer
+        key = f"waits/{self._requests}/rank "
+        try:
+            self._store.set(f"{key}{self.rank}", peer)
+            sleep(min(GRACE_SECONDS, self.config.timeout / 2))  # the others' deadlines pass at about the same time
+            seen = {f"rank {self.rank}"}
+            while peer not in seen and self._store.check([f"{key}{peer.removeprefix('rank ')}"]):
+                seen.add(peer)
+                peer = self._store.get(f"{key}{peer.removeprefix('rank ')}").decode()
+        except RuntimeError:  # the store's own process is gone
+            pass
+        return peer
+
+    def explaining(self, peer: str) -> _Explained:
+        """A context that turns a failed wait into ``explain``'s error."""
+        return _Explained(self, peer)
+
+    def _first_failure(self) -> dict[str, Any] | None:
+        if self._store is None:
+            return None
+        try:
+            for key in (self._failure_key, LOADING):
+                if self._store.check([key]):
+                    return json.loads(self._store.get(key))
+            return None
+        except (RuntimeError, ValueError):
+            return None
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ranks can no longer talk."""
+        return self.world_size > 1 and self._control is None
+
+    def close(self) -> None:
+        """Closes the connections; peers that wait for this rank see it at once."""
+        if self._guard is not None and self._lifeline is not None:
+            self._guard.end()
+            say_goodbye(self._lifeline, (self.rank - 1) % self.world_size)
+        for line in self.lines.values():
+            line.forget()
+        for wire in self._all_wires:
+            wire.close()
+        self._control = self._lifeline = None
+        self._wires.clear()
+        self.lines.clear()
+        self._strips.clear()
+        self._groups.close()
+
+    def _abort(self) -> None:
+        """Ends all that is under way on the device."""
+        for wire in self._all_wires:
+            wire.abort()
+
+
+class _Explained:
+    def __init__(self, group: Group, peer: str) -> None:
+        self.group, self.peer = group, peer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, PatchpipeError):
+            raise self.group.explain(error, self.peer) from error
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling, else one that says the same."""
+    if type(error) in (ValueError, TypeError, KeyError, NotImplementedError, FileNotFoundError):
+        return type(error)(*error.args)
+    return RankFailed(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""What is known of each family of diffusers transformers, as data: a file for each."""

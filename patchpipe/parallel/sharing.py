@@ -1,0 +1,29 @@
+"""Picks how the ranks that share a patch attend together."""
+
+from __future__ import annotations
+
+from patchpipe.distributed.mesh import Group
+from patchpipe.parallel.ring import Ring
+from patchpipe.parallel.ulysses import Ulysses
+from patchpipe.stage.attention import Sharing
+from patchpipe.stage.patches import Patch
+
+
+def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharing | None:
+    """The way this group shares patches; ``None`` if each has a rank of its own.
+
+    Args:
+        group: The ranks.
+        patch: The patch, whole.
+        pieces: The rows of each rank that shares it, in the order of ``Mesh.part``.
+    """
+    mesh = group.mesh
+    if mesh.parts == 1:
+        return None
+    ulysses = None
+    if mesh.size("ulysses") > 1:
+        start = mesh.part - mesh.at("ulysses")
+        ulysses = Ulysses(group.lines["ulysses"], patch, pieces[start : start + mesh.size("ulysses")])
+    if mesh.size("ring") == 1:
+        return ulysses
+    return Ring(group.lines["ring"], patch, pieces, ulysses)

@@ -1,0 +1,200 @@
+"""LoRA on a parallel pipeline: diffusers' own methods, run while patchpipe's hooks are off the model.
+
+``peft`` puts a layer of its own in the place of each layer that LoRA changes. On a parallel pipeline some blocks are
+stood in for and some layers have hooks. So the hooks come off, the method does to the ordinary model what it does on
+any other, and the hooks go on again. A rank that has only its own blocks in memory keeps the matrices of LoRA for those
+alone: the others' are on ``meta``, and what is beside them goes there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial, wraps
+from typing import Any
+
+from torch import nn
+
+from patchpipe.models.lora import adapted_layers, adapters_of
+from patchpipe.parallel.blocks import Blocks
+from patchpipe.parallel.tensor import check_tensor
+from patchpipe.schedule.runner import Runner
+
+LOADING = ("load_lora_weights", "load_lora_adapter", "add_adapter")
+MERGING = ("fuse_lora", "unfuse_lora")  # change a matrix by what is beside it
+_OTHERS = (
+    "unload_lora_weights", "unload_lora", "set_adapters", "set_adapter", "delete_adapters", "enable_lora",
+    "disable_lora", "enable_adapters", "disable_adapters", "enable_lora_hotswap", "set_lora_device",
+)  # fmt: skip
+METHODS = (*LOADING, *MERGING, *_OTHERS)  # of pipelines, and of models
+HOOKING = (
+    "enable_cache", "disable_cache", "enable_layerwise_casting", "fuse_qkv_projections", "unfuse_qkv_projections",
+    "set_attn_processor", "set_default_attn_processor",
+)  # fmt: skip  # of models: they change layers too, and meet stand-ins otherwise
+
+
+class Adapters:
+    """Changes the adapters of a parallel pipeline.
+
+    Args:
+        pipe: The pipeline.
+        blocks: The hooks on this rank's part of its transformer.
+        runner: Runs the transformer's calls.
+    """
+
+    def __init__(self, pipe: Any, blocks: Blocks, runner: Runner) -> None:
+        self._pipe, self._blocks, self._runner = pipe, blocks, runner
+        self._changing = False
+        self.state = adapters_of(runner.model)
+
+    def change(self, name: str, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Runs one of diffusers' methods on the transformer without hooks; every rank calls it alike.
+
+        In a callback it holds from the next call of the transformer on.
+
+        Args:
+            name: The method's name.
+            method: The method, bound.
+            args: Its arguments by position.
+            kwargs: Its arguments by name.
+
+        Raises:
+            ValueError: LoRA that matches no layer, or that this layout cannot hold; nothing has changed then.
+            ImportError: There is no ``peft``.
+            RuntimeError: Several requests are in flight, which would all be changed.
+        """
+        if self._changing:  # one of the methods calls another
+            return method(*args, **kwargs)
+        self._check_idle(name)
+        modules, runner = modules_of(self._pipe), self._runner
+        self._changing = True
+        try:
+            with self._blocks.open(merging=name in MERGING):
+                try:
+                    if name not in LOADING:
+                        return method(*args, **kwargs)
+                    return load(method, modules, args, kwargs, self._check_layout)
+                finally:
+                    drop_absent(modules.values())
+                    self.state = adapters_of(runner.model)
+        finally:
+            self._changing = False
+            if runner.request is not None:
+                runner.request.memo.clear()  # results of layers as they were
+
+    def model_methods(self) -> dict[str, Callable[..., Any]]:
+        """The transformer's own methods that change adapters or other things in its layers, to be set on it."""
+        return {
+            name: wraps(original)(partial(self._bound, name, original))
+            for name, original in ((name, getattr(self._runner.model, name, None)) for name in (*METHODS, *HOOKING))
+            if callable(original)
+        }
+
+    def _bound(self, name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.change(name, original, args, kwargs)
+
+    def _check_idle(self, name: str) -> None:
+        if self._runner.request is not None and len(self._runner.stats) > 1:
+            raise RuntimeError(f"{name} would change the adapters of all requests in flight together: call it before")
+
+    def _check_layout(self) -> None:
+        check_tensor(self._runner.model, self._runner.plan, self._runner.config.tensor)
+
+
+def adapter_members(kind: type) -> dict[str, Any]:
+    """A pipeline class's methods that change adapters, for its parallel subclass: through ``pipe.patchpipe``."""
+
+    def member(name: str) -> Any:
+        original = getattr(kind, name)
+
+        @wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            attachment = vars(self).get("patchpipe")
+            if attachment is None:  # made of parts of its own
+                return original(self, *args, **kwargs)
+            return attachment.change_adapters(name, original.__get__(self), args, kwargs)
+
+        return method
+
+    return {name: member(name) for name in METHODS if callable(getattr(kind, name, None))}
+
+
+def modules_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's models that may have adapters, by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def loaded_adapters(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The names of the adapters of each model that has any."""
+    found = {name: list(getattr(module, "peft_config", None) or {}) for name, module in modules.items()}
+    return {name: adapters for name, adapters in found.items() if adapters}
+
+
+def load(
+    method: Callable[..., Any],
+    modules: Mapping[str, nn.Module],
+    args: Iterable[Any],
+    kwargs: Mapping[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> Any:
+    """Runs a method that loads adapters, and takes back what a failed one has left behind.
+
+    Args:
+        method: The method, bound.
+        modules: The models it may load into.
+        args: Its arguments by position.
+        kwargs: Its arguments by name.
+        check: Called afterwards; what it raises takes the adapters back.
+
+    Raises:
+        ValueError: The weights match no layer of any of the models.
+        ImportError: There is no ``peft``.
+    """
+    _check_peft()
+    before = loaded_adapters(modules)
+    try:
+        result = method(*args, **kwargs)
+        if loaded_adapters(modules) == before and not kwargs.get("hotswap"):
+            raise _no_match(modules)
+        check()
+    except Exception as error:
+        take_back(modules, before)
+        if isinstance(error, ValueError) and "not found in the base model" in str(error):
+            raise _no_match(modules) from error
+        raise
+    return result
+
+
+def take_back(modules: Mapping[str, nn.Module], before: Mapping[str, list[str]]) -> None:
+    """Deletes the adapters that were not there before."""
+    from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
+
+    for part, adapters in loaded_adapters(modules).items():
+        module: Any = modules[part]
+        for name in set(adapters) - set(before.get(part, ())):
+            delete_adapter_layers(module, name)
+        if not getattr(module, "peft_config", None):
+            recurse_remove_peft_layers(module)
+
+
+def drop_absent(modules: Iterable[nn.Module]) -> None:
+    """Frees adapters beside layers that are not in this rank's memory."""
+    for module in modules:
+        for layer in adapted_layers(module).values():
+            base = layer.get_base_layer()
+            if any(parameter.is_meta for parameter in base.parameters(recurse=False)):
+                layer.to("meta")
+
+
+def _check_peft() -> None:
+    from diffusers.utils import USE_PEFT_BACKEND
+
+    if not USE_PEFT_BACKEND:
+        raise ImportError("LoRA needs the package peft: pip install 'patchpipe[lora]'")
+
+
+def _no_match(modules: Mapping[str, nn.Module]) -> ValueError:
+    kinds = ", ".join(type(module).__name__ for module in modules.values())
+    return ValueError(
+        f"the LoRA holds no weights for any layer of this pipeline ({kinds}): it was made for another model, or its "
+        f"names are in a format that diffusers does not know"
+    )

@@ -1,0 +1,1 @@
+"""The patch pipeline at work: a request's calls through the stages, and requests in flight together."""

@@ -1,0 +1,135 @@
+"""One call of the transformer, and how the pieces of its noise prediction come together.
+
+Ranks of the last stage each make a piece: some rows of a patch for a part of the batch. Every rank of the first
+stage holds the latent and so needs every piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchpipe.distributed.mesh import Group
+from patchpipe.distributed.transport import Receive
+from patchpipe.layout.axes import Mesh
+from patchpipe.models.plan import ModelPlan
+from patchpipe.parallel.batches import BatchShare
+from patchpipe.schedule.shared_keys import SharedKeys
+from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.store import LayerStores
+from patchpipe.tracing.recorder import Where
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer, the same on every rank.
+
+    Attributes:
+        inputs: Its arguments by name.
+        cut: The cut of its latent.
+        patches: The patches to run, or the whole latent as one.
+        shares: Who runs which part of its batch.
+        stores: The branch's keys and values on this rank, of each half of its batch; ``None`` where nothing is ever
+            stale.
+        shared: What comes and goes for blocks that two stages share.
+        text_rows: Text rows in joint attention.
+        where: Which call it is, for the timeline.
+    """
+
+    inputs: Mapping[str, Any]
+    cut: Cut
+    patches: tuple[Patch, ...]
+    shares: tuple[BatchShare, ...]
+    stores: tuple[LayerStores, LayerStores] | None
+    shared: Sequence[SharedKeys]
+    text_rows: int
+    where: Where
+
+    def share_of(self, mesh: Mesh) -> BatchShare | None:
+        """The part of the batch a rank runs, if any."""
+        place = (mesh.at("data"), mesh.at("cfg"))
+        return next((share for share in self.shares if (share.data, share.cfg) == place), None)
+
+    def pieces(self, patch: Patch, ranks: int) -> tuple[Patch, ...]:
+        """The rows of a patch for each rank that shares it."""
+        return self.cut.split(patch, ranks)
+
+
+class Answers:
+    """The noise prediction of one call, as the first stage's ranks put it together.
+
+    A patch's receives are posted when this rank has run it, and it is put together when it is asked for. Not sooner:
+    over NCCL a posted receive is a kernel that spins, and this rank's own work on the patch may be what it waits for.
+    """
+
+    def __init__(self, call: Call, plan: ModelPlan, model: nn.Module, group: Group, dtype: torch.dtype) -> None:
+        self.call, self.plan, self.group = call, plan, group
+        self._shape = plan.grid.output_shape(model, call.inputs[plan.latent].shape)
+        self._dtype = dtype
+        self._makers = [self._rank(share, part) for share in call.shares for part in range(group.mesh.parts)]
+        self._found: dict[tuple[int, int], Tensor | Receive] = {}
+        self._whole: Tensor | None = None
+
+    def give(self, result: Tensor, patch: Patch) -> None:
+        """Sends what this rank made to every rank of the first stage.
+
+        Raises:
+            RuntimeError: The model returned another dtype than the first stage expects.
+        """
+        if self.group.mesh.at("tensor") > 0:
+            return  # its neighbour made the same
+        if result.dtype != self._dtype:
+            raise RuntimeError(
+                f"the noise prediction left the model as {result.dtype}, the first stage expects {self._dtype}"
+            )
+        for rank in self.group.mesh.stage(0):
+            if rank == self.group.rank:
+                self._found[patch.index, rank] = result
+            else:
+                self.group.answers(rank).send(result)
+
+    def expect(self, patch: Patch) -> None:
+        """Posts what other ranks make of a patch, on a rank that holds the latent."""
+        if not self.group.first:
+            return
+        pieces, makers = self.call.pieces(patch, self.group.mesh.parts), iter(self._makers)
+        shape = list(self._shape)
+        for share in self.call.shares:
+            for piece in pieces:
+                rank = next(makers)
+                shape[0], shape[self.plan.grid.dim] = share.size, piece.units[1] - piece.units[0]
+                if rank != self.group.rank:
+                    self._found[patch.index, rank] = self.group.answers(rank).expect(tuple(shape), self._dtype)
+
+    def patch(self, index: int) -> Tensor:
+        """A patch of the prediction; waits for it."""
+        if not self.call.patches[0].whole:
+            return self._together(self.call.patches[index])
+        if self.group.mesh.size("displaced") > 1:
+            makers = self._makers[index :: self.group.mesh.parts]
+            return _joined([self._take(self.call.patches[0], rank) for rank in makers], 0)
+        if self._whole is None:
+            self._whole = self._together(self.call.patches[0])
+        start, stop = self.call.cut.bounds[index : index + 2]
+        return self._whole.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+
+    def _rank(self, share: BatchShare, part: int) -> int:
+        return self.group.mesh.maker(share.data, share.cfg, self.group.config.pipefusion - 1, part)
+
+    def _together(self, patch: Patch) -> Tensor:
+        pieces = [self._take(patch, rank) for rank in self._makers]
+        size = self.group.mesh.parts
+        shares = [_joined(pieces[at : at + size], self.plan.grid.dim) for at in range(0, len(pieces), size)]
+        return _joined(shares, 0)
+
+    def _take(self, patch: Patch, rank: int) -> Tensor:
+        found = self._found.pop((patch.index, rank))
+        return found.take() if isinstance(found, Receive) else found
+
+
+def _joined(pieces: list[Tensor], dim: int) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)

@@ -1,0 +1,318 @@
+"""What belongs to one request and ends with it: patches, guidance branches, keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchpipe.config import ParallelConfig
+from patchpipe.distributed.mesh import Group
+from patchpipe.lockstep.points import Points
+from patchpipe.models.plan import ModelPlan
+from patchpipe.parallel.batches import share_batch
+from patchpipe.parallel.displaced import PartStore
+from patchpipe.parallel.refusals import no_guidance
+from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
+from patchpipe.stage.balance import patch_costs
+from patchpipe.stage.patches import Cut
+from patchpipe.stage.store import LayerStores
+
+BranchKey = tuple[str | None, int, int]
+
+
+@dataclass
+class Branch:
+    """One guidance branch: its keys and values must never serve another.
+
+    Attributes:
+        index: Its place among the request's branches.
+        calls: Calls of the transformer made for this branch so far.
+        stores: Keys and values of each half of its batch, by attention layer.
+        parts: The same where ranks see each other's part of the latent late, in the order layers run.
+        shared: What comes and goes for blocks that two stages share.
+    """
+
+    index: int = 0
+    calls: int = 0
+    stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
+    parts: list[PartStore] = field(default_factory=list)
+    shared: list[SharedKeys] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of its keys and values."""
+        layers = sum(store.bytes for half in self.stores for store in half.values())
+        return layers + sum(store.bytes for store in self.parts)
+
+
+@dataclass
+class RequestStats:
+    """What a request did, for people and for tests.
+
+    Attributes:
+        materialisations: How often the lazy latent had to be gathered in full.
+        reasons: The operations that asked for it.
+        patches: Patches of the latent.
+        patch_rows: Token rows of each.
+        stages: Pipeline stages.
+        steps_synchronous: Calls of the transformer that saw fresh keys and values only.
+        steps_patched: Calls that ran the latent patch by patch, or part by part, beside stale ones.
+        seconds: Wall-clock seconds of the request on this rank.
+        store_bytes: Memory of the keys and values this rank held.
+        waited_seconds: Time this rank spent waiting for other ranks.
+        sent_bytes: Bytes this rank sent to the next stage or, from the last one, to the first.
+    """
+
+    materialisations: int = 0
+    reasons: list[str] = field(default_factory=list)
+    patches: int = 1
+    patch_rows: tuple[int, ...] = ()
+    stages: int = 1
+    steps_synchronous: int = 0
+    steps_patched: int = 0
+    seconds: float = 0.0
+    store_bytes: int = 0
+    waited_seconds: float = 0.0
+    sent_bytes: int = 0
+
+    @property
+    def touched(self) -> bool:
+        """Whether the transformer was called at all."""
+        return self.steps_synchronous + self.steps_patched > 0
+
+    def add(self, inner: RequestStats) -> None:
+        """Counts in what a pipeline did that was called by the pipeline of this request."""
+        if not self.touched:
+            self.patches, self.patch_rows = inner.patches, inner.patch_rows
+        self.materialisations += inner.materialisations
+        self.reasons += inner.reasons
+        self.steps_synchronous += inner.steps_synchronous
+        self.steps_patched += inner.steps_patched
+        self.store_bytes = max(self.store_bytes, inner.store_bytes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        return {**self.__dict__, "reasons": list(self.reasons), "touched": self.touched}
+
+
+class Traffic:
+    """What one request sends and waits for, counted while it is at work.
+
+    Args:
+        group: The ranks.
+
+    Attributes:
+        sent_bytes: Bytes so far.
+        waited_seconds: Seconds so far.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.sent_bytes, self.waited_seconds = 0, 0.0
+        self._group, self._since = group, group.traffic()
+
+    def resume(self) -> None:
+        """Counts from here on."""
+        self._since = self._group.traffic()
+
+    def pause(self) -> None:
+        """What follows is another request's."""
+        sent, waited = self._group.traffic()
+        self.sent_bytes += sent - self._since[0]
+        self.waited_seconds += waited - self._since[1]
+
+
+class Request:
+    """One call of the pipeline. Also the lazy latent's way to the other ranks.
+
+    Args:
+        config: The layout.
+        plan: The model's plan.
+        model: The transformer.
+        group: The ranks.
+        number: Its place among the requests in flight together.
+        halves: Whether batches go through the stages in halves.
+        shared: The blocks that this rank's stage shares with another.
+        points: What all ranks pass in the same order.
+    """
+
+    def __init__(
+        self,
+        config: ParallelConfig,
+        plan: ModelPlan,
+        model: nn.Module,
+        group: Group,
+        number: int = 0,
+        *,
+        halves: bool = False,
+        shared: Sequence[SharedBlock] = (),
+        points: Points | None = None,
+    ) -> None:
+        self.points = points or Points(None)
+        self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
+        self._halves, self._shared = halves, shared
+        self.traffic = Traffic(group)
+        self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
+        self.holder = group.first  # whether this rank holds the values of the lazy latent
+        self.stats = RequestStats(stages=config.pipefusion)
+        self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
+        self._branches: dict[BranchKey, Branch] = {}
+        self._texts: list[Tensor] = []
+        self._cut: Cut | None = None
+        self._latent_shape: torch.Size | None = None
+        self._last: tuple[Any, BranchKey] | None = None
+        self._started = perf_counter()
+        self.provenance = 0  # of the latent that is asked for
+        self._asked: Any = None  # when the latent was last asked for in full
+        self._draw_alike()
+
+    # -- the lazy latent's Exchange --------------------------------------------------------------
+
+    def share(self, full: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Gives the first stage's tensor to every rank."""
+        with self.points.passing(f"reads the latent ({self.stats.reasons[-1]})"):
+            self.points.meet(self.provenance)
+            whole = self.group.broadcast(full, 0, shape, dtype)
+        recorder = self.group.recorder
+        if recorder is not None:
+            recorder.add("materialise", self._asked, recorder.where, reason=self.stats.reasons[-1])
+        return whole
+
+    def note(self, reason: str) -> None:
+        """Counts a materialisation."""
+        self.stats.materialisations += 1
+        self.stats.reasons.append(reason)
+        self._asked = self.group.recorder.now() if self.group.recorder is not None else None
+
+    def _draw_alike(self) -> None:
+        """Lets every rank draw the first one's noise, where the pipeline is given no generator.
+
+        What ranks draw meets values that all of them hold as soon as the lazy latent has materialised.
+        """
+        if self.group.world_size == 1:
+            return
+        cuda = self.group.device if self.group.device.type == "cuda" else None
+        with self.points.passing():
+            states = self.group.share(
+                0, lambda: (torch.get_rng_state(), torch.cuda.get_rng_state(cuda) if cuda is not None else None)
+            )
+        if self.group.rank != 0:
+            torch.set_rng_state(states[0].cpu())
+            if cuda is not None:
+                torch.cuda.set_rng_state(states[1].cpu(), cuda)
+
+    # -- calls -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Names the guidance branch of the calls inside."""
+        outer, self.context = self.context, name
+        try:
+            yield
+        finally:
+            self.context = outer
+
+    def count(self, synchronous: bool) -> None:
+        """Counts a call of the transformer."""
+        if synchronous:
+            self.stats.steps_synchronous += 1
+        else:
+            self.stats.steps_patched += 1
+
+    def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
+        """The cut of this request's latent; a latent of another shape starts afresh."""
+        shape = inputs[self.plan.latent].shape
+        spatial = shape[1:]
+        if self._cut is None or self._latent_shape != spatial:
+            rows = self.plan.grid.rows(self.model, shape, inputs)
+            width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
+            costs = patch_costs(width, blocks, self.config, self.group.backend)
+            entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
+            halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
+            self._cut = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves, max(entries))
+            self._latent_shape = spatial
+            self._check_shares(self._cut)
+            self._branches.clear()
+            self.memo.clear()
+            self.stats.patches = len(self._cut.patches)
+            self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
+        return self._cut
+
+    def _check_shares(self, cut: Cut) -> None:
+        """Refuses rows too few for the ranks that share them while no rank has begun anything.
+
+        Raises:
+            ValueError: A patch has fewer rows than ranks.
+        """
+        streams = self.keeps_stores(cut) and self.config.distrifusion == 1
+        for patch in (cut.whole, *(cut.patches if streams else ())):
+            cut.split(patch, self.group.mesh.parts)
+
+    def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:
+        """The guidance branch a call belongs to.
+
+        Calls are told apart by the name the pipeline gives them (``cache_context``), by the prompt they
+        are conditioned on, and, where both agree, by their order among the calls on one latent.
+
+        Raises:
+            ValueError: Ranks are set aside for a second branch, but the pipeline makes no such call.
+        """
+        latent = inputs[self.plan.latent]
+        key: BranchKey = (context, self._text_index(inputs.get(self.plan.text)), 0)
+        if self._last is not None:
+            last_latent, last_key = self._last
+            if last_latent is latent and last_key[:2] == key[:2]:
+                key = (*key[:2], last_key[2] + 1)
+        self._last = (latent, key)
+        alone = self.plan.guidance == "calls" and list(self._branches) == [key]
+        if self.config.cfg > 1 and alone and not self.config.idle_branch:
+            raise no_guidance(self.plan)
+        if key not in self._branches:
+            branch = self._branches[key] = Branch(index=len(self._branches))
+            branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+        return self._branches[key]
+
+    def synchronous(self, branch: Branch, cut: Cut) -> bool:
+        """Whether the branch's next call sees fresh keys and values only."""
+        return not self.keeps_stores(cut) or branch.calls < int(self.config.warmup)
+
+    def keeps_stores(self, cut: Cut) -> bool:
+        """Whether keys and values will ever be read again."""
+        return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
+
+    def _text_index(self, text: Tensor | None) -> int:
+        if text is None:
+            return -1
+        for index, known in enumerate(self._texts):
+            if _same(known, text):  # asked first: to compare values a device must have done all it was given
+                return index
+        for index, known in enumerate(self._texts):
+            if known.shape == text.shape and torch.equal(known, text):
+                return index
+        self._texts.append(text)
+        return len(self._texts) - 1
+
+    def finish(self) -> None:
+        """Ends the request: keys, values and lazy tensors are let go, the figures stay."""
+        self.stats.store_bytes = sum(branch.bytes for branch in self._branches.values())
+        self.stats.seconds = perf_counter() - self._started
+        self.stats.sent_bytes, self.stats.waited_seconds = self.traffic.sent_bytes, self.traffic.waited_seconds
+        self._branches.clear()
+        self._texts.clear()
+        self.memo.clear()
+        self._last = None
+
+
+def _same(known: Tensor, text: Tensor) -> bool:
+    """Whether two tensors are the same memory, unchanged; the first one still holds it."""
+    if known is text:
+        return True
+    if known.is_inference() or text.is_inference() or known._version != text._version:
+        return False
+    shape = (known.shape, known.stride(), known.dtype)
+    return shape == (text.shape, text.stride(), text.dtype) and known.data_ptr() == text.data_ptr()

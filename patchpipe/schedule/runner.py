@@ -1,0 +1,403 @@
+"""Runs the transformer's calls through the stages: the schedule of the patch pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from patchpipe.config import ParallelConfig
+from patchpipe.distributed.mesh import Group
+from patchpipe.distributed.transport import Receive
+from patchpipe.lazy.latent import PatchTensor, patch_of
+from patchpipe.lockstep.points import Points
+from patchpipe.models.dtypes import matrix_dtype
+from patchpipe.models.lora import scaled, split_scale
+from patchpipe.models.plan import ModelPlan
+from patchpipe.parallel.batches import BatchShare, share_batch, slice_inputs
+from patchpipe.parallel.displaced import Displaced, displaced_for
+from patchpipe.parallel.sharing import sharing_for
+from patchpipe.schedule.answers import Answers, Call
+from patchpipe.schedule.hops import Hops
+from patchpipe.schedule.request import Branch, Request, RequestStats
+from patchpipe.schedule.shared_keys import SharedBlock
+from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.stage import CallContext, Stage, Streams
+from patchpipe.tracing.recorder import Where, span
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through a stage at once: some rows of a patch, for some entries of the batch.
+
+    Attributes:
+        share: The entries.
+        patch: The patch, whole.
+        pieces: Each sharing rank's rows of it.
+        piece: This rank's own.
+        inputs: The call's arguments for those entries.
+        memo: Results shared by the patches of those entries.
+        completes: Whether the patch's other entries have run before.
+    """
+
+    share: BatchShare
+    patch: Patch
+    pieces: tuple[Patch, ...]
+    piece: Patch
+    inputs: dict[str, Any]
+    memo: dict[str, Any]
+    completes: bool
+
+
+class Runner:
+    """Stands in for a transformer's ``forward`` on one rank.
+
+    Every rank calls it in the same order, since every rank runs the same pipeline code. A call streams the
+    latent's patches (or the whole latent, in a synchronous step) through this rank's stage and returns at
+    once with a lazy noise prediction, of which only the first stage ever holds values.
+
+    Args:
+        model: The transformer.
+        plan: Its plan.
+        config: The layout.
+        group: The ranks.
+        stage: This rank's part of the model.
+        halves: Whether batches go through the stages in halves.
+        shared: The blocks that this rank's stage shares with another.
+
+    Attributes:
+        dtype: What the model computes in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: ModelPlan,
+        config: ParallelConfig,
+        group: Group,
+        stage: Stage,
+        *,
+        halves: bool,
+        shared: Sequence[SharedBlock] = (),
+    ) -> None:
+        self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
+        self._halves, self._shared = halves, shared
+        self.request: Request | None = None
+        self.points = Points(None)  # of the requests being served
+        self.stats = [RequestStats()]  # of the requests served last, or being served
+        self._open = False
+        self.dtype = matrix_dtype(model)
+        self._hops = self._new_hops()
+        self._signature = inspect.signature(type(model).forward)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    @contextmanager
+    def serving(self) -> Iterator[Request]:
+        """The extent of one request; whatever it kept is gone afterwards."""
+        with self.open(), self.serving_one() as request:
+            yield request
+            self.end()
+
+    @contextmanager
+    def open(self, requests: int = 1) -> Iterator[None]:
+        """The extent of one request, or of several in flight together."""
+        self.check_idle()
+        self._open = True
+        self.group.begin_requests(requests)
+        self.stats = [RequestStats() for _ in range(requests)]
+        self._hops = self._new_hops()
+        try:
+            yield
+        finally:
+            self.request, self._open = None, False
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """In the block another request may be served, which the one under way waits for."""
+        request, stats, hops = self.request, self.stats, self._hops
+        assert request is not None
+        self.settle()
+        request.traffic.pause()
+        self.request, self._open = None, False
+        try:
+            yield
+        finally:
+            request.stats.add(self.last)
+            self.request, self.stats, self._hops, self._open = request, stats, hops, True
+            request.traffic.resume()
+
+    def check_idle(self) -> None:
+        """Refuses a request inside another one.
+
+        Raises:
+            RuntimeError: One is being served.
+        """
+        if self._open:
+            raise RuntimeError("this pipeline is already serving a request: wait for it, or load a second pipeline")
+
+    def end(self) -> None:
+        """Ends them on all ranks; from here on they cannot be cancelled."""
+        self.points.end()
+        self.settle()
+
+    def settle(self) -> None:
+        """Waits until nothing of them is under way."""
+        self._hops.end()
+        self.group.drain()
+
+    @contextmanager
+    def serving_one(self, number: int = 0) -> Iterator[Request]:
+        """The extent of one of the requests; whatever it kept is gone afterwards."""
+        request = self.request = Request(
+            self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared,
+            points=self.points,
+        )  # fmt: skip
+        self.stats[number] = request.stats
+        request.traffic.resume()
+        try:
+            yield request
+        finally:
+            request.traffic.pause()
+            request.finish()
+            if self.request is request:  # else another's turn goes on while this one is given up
+                self.request = None
+
+    @property
+    def last(self) -> RequestStats:
+        """What the last request did on this rank."""
+        return self.stats[-1]
+
+    def _new_hops(self) -> Hops:
+        return Hops(self.group, self.plan.text, self.plan.width(self.model), self.dtype)
+
+    @contextmanager
+    def branch(self, name: str, original: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+        """Names the guidance branch of the calls inside, as diffusers' ``cache_context`` does."""
+        with original or nullcontext(), nullcontext() if self.request is None else self.request.naming(name):
+            yield
+
+    # -- one call --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's ``forward``: same arguments, a lazy result.
+
+        Raises:
+            ValueError: An input the plan does not cover, or a latent that cannot be cut as configured.
+        """
+        if self.request is None:
+            raise RuntimeError(
+                f"the {type(self.model).__name__} of a parallel pipeline was called outside a pipeline call; wrap your "
+                "own loop in `with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
+            )
+        inputs = self.plan.bind(self._signature, args, kwargs)
+        cut = self.request.cut_for(inputs)
+        self._recut(inputs, cut)
+        branch = self.request.branch_for(inputs, self.request.context)
+        plain, scale = split_scale(inputs, self.plan.ignored_inputs)
+        with scaled(self.model, scale):
+            prediction = self._call(plain, cut, branch)
+        if inputs.get("return_dict", True):
+            return Transformer2DModelOutput(sample=prediction)
+        return (prediction,)
+
+    def check(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses what ``forward`` would refuse of a request's first call, before anything is sent.
+
+        Raises:
+            ValueError: An input the plan does not cover, or a latent that cannot be cut or shared as configured.
+        """
+        assert self.request is not None
+        inputs = self.plan.bind(self._signature, args, kwargs)
+        self.request.cut_for(inputs)
+        share_batch(inputs[self.plan.latent].shape[0], 0, self.plan, self.config)
+
+    def _recut(self, inputs: dict[str, Any], cut: Cut) -> None:
+        """A lazy latent that was reshaped since it was cut is gathered, on every rank alike."""
+        latent = inputs[self.plan.latent]
+        if isinstance(latent, PatchTensor) and (latent.cut_dim, latent.bounds) != (self.plan.grid.dim, cut.bounds):
+            inputs[self.plan.latent] = latent.materialise("a latent of another shape")
+
+    def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> PatchTensor:
+        assert self.request is not None
+        synchronous, keeps = self.request.synchronous(branch, cut), self.request.keeps_stores(cut)
+        latent = inputs[self.plan.latent]
+        call = Call(
+            inputs=inputs,
+            cut=cut,
+            patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
+            shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
+            stores=branch.stores if keeps else None,
+            shared=() if synchronous else branch.shared,
+            text_rows=self.plan.text_rows(inputs),
+            where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
+        )
+        share = call.share_of(self.group.mesh)
+        parts = [] if share is None else self._parts(call, share)
+        self.points.begin("goes on to the next call of the transformer")
+        self.request.count(synchronous)
+        self.group.next_call()
+        branch.calls += 1
+        answers = Answers(call, self.plan, self.model, self.group, self.dtype)
+        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous)
+        if share is None:
+            for patch in call.patches:
+                answers.expect(patch)
+        else:
+            self._stream(call, parts, answers, displaced)
+        self.points.finish()
+        shape = self.plan.grid.output_shape(self.model, latent.shape)
+        return PatchTensor.promise(
+            shape, self.dtype, latent.device, self.plan.grid.dim, cut.bounds,
+            answers.patch if self.group.first else None, self.request,
+        )  # fmt: skip
+
+    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
+        """Runs every patch of this rank's share of a call through this stage.
+
+        Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
+        """
+        sizes = [(part.share.size, part.piece) for part in parts]
+        expected = self._hops.begin((call.where.request, call.where.branch), sizes, call.text_rows)
+        for keys in call.shared:
+            keys.begin(call.patches)
+        made: list[Tensor] = []
+        trailing: list[CallContext] = []
+        failure: Exception | None = None
+        for part, receives in zip(parts, expected, strict=True):
+            context = self._context(call, part, displaced)
+            result, failure = self._try(call, part, receives, context, failure)
+            if context.trailing is not None:
+                trailing.append(context)
+            if isinstance(result, Tensor):
+                made.append(result)
+            else:
+                self._hops.pass_on(result, part.piece, call.text_rows)
+                self._give_keys(call, part.patch)
+            if part.completes and made:
+                answers.give(made[0] if len(made) == 1 else torch.cat(made), part.patch)
+                made.clear()
+            if part.completes:
+                answers.expect(part.patch)
+        for keys in call.shared:
+            keys.end()
+        if failure is not None:
+            self.points.finish()
+            raise failure
+        for context in trailing:  # when the next stage has all it waits for
+            with span(self.group.recorder, "compute"):
+                self.stage.trail(context)
+        self._catch_up(call.inputs[self.plan.latent])
+
+    def _try(
+        self,
+        call: Call,
+        part: Part,
+        receives: dict[str, Receive],
+        context: CallContext,
+        failure: Exception | None,
+    ) -> tuple[Streams | Tensor, Exception | None]:
+        """What this stage makes of a part, or zeros where it has failed, and why it has."""
+        if failure is None:
+            try:
+                return self._run(call, part, receives, context), None
+            except Exception as error:
+                mates = {rank for line in self.group.lines.values() for rank in line.ranks}
+                if call.shared or not self.points.fail_inside(error, mates):
+                    raise
+                failure = error
+        return self._blank(call, part), failure
+
+    def _blank(self, call: Call, part: Part) -> Streams | Tensor:
+        """Zeros of the shapes that a part leaves this stage in."""
+        device = call.inputs[self.plan.latent].device
+        if not self.group.last:
+            shapes = self._hops.shapes(part.share.size, part.piece, call.text_rows)
+            return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes.items()}
+        shape = list(self.plan.grid.output_shape(self.model, call.inputs[self.plan.latent].shape))
+        shape[0], shape[self.plan.grid.dim] = part.share.size, part.piece.units[1] - part.piece.units[0]
+        return torch.zeros(shape, dtype=self.dtype, device=device)
+
+    def _parts(self, call: Call, share: BatchShare) -> list[Part]:
+        """What this rank runs one after the other: the patches, each in halves of the batch if so configured.
+
+        In a synchronous step it is the whole latent of every entry of the batch: a stage so begins with the second
+        branch of guidance, or the second picture, while the next one is still busy with the first.
+        """
+        assert self.request is not None
+        streams_later = call.stores is not None and not self._displaced
+        shares = share.halves() if streams_later and self._halves else (share,)
+        if streams_later and call.patches[0].whole:
+            shares = tuple(entry for half in shares for entry in half.one_by_one())
+        batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo
+        inputs = [slice_inputs(call.inputs, self.plan, batch, entries, kept) for entries in shares]
+        memos: list[dict[str, Any]] = [{} for _ in shares]
+        parts = []
+        for patch in call.patches:
+            pieces = call.pieces(patch, self.group.mesh.parts)
+            for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
+                last, own = entries is shares[-1], pieces[self.group.mesh.part]
+                parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last))
+        return parts
+
+    def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
+        assert self.request is not None
+        half, patch = part.share.half, part.patch
+        stores = None if call.stores is None else call.stores[half or 0]
+        context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo)
+        context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
+        context.entries = part.share.entries
+        if self._halves:
+            context.turn = (half or 0, 2)
+        elif not patch.whole:
+            context.turn = (patch.index, len(call.patches))
+        for keys in call.shared:
+            if keys.own(patch):
+                context.entering[keys.block] = keys.take
+                if not keys.earlier:
+                    context.leaving[keys.block] = partial(keys.give, patch)
+        return context
+
+    def _give_keys(self, call: Call, patch: Patch) -> None:
+        """Sends the keys and values of a block that the next stage runs too, after the streams it waits for."""
+        for keys in call.shared:
+            if keys.earlier and keys.own(patch):
+                keys.give(patch)
+
+    def _run(self, call: Call, part: Part, receives: dict[str, Receive], context: CallContext) -> Streams | Tensor:
+        recorder, first = self.group.recorder, self.group.first
+        if recorder is not None:
+            patch = None if part.patch.whole else part.patch.index
+            recorder.where = replace(call.where, patch=patch, half=part.share.half)
+        with span(recorder if first else None, "latent"):
+            latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
+        context.received = {name: receive.take() for name, receive in receives.items()} or None
+        with span(recorder, "compute"):
+            return self.stage.run(part.inputs, latent, context)
+
+    def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
+        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""
+        latent, dim = call.inputs[self.plan.latent], self.plan.grid.dim
+        if piece.uncut and not isinstance(latent, PatchTensor):
+            rows = latent
+        else:
+            rows = patch_of(latent, dim, *piece.units, piece.part[0] if self._displaced else patch.index)
+        return rows if share.size == latent.shape[0] else rows[share.range[0] : share.range[1]].contiguous()
+
+    @property
+    def _displaced(self) -> bool:
+        return self.config.distrifusion > 1
+
+    def _catch_up(self, latent: Tensor) -> None:
+        """Does the arithmetic of the other ranks' parts one step late, when their predictions have long come."""
+        if self._displaced and isinstance(latent, PatchTensor) and not latent.materialised:
+            for index in range(self.config.distrifusion):
+                latent.patch(index)

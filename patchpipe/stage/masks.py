@@ -1,0 +1,62 @@
+"""Masks of keys, as columns: one number a row, so that they are cut, stored and sent like the rows they mask.
+
+A padded prompt is the reason for them: text rows beyond a prompt's end must not be attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from patchpipe.distributed.exchange import Exchange
+
+SHARED_BY_HEADS = 1
+
+
+def key_column(mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores of each key.
+
+    Args:
+        mask: As ``scaled_dot_product_attention`` takes it: boolean (true where a key takes part) or additive, to be
+            broadcast to ``[batch, heads, queries, keys]``; ``None`` masks nothing.
+        key: ``[batch, heads, rows, channels]``.
+        dtype: Of the query, as the kernels ask.
+
+    Returns:
+        ``[batch, 1 or heads, rows, 1]``, with minus infinity where a key takes no part.
+
+    Raises:
+        NotImplementedError: The mask differs from query to query.
+    """
+    batch, _, rows, _ = key.shape
+    if mask is None:
+        return key.new_zeros((batch, 1, rows, 1), dtype=dtype)
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if mask.shape[2] != 1:
+        raise NotImplementedError(
+            f"a self-attention mask of {mask.shape[2]} queries by {mask.shape[3]} keys is not supported while patches "
+            f"stream or are shared, only one that is alike for all queries: use warmup='all' on one device, or with "
+            f"pipefusion alone"
+        )
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask.to(dtype).expand(batch, -1, 1, rows).transpose(2, 3)
+
+
+def as_mask(column: Tensor) -> Tensor:
+    """A column ``[batch, 1 or heads, rows, 1]`` as a mask ``[batch, 1 or heads, 1, keys]``."""
+    return column.transpose(2, 3)
+
+
+def gather_columns(exchange: Exchange, own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The column of every rank of a line, which all of them ask for at the same place.
+
+    Args:
+        exchange: The line.
+        own: This rank's, ``[batch, 1, own rows, 1]``.
+        lengths: Rows of each rank.
+    """
+    shapes: list[tuple[int, ...]] = [(own.shape[0], SHARED_BY_HEADS, length, 1) for length in lengths]
+    return exchange.all_to_all([own.contiguous()] * exchange.size, shapes)

@@ -1,0 +1,228 @@
+"""How a latent is cut into patches of token rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from patchpipe.config import ParallelConfig
+from patchpipe.layout.axes import shares
+from patchpipe.models.plan import Rows
+
+USUAL_STEPS = 20  # of a request; its own number is not known when its first call is cut
+MOST_PATCHES_OF_A_STAGE = 4
+
+
+@dataclass(frozen=True)
+class PatchCosts:
+    """What a patch costs beside the compute of its tokens.
+
+    Attributes:
+        hop: Time it takes from stage to stage, as a share of the time its tokens take in a stage.
+        tokens: The rest, calls and the weights read anew, in tokens that take as long to compute.
+    """
+
+    hop: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One piece of a cut latent, or the whole of it.
+
+    Attributes:
+        index: Its place among the patches.
+        units: Its range along the latent's cut dim.
+        rows: Its range of token rows.
+        tokens: Its range of image tokens.
+        total_tokens: Image tokens of the whole latent.
+        whole: Whether it is the uncut latent, as in a synchronous step.
+        part: Which of how many ranks share the patch; the ranges above are then this rank's own.
+    """
+
+    index: int
+    units: tuple[int, int]
+    rows: tuple[int, int]
+    tokens: tuple[int, int]
+    total_tokens: int
+    whole: bool = False
+    part: tuple[int, int] = (0, 1)
+
+    @property
+    def uncut(self) -> bool:
+        """Whether the inputs of a call go in as they are."""
+        return self.whole and self.part[1] == 1
+
+    def text_range(self, rows: int) -> tuple[int, int]:
+        """The text rows that ride with this piece: all with the first patch, shared among its ranks."""
+        return shares(rows, self.part[1])[self.part[0]] if self.carries_text else (0, 0)
+
+    @property
+    def carries_text(self) -> bool:
+        """Text rides with the first patch of a step."""
+        return self.index == 0
+
+    @property
+    def token_count(self) -> int:
+        """Image tokens in this patch."""
+        return self.tokens[1] - self.tokens[0]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The patches of one latent shape; the same for every step of a request."""
+
+    rows: Rows
+    row_bounds: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Rows,
+        config: ParallelConfig,
+        text: int = 0,
+        costs: PatchCosts | None = None,
+        halves: int = 1,
+        entries: int = 1,
+    ) -> Cut:
+        """Cuts ``rows`` as ``config`` asks.
+
+        Args:
+            rows: Token rows of the picture.
+            config: The layout.
+            text: Text tokens that ride with the first patch.
+            costs: What a patch costs; nothing, if not given.
+            halves: 2 where the batch goes through the stages in halves.
+            entries: Of the batch, as a rank runs it: what a patch costs beside its tokens, it costs for all at once.
+
+        Raises:
+            ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
+        """
+        if config.distrifusion > 1:  # each rank's part is a patch: it needs no other to go on
+            return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
+        tokens = entries // halves * (rows.count * rows.tokens + text)
+        count = config.patches_for(rows.count, tokens, costs or PatchCosts(), halves)
+        sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
+        if sum(sizes) != rows.count:
+            raise ValueError(
+                f"patch_rows={sizes} adds up to {sum(sizes)} token rows but this picture has {rows.count}: "
+                f"change them, or give patches={len(sizes)} for an even cut"
+            )
+        return cls(rows, (0, *accumulate(sizes)))
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Offsets of the patches along the latent's cut dim."""
+        return tuple(row * self.rows.units for row in self.row_bounds)
+
+    @property
+    def total_tokens(self) -> int:
+        """Image tokens of the latent."""
+        return self.rows.count * self.rows.tokens
+
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The patches in streaming order."""
+        pairs = zip(self.row_bounds[:-1], self.row_bounds[1:], strict=True)
+        return tuple(self._patch(index, start, stop) for index, (start, stop) in enumerate(pairs))
+
+    def split(self, patch: Patch, parts: int) -> tuple[Patch, ...]:
+        """The pieces of a patch for the ranks that share it.
+
+        Raises:
+            ValueError: There are fewer rows than ranks.
+        """
+        if parts == 1:
+            return (patch,)
+        start, stop = patch.rows
+        if stop - start < parts:
+            raise ValueError(
+                f"a patch of {stop - start} token rows cannot be shared by {parts} ranks: use fewer patches, "
+                f"a taller picture, or fewer ranks along ulysses, ring and distrifusion"
+            )
+        pieces = shares(stop - start, parts)
+        return tuple(
+            replace(self._patch(patch.index, start + low, start + high, patch.whole), part=(index, parts))
+            for index, (low, high) in enumerate(pieces)
+        )
+
+    @property
+    def whole(self) -> Patch:
+        """The latent as one patch."""
+        return self._patch(0, 0, self.rows.count, whole=True)
+
+    def _patch(self, index: int, start: int, stop: int, whole: bool = False) -> Patch:
+        units, tokens = self.rows.units, self.rows.tokens
+        return Patch(
+            index=index,
+            units=(start * units, stop * units),
+            rows=(start, stop),
+            tokens=(start * tokens, stop * tokens),
+            total_tokens=self.total_tokens,
+            whole=whole,
+        )
+
+
+def quickest(stages: int, tokens: float, costs: PatchCosts, halves: int = 1) -> int:
+    """Number of patches M that makes a usual request the shortest: steps of ``max(M·t, N·(t + c))``, and the fill.
+
+    With as many patches as stages every stage waits N times for a hop c in each step; every further patch costs what
+    a patch costs beside its tokens. Once in a request the last stage waits for N - 1 others to run a first patch. Where
+    there are two halves of every patch, half as many patches do: they are larger and see fresher keys.
+
+    Args:
+        stages: Pipeline stages N.
+        tokens: Tokens of a step that a rank computes.
+        costs: Of a patch: the hop is c, and the rest is part of t.
+        halves: 2 where every patch goes through the stages twice, for either half of the batch.
+    """
+    if stages == 1:
+        return 1
+
+    def request(patches: int) -> float:
+        compute = tokens / patches
+        stage, hop = compute + costs.tokens, costs.hop * compute
+        back = stages * (stage + hop) + (halves - 1) * stage  # both halves of a patch, one behind the other
+        period = max(halves * patches * stage, back)
+        return USUAL_STEPS * period + (stages - 1) * (stage + hop)
+
+    fewest = fewest_patches(stages, halves)
+    return min(range(fewest, MOST_PATCHES_OF_A_STAGE * stages + 1), key=request)
+
+
+def fewest_patches(stages: int, halves: int) -> int:
+    """Patches that give every stage something to do; with one there would be nothing stale, and nothing to gain."""
+    return stages if halves == 1 else max(2, -(-stages // halves))
+
+
+def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:
+    """Sizes, in rows, of patches that cost about the same.
+
+    A text token costs what an image token does, so the first patch, which carries the text, has fewer rows: else
+    every stage waits for it once a step where there are as many patches as stages.
+
+    Args:
+        rows: Token rows of the picture.
+        patches: Number of patches, at most one a row.
+        text: Text tokens that ride with the first patch.
+        fewest: Rows every patch should have, if there are as many.
+
+    Returns:
+        The first patch's rows, then the others', which differ by one at most, the larger ones last.
+    """
+    if patches == 1:
+        return (rows.count,)
+    others = patches - 1
+
+    def unevenness(first: int) -> tuple[float, float]:
+        costs = [first * rows.tokens + text, *(size * rows.tokens for size in _even(rows.count - first, others))]
+        return max(costs), sum(cost * cost for cost in costs)
+
+    low = max(1, min(fewest, rows.count // patches))
+    first = min(range(low, max(low, rows.count // patches) + 1), key=unevenness)
+    return first, *_even(rows.count - first, others)
+
+
+def _even(rows: int, patches: int) -> tuple[int, ...]:
+    size, extra = divmod(rows, patches)
+    return tuple(size + (index >= patches - extra) for index in range(patches))
