@@ -43,9 +43,10 @@ quantised: setup ## run the tests of quantised weights, whose libraries are put 
 		torchao optimum-quanto gguf ninja
 	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n $(JOBS) tests/test_quantised.py $(ARGS)
 
-lint: setup ## check style
+lint: setup ## check style, and which room imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 types: setup ## check types
 	$(BIN)/mypy
@@ -61,4 +62,4 @@ gpu-check: ## on a machine with a GPU: what only a GPU shows, in 8 minutes (docs
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build dist *.egg-info

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import Cancelled, PatchpipeError, RankFailed, RankLost, UnsupportedModel
+from patchpipe.version import __version__
 
 if TYPE_CHECKING:
     from patchpipe.engine import Engine
     from patchpipe.pipeline.apply import parallelize, restore
     from patchpipe.pipeline.loading import from_pretrained
-
-try:
-    __version__ = version("patchpipe")
-except PackageNotFoundError:  # run from a checkout that was never installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "AutoLayout",
@@ -27,6 +22,7 @@ __all__ = [
     "RankFailed",
     "RankLost",
     "UnsupportedModel",
+    "__version__",
     "from_pretrained",
     "parallelize",
     "restore",

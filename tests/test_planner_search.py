@@ -294,7 +294,7 @@ def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str]) -> Non
         ([*MACHINE, "--steps", "0"], "steps=0 must be 1 or more"),
         ([*MACHINE, "--fresh", "2"], "fresh=2.0 must be a share"),
         ([*MACHINE, "--single", "-1"], "must be above 0"),
-        ([*MACHINE, "--dtype", "int3"], "dtype 'int3' is unknown"),
+        ([*MACHINE, "--dtype", "int3"], "dtype='int3' is unknown"),
         ([*MACHINE, "--height", "100"], "no multiple of the 16"),
         (["--profile", "none.json"], "there is no profile none.json"),
     ],

@@ -16,9 +16,9 @@ import patchpipe
 from patchpipe import Engine, ParallelConfig
 from patchpipe.config import AutoLayout
 from patchpipe.loading import checkpoint
+from patchpipe.loading import folder as folders
 from patchpipe.loading.precheck import check_folder, quantised
 from patchpipe.loading.quantised import stored_bytes, without_tensor
-from patchpipe.pipeline import loading
 from patchpipe.planner.work.describe import describe_model
 from tests import tiny
 from tests.ranks import Place, quieten
@@ -145,7 +145,7 @@ def test_layouts_with_quantised_weights_paint_what_they_paint_in_memory(
     loaded, _ = spread(saved, config, quantization_config=asked)
 
     def rank(place: Place) -> torch.Tensor | None:
-        with loading._BUILDING:
+        with folders.BUILDING:
             pipe = DiffusionPipeline.from_pretrained(saved, quantization_config=asked, dtype=torch.float32)
         return latents(patchpipe.parallelize(pipe, config, group=place.join(config)))
 

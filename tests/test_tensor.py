@@ -11,9 +11,9 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.loading.owned import owned_names
 from patchpipe.models import plan_for
 from patchpipe.parallel.tensor import TensorPart, check_tensor
-from patchpipe.pipeline.loading import owned_names
 from patchpipe.stage.balance import split_blocks
 from tests import tiny
 from tests.parity import TOLERANCE, relative

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from patchpipe import __version__
 from patchpipe.errors import PatchpipeError, UnsupportedModel
+from patchpipe.version import __version__
 
 DEBUG_FLAG = "--debug"
 BAD_INPUT = 2

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.cli import pictures
-from patchpipe.cli.compare import Comparison, compare
+from patchpipe.cli.compare import compare
 from patchpipe.cli.loras import Lora, load_loras
+from patchpipe.cli.pairs import Comparison
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig

@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressDisplay
 from rich.table import Table
 
-from patchpipe.cli.commands.info import count, size
+from patchpipe.cli.figures import count, size
+from patchpipe.cli.pairs import Comparison
 
 if TYPE_CHECKING:
-    from patchpipe.cli.compare import Comparison
     from patchpipe.engine import Engine, Progress, RankInfo, Result
 
 _PROMPT_WIDTH = 40

@@ -12,6 +12,8 @@ from patchpipe.loading.schedulers import build_scheduler, scheduler_class, sched
 from patchpipe.loading.source import read_index
 
 _ENDING = "Pipeline"
+ORIGINAL = "_patchpipe_original"  # where the class of a parallel pipeline has its own
+_PERTURBED = "_set_pag_attn_processor"
 TASKS = ("text-to-image", "image-to-image", "inpainting")
 
 
@@ -119,8 +121,6 @@ def _check_fits(kind: type[Any], index: Mapping[str, Any], given: set[str]) -> N
     """
     if not hasattr(kind, "_get_signature_types"):
         raise ValueError(f"{kind.__name__} is no pipeline class of diffusers")
-    from patchpipe.pipeline.served import check_served  # heavy, and needed where another class is asked for
-
     check_served(kind)
     own = (index.get("transformer") or [None, None])[1]
     types = kind._get_signature_types()
@@ -137,6 +137,25 @@ def _check_fits(kind: type[Any], index: Mapping[str, Any], given: set[str]) -> N
             f"{kind.__name__} also needs {', '.join(missing)}, which this model does not have: give "
             f"{missing[0]}=… to from_pretrained, or use another pipeline"
         )
+
+
+def check_served(pipe: Any) -> None:
+    """Refuses a pipeline, or a class of such, that changes the blocks of the transformer while it runs.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if hasattr(pipe, _PERTURBED):
+        kind = (pipe if isinstance(pipe, type) else original_class(pipe)).__name__
+        raise ValueError(
+            f"{kind} cannot be served: perturbed attention guidance swaps attention layers of the transformer while it "
+            f"runs, and a rank has only its own. Use {kind.replace('PAG', '')}, or {kind} on one device"
+        )
+
+
+def original_class(pipe: Any) -> type:
+    """The class of a pipeline, or the one it had before it was parallel."""
+    return getattr(type(pipe), ORIGINAL, type(pipe))
 
 
 def _with_defaults(kind: type[Any]) -> list[str]:

@@ -23,6 +23,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.combinations import check_together
 from patchpipe.lazy.latent import materialise_tree
+from patchpipe.loading.choice import check_served, original_class
 from patchpipe.loading.quantised import check_in_memory
 from patchpipe.lockstep.board import say_goodbye
 from patchpipe.models import plan_for
@@ -34,7 +35,7 @@ from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
 from patchpipe.pipeline.preview import Previews, Show
 from patchpipe.pipeline.relatives import mark, pipelines_with
-from patchpipe.pipeline.served import check_served, original_class, served_class
+from patchpipe.pipeline.served import served_class
 from patchpipe.pipeline.tracing import Tracing
 from patchpipe.recipes.adapters import Adapters, modules_of
 from patchpipe.recipes.checks import check_recipes, check_surroundings

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-import diffusers
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import nn
 
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import device_for, meet, settle
 from patchpipe.distributed.mesh import Group
-from patchpipe.errors import UnsupportedModel
 from patchpipe.loading.checkpoint import Checkpoint
-from patchpipe.loading.choice import choose_class, named
 from patchpipe.loading.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
-from patchpipe.loading.options import HUB, Options, read_options
+from patchpipe.loading.folder import BUILDING, PipelineFolder
+from patchpipe.loading.options import HUB
+from patchpipe.loading.owned import dtypes_of, needs, owned_names
 from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
-from patchpipe.loading.schedulers import build_scheduler, scheduler_settings
-from patchpipe.loading.source import fetch, resolve_source
-from patchpipe.models import plan_for
+from patchpipe.loading.schedulers import build_scheduler
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import Slice, check_tensor, tensor_part
 from patchpipe.pipeline.apply import Attachment, fit
 from patchpipe.stage.balance import StageBlocks, split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None
-# What builds a model without weights changes torch for the whole process meanwhile: one thread at a time.
-_BUILDING = threading.Lock()
 
 
 def from_pretrained(
@@ -119,12 +108,20 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     if found.checkpoint is not None:
         _read(found, found.checkpoint, group, {} if part is None else part.slices)
         _finish(transformer, group.device)
-    parts = {**source.other_parts(config, group, found.dtype), **found.options, "transformer": transformer}
-    with _BUILDING:
+    others = source.other_parts(partial(_elsewhere, config, group), found.dtype)
+    parts = {**others, **found.options, "transformer": transformer}
+    with BUILDING:
         pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)
     _place(pipe, group)
     Attachment(pipe, config, group, found.stages, part).attach()
     return pipe
+
+
+def _elsewhere(config: ParallelConfig, group: Group, part: str) -> bool:
+    """Whether another rank holds a text encoder or the VAE."""
+    if part == "vae":
+        return not (group.output or config.parallel_vae)
+    return group.rank != config.encoder_rank(part)
 
 
 def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]) -> None:
@@ -132,114 +129,12 @@ def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[s
     if found.quantiser is not None:
         needed = needs(transformer, plan, owned, last=group.last)
         blocks = [place.name for place in plan.blocks_of(transformer)]
-        with _BUILDING:
+        with BUILDING:
             found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
         return
     names = owned_names(transformer, plan, owned, last=group.last)
     dtypes = dtypes_of(transformer, dtype_of("transformer", found.dtype))
     checkpoint.fill(transformer, names, dtypes, group.device, slices)
-
-
-class PipelineFolder:
-    """A pipeline on disk in diffusers format.
-
-    Args:
-        path: The folder with ``model_index.json``.
-        variant: File variant of the weights.
-        kind: The pipeline's class; ``None`` takes the one it was saved as.
-    """
-
-    def __init__(self, path: Path, variant: str | None = None, kind: type[Any] | None = None) -> None:
-        self.path, self.variant, self._kind = path, variant, kind
-        self.index: dict[str, Any] = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-
-    @classmethod
-    def locate(
-        cls, model: str | Path, variant: str | None = None, options: Mapping[str, Any] | None = None
-    ) -> tuple[PipelineFolder, Options]:
-        """Finds a local folder, or fetches a hub id.
-
-        Args:
-            model: The folder, or the hub id.
-            variant: File variant of the weights.
-            options: Options of ``from_pretrained``.
-
-        Returns:
-            The pipeline, and the options read.
-
-        Raises:
-            TypeError: There is no such option.
-            FileNotFoundError: There is no such folder, or the hub cannot be reached or knows no such model.
-            ValueError: What is there is not a diffusers pipeline.
-        """
-        given, pipeline, task = named(options or {})
-        source = resolve_source(model, **{name: value for name, value in given.items() if name in HUB})
-        kind = choose_class(source.index, pipeline, task, given) if pipeline or task else None
-        read = read_options(given, source.index, kind)
-        return cls(fetch(source, variant, {**read.hub, **read.files, **read.load}), variant, kind), read
-
-    @property
-    def pipeline_class(self) -> Any:
-        """The diffusers pipeline class."""
-        return self._kind or choose_class(self.index)
-
-    def plan(self) -> ModelPlan:
-        """The plan of the pipeline's transformer.
-
-        Raises:
-            UnsupportedModel: There is none.
-        """
-        if not self.index.get("transformer") or not self.index["transformer"][1]:
-            raise UnsupportedModel(
-                f"{self.index['_class_name']} has no transformer: patchpipe spreads diffusion transformers only"
-            )
-        if self.index.get("transformer_2", [None, None])[1]:
-            raise UnsupportedModel(f"{self.index['_class_name']} has two transformers, which no plan covers yet")
-        plan = plan_for(self.index["transformer"][1])
-        plan.check_settings(self.config("transformer"))
-        return plan
-
-    def config(self, part: str) -> dict[str, Any]:
-        """The configuration of one part."""
-        path = self.path / part / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{self.path} lacks {part}/config.json: the download is incomplete, fetch the model again"
-            )
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def scheduler_settings(self) -> dict[str, Any]:
-        """The configuration of the pipeline's own scheduler."""
-        return scheduler_settings(self.path)
-
-    def build(self, part: str, dtype: torch.dtype) -> Any:
-        """A part without weights: parameters on ``meta``, computed buffers real."""
-        library, name = self.index[part]
-        with _BUILDING, _default_dtype(dtype), init_empty_weights(include_buffers=False):
-            if library == "diffusers":
-                kind = getattr(diffusers, name)
-                return kind.from_config(self.config(part))
-            kind = getattr(transformers, name)
-            return kind(kind.config_class.from_pretrained(self.path / part))
-
-    def other_parts(self, config: ParallelConfig, group: Group, dtype: Any) -> dict[str, Any]:
-        """Stand-ins for text encoders and VAE where this rank does not hold them."""
-        parts: dict[str, Any] = {}
-        taken = inspect.signature(self.pipeline_class.__init__).parameters
-        for part, entry in self.index.items():
-            if not isinstance(entry, list) or not entry[1] or part not in taken:
-                continue
-            encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
-            decodes_elsewhere = part == "vae" and not (group.output or config.parallel_vae)
-            if (encodes and group.rank != config.encoder_rank(part)) or decodes_elsewhere:
-                own = dtype_of(part, dtype)
-                parts[part] = self.build(part, own).to("meta", own)
-        if self.variant and len(parts) < self._weighted():
-            parts["variant"] = self.variant
-        return parts
-
-    def _weighted(self) -> int:
-        return sum(part == "vae" or part.startswith("text_encoder") for part in self.index)
 
 
 @dataclass(frozen=True)
@@ -293,7 +188,7 @@ class _Found:
         stages = split_blocks(transformer, plan, config)
         check_tensor(transformer, plan, config.tensor)
         if quantiser is not None:
-            with _BUILDING:
+            with BUILDING:
                 quantiser.prepare(transformer, checkpoint)
         return cls(source, plan, transformer, stages, checkpoint, quantiser, wanted, rest)
 
@@ -302,26 +197,6 @@ class _Found:
         """What all ranks must have alike."""
         settings = self.source.config("transformer")
         return {"dtype": str(self.dtype), "model": self.plan.model, "model_config": settings}
-
-
-def owned_names(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> list[str]:
-    """Names of the parameters and kept buffers a stage needs: its blocks, the embedders, and its head."""
-    return list(filter(needs(model, plan, owned, last=last), model.state_dict()))
-
-
-def needs(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> Callable[[str], bool]:
-    """Whether a stage needs the parameter or buffer of a name."""
-    skipped = [place.name for index, place in enumerate(plan.blocks_of(model)) if index not in owned]
-    skipped += [] if last else list(plan.head)
-    return lambda name: not any(name == part or name.startswith(part + ".") for part in skipped)
-
-
-def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of every tensor; some classes ask to keep a few in float32."""
-    kept = getattr(model, "_keep_in_fp32_modules", None) or []
-    return {
-        name: torch.float32 if any(part in name.split(".") for part in kept) else dtype for name in model.state_dict()
-    }
 
 
 def _finish(transformer: Any, device: torch.device) -> None:
@@ -338,13 +213,3 @@ def _place(pipe: Any, group: Group) -> None:
         tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []
         if any(tensor.device != group.device for tensor in tensors) and not any(tensor.is_meta for tensor in tensors):
             part.to(group.device)
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    kept = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(kept)

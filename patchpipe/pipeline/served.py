@@ -7,29 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from patchpipe.loading.choice import ORIGINAL
 from patchpipe.recipes.adapters import adapter_members
-
-_ORIGINAL = "_patchpipe_original"
-_PERTURBED = "_set_pag_attn_processor"
-
-
-def check_served(pipe: Any) -> None:
-    """Refuses a pipeline, or a class of such, that changes the blocks of the transformer while it runs.
-
-    Raises:
-        ValueError: It is one.
-    """
-    if hasattr(pipe, _PERTURBED):
-        kind = (pipe if isinstance(pipe, type) else original_class(pipe)).__name__
-        raise ValueError(
-            f"{kind} cannot be served: perturbed attention guidance swaps attention layers of the transformer while it "
-            f"runs, and a rank has only its own. Use {kind.replace('PAG', '')}, or {kind} on one device"
-        )
-
-
-def original_class(pipe: Any) -> type:
-    """The class of a pipeline, or the one it had before it was parallel."""
-    return getattr(type(pipe), _ORIGINAL, type(pipe))
 
 
 def served_class(kind: type) -> type:
@@ -87,7 +66,7 @@ def served_class(kind: type) -> type:
         "__doc__": kind.__doc__,
         "__module__": kind.__module__,
         **adapter_members(kind),
-        _ORIGINAL: kind,
+        ORIGINAL: kind,
     }
     return type(kind.__name__, (kind,), members)
 

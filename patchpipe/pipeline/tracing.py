@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from patchpipe import __version__
 from patchpipe.distributed.clock import Offset, align, gather
 from patchpipe.distributed.mesh import Group
 from patchpipe.schedule.request import RequestStats
 from patchpipe.tracing.recorder import Recorder, recorder_for, span
 from patchpipe.tracing.timeline import Timeline, Track, pack, unpack, write
+from patchpipe.version import __version__
 
 logger = logging.getLogger("patchpipe")
 

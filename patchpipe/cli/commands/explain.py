@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patchpipe.cli import options
-from patchpipe.cli.commands.info import size
+from patchpipe.cli.figures import size
 
 PIXELS_PER_TOKEN = 16  # eight of the autoencoder, two of the patch embedding
 EPILOG = """

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from patchpipe.cli import options
+from patchpipe.cli.figures import count, size
 
 if TYPE_CHECKING:
     from patchpipe.config import ParallelConfig
@@ -96,19 +97,3 @@ def _stages(model: ModelInfo) -> Table:
         cells = (stage.blocks, count(stage.parameters), size(stage.bytes), ", ".join(stage.components))
         table.add_row(str(stage.rank), *cells)
     return table
-
-
-def count(number: int) -> str:
-    """A number of parameters for people: ``13.5 M``."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return str(number)
-
-
-def size(number: int) -> str:
-    """A number of bytes for people: ``1.5 GiB``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number} B"

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchpipe.cli import options
-from patchpipe.cli.commands.info import count, size
+from patchpipe.cli.figures import count, size
 from patchpipe.cli.options import option
 from patchpipe.files import check_new, write_text
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from patchpipe.cli import options
-from patchpipe.cli.commands.info import size
+from patchpipe.cli.figures import size
 from patchpipe.files import check_new
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from patchpipe.cli import options
-from patchpipe.cli.commands.info import size
+from patchpipe.cli.figures import size
 from patchpipe.files import check_new, free_name
 from patchpipe.tracing.busy import Busy, busy, steps_stretch
 from patchpipe.tracing.draw import draw

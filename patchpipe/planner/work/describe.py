@@ -13,10 +13,11 @@ from torch import nn
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
 from patchpipe.loading.checkpoint import Checkpoint
+from patchpipe.loading.folder import PipelineFolder
+from patchpipe.loading.owned import needs
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.parallel.tensor import INPUTS, check_tensor, split_linears
-from patchpipe.pipeline.loading import PipelineFolder, needs
 from patchpipe.planner.explain import Volume
 from patchpipe.stage.balance import StageBlocks, shared_blocks, split_blocks
 

@@ -14,10 +14,11 @@ from torch import nn
 from patchpipe.demo import call_defaults
 from patchpipe.errors import UnsupportedModel
 from patchpipe.loading.dtypes import as_torch, dtype_name
+from patchpipe.loading.folder import PipelineFolder
+from patchpipe.loading.owned import owned_names
 from patchpipe.loading.source import resolve_source
 from patchpipe.models.plan import BlockPlace, ImageRows, ModelPlan, Rows
 from patchpipe.parallel.tensor import INPUTS, split_linears, tensor_plan
-from patchpipe.pipeline.loading import PipelineFolder, owned_names
 from patchpipe.planner.work.describe import component_parameters
 from patchpipe.planner.work.presets import PRESETS, Preset, preset_named
 from patchpipe.planner.work.workload import Attention, Block, Matrix, Stream, Workload
