@@ -181,7 +181,8 @@ def test_every_method_is_watched(
 ) -> None:
     """Under a double that takes the CPU for a GPU: the output rank warns once in two requests."""
     monkeypatch.setattr(
-        "patchpipe.pipeline.apply.watch_kernels", lambda _device, output: watch_kernels(torch.device("cuda"), output)
+        "patchpipe.pipeline.attachment.watch_kernels",
+        lambda _device, output: watch_kernels(torch.device("cuda"), output),
     )
     monkeypatch.setattr("patchpipe.stage.compiling.BACKEND", "eager")
 

@@ -25,7 +25,8 @@ from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
 from patchpipe.loading.schedulers import build_scheduler
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import Slice, check_tensor, tensor_part
-from patchpipe.pipeline.apply import Attachment, fit
+from patchpipe.pipeline.apply import fit
+from patchpipe.pipeline.attachment import Attachment
 from patchpipe.stage.balance import StageBlocks, split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None

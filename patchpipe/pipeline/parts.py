@@ -1,0 +1,147 @@
+"""Parts of a pipeline that some ranks run for all: text encoders on their owners, the VAE on the output rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from patchpipe.config import ParallelConfig
+from patchpipe.distributed.mesh import Group
+from patchpipe.lazy.latent import materialise_tree
+from patchpipe.pipeline.callbacks import Callbacks
+from patchpipe.recipes.adapters import modules_of
+from patchpipe.schedule.runner import Runner
+from patchpipe.tracing.recorder import span
+from patchpipe.vae import spread_vae
+
+
+class OutputElsewhere(BaseException):
+    """Ends the pipeline on a rank that has nothing left to do: another one decodes."""
+
+
+class Hooks:
+    """What was changed, to be put back."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of an object itself, past what its class does when one is set."""
+        had, previous = name in owner.__dict__, owner.__dict__.get(name)
+        object.__setattr__(owner, name, value)
+        self._undo.append(lambda: object.__setattr__(owner, name, previous) if had else object.__delattr__(owner, name))
+
+    def undone_by(self, undo: Callable[[], Any]) -> None:
+        """Notes what takes another change back."""
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Takes all changes back, the last one first."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def quieten(pipe: Any, hooks: Hooks) -> None:
+    """One progress bar is enough."""
+    kept = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**kept, "disable": True})
+    hooks.undone_by(lambda: pipe.set_progress_bar_config(**kept))
+
+
+class Parts:
+    """What stands in for methods of a pipeline's parts.
+
+    Args:
+        config: The layout.
+        group: The ranks.
+        runner: Runs the transformer's calls.
+        callbacks: Tells what a user's callback asks for from the end of a request.
+        before_decoding: Called when a latent is about to be decoded.
+    """
+
+    def __init__(
+        self,
+        config: ParallelConfig,
+        group: Group,
+        runner: Runner,
+        callbacks: Callbacks,
+        before_decoding: Callable[[], None],
+    ) -> None:
+        self._config, self._group, self._runner, self._callbacks = config, group, runner, callbacks
+        self._before_decoding = before_decoding
+        self._computing = False  # this rank alone, for all of them
+        self._hooked: set[int] = set()  # VAEs
+
+    def hook_encoders(self, pipe: Any, hooks: Hooks) -> None:
+        """Each text encoder runs on a rank of its own and gives all its result."""
+        for name, part in modules_of(pipe).items():
+            if name.startswith("text_encoder"):
+                hooks.set(part, "forward", self.on_owner(part.forward, self._config.encoder_rank(name), "text"))
+
+    def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
+        return self.on_owner(encode, self._config.encoder_rank(), "text")
+
+    def hook_vae(self, vae: nn.Module, hooks: Hooks, *, strips: bool = False) -> None:
+        """Decoding on the output rank alone, or on all ranks in strips of rows; what is hooked already stays so."""
+        if id(vae) in self._hooked:
+            return
+        if strips:
+            hooks.undone_by(spread_vae(vae, self._group.rows(), gather_to=self._config.output_rank))
+        else:
+            encode: Any = vae.encode
+            hooks.set(vae, "encode", self.on_owner(encode, self._config.output_rank, "vae"))
+        decode: Any = vae.decode
+        hooks.set(vae, "decode", self.decode(decode))
+        self._hooked.add(id(vae))
+
+    def on_owner(self, compute: Callable[..., Any], owner: int, carries: str) -> Callable[..., Any]:
+        """Something that one rank computes, and all get.
+
+        Args:
+            compute: What to run there.
+            owner: The rank.
+            carries: What kind of thing it gives, for the timeline.
+        """
+
+        @wraps(compute)
+        def shared(*args: Any, **kwargs: Any) -> Any:
+            if self._computing:  # part of what the other ranks get as a whole
+                return compute(*args, **kwargs)
+            with span(self._group.recorder, "encode"), self._runner.points.passing():
+                return self._group.share(owner, lambda: alone(*args, **kwargs), carries)
+
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            self._computing = True
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                self._computing = False
+
+        return shared
+
+    def decode(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Every rank gathers the latent at this point; only the output rank goes on."""
+
+        def here(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = materialise_tree((args, kwargs), "vae.decode")
+            self._before_decoding()
+            if self._callbacks.running:  # the pipeline goes on afterwards, so every rank gets the picture
+                with self._runner.points.passing("decodes the latent"):
+                    self._runner.points.meet()
+                    picture = decode(*args, **kwargs) if self._config.parallel_vae else None
+                    return self._group.share(
+                        self._config.output_rank, lambda: picture or decode(*args, **kwargs), "picture"
+                    )
+            if not self._group.output and not self._config.parallel_vae:
+                raise OutputElsewhere
+            with span(self._group.recorder, "decode"):
+                picture = decode(*args, **kwargs)
+            if not self._group.output:
+                raise OutputElsewhere
+            return picture
+
+        return here
