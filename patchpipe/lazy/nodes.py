@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from patchpipe.lazy.rules import Args, Cut, Kwargs, Plan, map_leaves
+from patchpipe.lazy.plan import Args, Cut, Kwargs, Plan, map_leaves
 
 Run = Callable[[int, Sequence[Tensor]], Tensor]
 SMALL = 64

@@ -8,113 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-aten = torch.ops.aten
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
+from patchpipe.lazy import views
+from patchpipe.lazy.plan import Args, Call, Cut, Kwargs, Plan, Rule, map_leaves
+
 SHORT_SUM = 4
 """So many products a contraction may add up and still run per patch."""
-
-
-def map_leaves(change: Callable[[Any], Any], args: Sequence[Any]) -> Args:
-    """`args` with every leaf changed; operations nest at most one list deep."""
-    return tuple([change(x) for x in arg] if isinstance(arg, (list, tuple)) else change(arg) for arg in args)
-
-
-class Cut(NamedTuple):
-    """Where a tensor is cut.
-
-    Attributes:
-        dim: The dim that is cut, non-negative.
-        bounds: One offset more than there are patches, from 0 to the size of that dim.
-    """
-
-    dim: int
-    bounds: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """The size of the whole tensor along the cut dim."""
-        return self.bounds[-1]
-
-    @property
-    def patches(self) -> int:
-        """How many patches there are."""
-        return len(self.bounds) - 1
-
-    def span(self, index: int) -> tuple[int, int]:
-        """Start and length of one patch."""
-        return self.bounds[index], self.bounds[index + 1] - self.bounds[index]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One operation on at least one cut tensor.
-
-    Attributes:
-        func: The operation.
-        args: Its positional arguments, cut tensors included.
-        cuts: The cut tensors among the operands, with their cuts.
-        infer: Runs the operation on meta tensors.
-    """
-
-    func: OpOverload
-    args: Args
-    cuts: Sequence[tuple[Tensor, Cut]]
-    infer: Callable[[], Tensor]
-
-    @cached_property
-    def out(self) -> Tensor:
-        """The result, as a meta tensor; asked for only by rules that know it does not hang on values."""
-        return self.infer()
-
-    def arg(self, index: int, default: Any = None) -> Any:
-        """Positional argument `index`, or `default` where the caller left it out."""
-        return self.args[index] if index < len(self.args) else default
-
-    def dim(self, index: int, default: int = 0, extra: int = 0) -> int:
-        """Positional argument `index` as a non-negative dim of the first operand (plus `extra` dims)."""
-        return int(self.arg(index, default)) % (self.args[0].dim() + extra)
-
-    @property
-    def only(self) -> Cut | None:
-        """The cut of the first operand, if that is the one cut tensor of the call."""
-        tensor, cut = self.cuts[0]
-        return cut if len(self.cuts) == 1 and tensor is self.args[0] else None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an operation runs patch by patch.
-
-    Attributes:
-        cut: Where the result is cut.
-        plain_at: Dim, counted from the end, along which plain operands are cut too; None passes them whole.
-        localise: Turns the arguments for patch `index` (patches already in place) into those of the
-            operation on that patch, where they differ: sizes, offsets.
-        func: The operation for one patch, if not the recorded one.
-        identity: The result is the operand itself (an alias of everything).
-        may_copy: A view of the whole tensor may be a copy on a patch: fit for reading only.
-    """
-
-    cut: Cut
-    plain_at: int | None = None
-    localise: Callable[[int, Args], Args] | None = None
-    func: OpOverload | None = None
-    identity: bool = False
-    may_copy: bool = False
-
-
-Rule = Callable[[Call], "Plan | None"]
 
 
 def pointwise(call: Call) -> Plan | None:
@@ -124,106 +30,6 @@ def pointwise(call: Call) -> Plan | None:
         return None
     at, bounds = ends.pop()
     return Plan(Cut(call.out.dim() + at, bounds), plain_at=at)
-
-
-def _identity(call: Call) -> Plan | None:
-    return call.only and Plan(call.only, identity=True)
-
-
-def _select(call: Call) -> Plan | None:
-    cut, dim = call.only, call.dim(1)
-    if cut is None or dim == cut.dim:
-        return None
-    return Plan(Cut(cut.dim - (dim < cut.dim), cut.bounds))
-
-
-def _slice(call: Call) -> Plan | None:
-    cut, dim, step = call.only, call.dim(1), call.arg(4, 1)
-    if cut is None:
-        return None
-    if call.out.shape == call.args[0].shape and step == 1:
-        return Plan(cut, identity=True)
-    if dim != cut.dim:
-        return Plan(cut)
-    if step != 1:
-        return None
-    start, stop, _ = slice(call.arg(2), call.arg(3)).indices(cut.size)
-    return _slice_along_cut(cut, start, max(start, stop))
-
-
-def _slice_along_cut(cut: Cut, start: int, stop: int) -> Plan:
-    """Every patch keeps what it has of the range: some may end up empty, none changes its index."""
-
-    def localise(index: int, args: Args) -> Args:
-        begin, size = cut.span(index)
-        low, high = (min(max(edge - begin, 0), size) for edge in (start, stop))
-        return args[0], cut.dim, low, high
-
-    bounds = tuple(min(max(bound, start), stop) - start for bound in cut.bounds)
-    return Plan(Cut(cut.dim, bounds), localise=localise)
-
-
-def _unsqueeze(call: Call) -> Plan | None:
-    cut, dim = call.only, call.dim(1, extra=1)
-    return cut and Plan(Cut(cut.dim + (dim <= cut.dim), cut.bounds))
-
-
-def _squeeze(call: Call) -> Plan | None:
-    cut, shape = call.only, call.args[0].shape
-    asked = call.arg(1, range(len(shape)))
-    dims = {dim % len(shape) for dim in ([asked] if isinstance(asked, int) else asked)}
-    if cut is None or (cut.dim in dims and cut.size == 1):
-        return None
-    gone = sorted(dim for dim in dims if shape[dim] == 1)
-    place = cut.dim - sum(dim < cut.dim for dim in gone)
-    # Named dims, because a patch may have size 1 along the cut where the whole does not.
-    return Plan(Cut(place, cut.bounds), localise=lambda _, args: (args[0], gone), func=aten.squeeze.dims)
-
-
-def _permute(call: Call) -> Plan | None:
-    cut, rank = call.only, call.args[0].dim()
-    return cut and Plan(Cut([dim % rank for dim in call.arg(1)].index(cut.dim), cut.bounds))
-
-
-def _transpose(call: Call) -> Plan | None:
-    cut, first, second = call.only, call.dim(1), call.dim(2, default=1)
-    if cut is None:
-        return None
-    return Plan(Cut({first: second, second: first}.get(cut.dim, cut.dim), cut.bounds))
-
-
-def _expand(call: Call) -> Plan | None:
-    cut, sizes = call.only, list(call.arg(1))
-    if cut is None:
-        return None
-    place = cut.dim + len(sizes) - call.args[0].dim()
-    local = [*sizes[:place], -1, *sizes[place + 1 :]]
-    return Plan(Cut(place, cut.bounds), localise=lambda _, args: (args[0], local))
-
-
-def _repeat(call: Call) -> Plan | None:
-    cut, repeats = call.only, call.arg(1)
-    if cut is None:
-        return None
-    place = cut.dim + len(repeats) - call.args[0].dim()
-    return Plan(Cut(place, cut.bounds)) if repeats[place] == 1 else None
-
-
-def _reshape(call: Call) -> Plan | None:
-    """Dims before the cut may be merged or split among themselves, and so may those after it."""
-    cut, shape = call.only, tuple(call.out.shape)
-    if cut is None or call.out.numel() == 0 or call.out.dtype != call.args[0].dtype:
-        return None
-    before = math.prod(call.args[0].shape[: cut.dim])
-    places = [i for i, size in enumerate(shape) if size == cut.size and math.prod(shape[:i]) == before]
-    if not places:
-        return None
-    place = places[0]
-
-    def localise(index: int, args: Args) -> Args:
-        return args[0], [*shape[:place], cut.span(index)[1], *shape[place + 1 :]]
-
-    return Plan(Cut(place, cut.bounds), localise=localise, func=aten.reshape.default, may_copy=True)
 
 
 def _cat(call: Call) -> Plan | None:
@@ -341,20 +147,20 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "aten::fill": pointwise,
         "aten::zero": pointwise,
         "aten::masked_fill": pointwise,
-        "aten::alias": _identity,
-        "aten::detach": _identity,
-        "aten::lift_fresh": _identity,
-        "aten::select": _select,
-        "aten::slice": _slice,
-        "aten::unsqueeze": _unsqueeze,
-        "aten::squeeze": _squeeze,
-        "aten::permute": _permute,
-        "aten::transpose": _transpose,
-        "aten::t": _transpose,
-        "aten::expand": _expand,
-        "aten::repeat": _repeat,
-        "aten::view": _reshape,
-        "aten::_unsafe_view": _reshape,
+        "aten::alias": views.identity,
+        "aten::detach": views.identity,
+        "aten::lift_fresh": views.identity,
+        "aten::select": views.select,
+        "aten::slice": views.slice_,
+        "aten::unsqueeze": views.unsqueeze,
+        "aten::squeeze": views.squeeze,
+        "aten::permute": views.permute,
+        "aten::transpose": views.transpose,
+        "aten::t": views.transpose,
+        "aten::expand": views.expand,
+        "aten::repeat": views.repeat,
+        "aten::view": views.reshape,
+        "aten::_unsafe_view": views.reshape,
         "aten::cat": _cat,
         "aten::stack": _stack,
         "aten::einsum": _einsum,
