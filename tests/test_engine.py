@@ -169,7 +169,7 @@ def test_killed_rank_is_named_in_seconds_and_nothing_is_left(model: Path, rank: 
     struck: list[float] = []
     with Engine(model, TWO, devices="cpu", threads=1) as engine:
         pids = [one.pid for one in engine.ranks]
-        folder = engine._workers.directory
+        folder = engine._crew.directory
 
         def kill(progress: Progress) -> None:
             if progress.step == 3:
@@ -276,7 +276,7 @@ def test_killed_parent_takes_its_workers_along(model: Path, tmp_path: Path) -> N
     script.write_text(
         "import sys, patchpipe\n"
         "engine = patchpipe.Engine(sys.argv[1], patchpipe.ParallelConfig(pipefusion=2), devices='cpu')\n"
-        "print(*[rank.pid for rank in engine.ranks], engine._workers.directory, flush=True)\n"
+        "print(*[rank.pid for rank in engine.ranks], engine._crew.directory, flush=True)\n"
         f"engine(**{LONG!r})\n"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}

@@ -54,11 +54,11 @@ def test_200_requests_a_tenth_cancelled_at_random_times(tmp_path: Path) -> None:
                     timer.cancel()
                     timer.join()
             if number == SETTLED:
-                before, keys = memory(engine), engine._store.num_keys()
+                before, keys = memory(engine), engine._crew.store.num_keys()
         time.sleep(0.2)
         after = memory(engine)
         assert not engine.closed
-        assert engine._store.num_keys() <= keys
+        assert engine._crew.store.num_keys() <= keys
     assert cancelled >= REQUESTS // EVERY // 2
     assert sum(map(len, pictures.values())) == REQUESTS - REQUESTS // EVERY
     assert all(len(set(alike)) == 1 for alike in pictures.values())

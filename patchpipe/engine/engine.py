@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,32 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.engine import requests
 from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
+from patchpipe.engine.crew import Crew, listen, serve_store
 from patchpipe.engine.devices import threads_per_rank
-from patchpipe.engine.failures import from_death
 from patchpipe.engine.loras import describe_lora
-from patchpipe.engine.messages import (
-    Call,
-    CallTogether,
-    Cancel,
-    Done,
-    LoadLora,
-    Planned,
-    Previewed,
-    RankInfo,
-    Ready,
-    Start,
-    Step,
-    UnloadLora,
-)
-from patchpipe.engine.processes import Worker, Workers
-from patchpipe.engine.requests import OwnSeed, Seed
-from patchpipe.engine.results import OnPreview, OnProgress, Preview, Progress, Result, check_every, result_of
-from patchpipe.engine.watch import SILENCE_GRACE, Outcome, Watch
-from patchpipe.errors import PatchpipeError, RankLost
+from patchpipe.engine.messages import CallTogether, Planned, RankInfo, UnloadLora
+from patchpipe.engine.requests import NUMBERED_LATER, Seed
+from patchpipe.engine.results import OnPreview, OnProgress, Result, check_every, result_of
+from patchpipe.errors import PatchpipeError
 from patchpipe.layout.combinations import check_together
 from patchpipe.loading.choice import check_choice, choose_for_engine
 from patchpipe.loading.dtypes import default_dtype, one_dtype
-from patchpipe.loading.options import HUB, Options, read_options
+from patchpipe.loading.options import HUB, for_workers, read_options
 from patchpipe.loading.precheck import check_folder, quantised
 from patchpipe.loading.quantised import without_tensor
 from patchpipe.loading.source import fetch, resolve_source
@@ -51,8 +34,6 @@ from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
     import torch
-
-_START = 0
 
 
 class Engine:
@@ -109,33 +90,27 @@ class Engine:
         source = resolve_source(path, **{name: value for name, value in load_options.items() if name in HUB})
         self.path = source.path
         given, kind_of_pipeline = choose_for_engine(load_options, source.index)
-        options = _own_options(read_options(given, source.index, kind_of_pipeline, parallel=wanted is not None))
-        self.devices = devices_for(wanted, devices, threads)
-        self.threads = threads_per_rank(threads, len(self.devices))
+        options = for_workers(read_options(given, source.index, kind_of_pipeline, parallel=wanted is not None))
+        devices_of_all = devices_for(wanted, devices, threads)
         folder = fetch(source, variant, {**options.hub, **options.files, **options.load})
         chosen = check_choice(kind_of_pipeline, options.load, source.index, folder)
         if isinstance(wanted, ParallelConfig):
             check_folder(folder, wanted, options.load)
-        kind = kind or default_dtype(folder, variant, self.devices)
+        kind = kind or default_dtype(folder, variant, devices_of_all)
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
-        self._painting = False
-        self._request = _START
         self._loras: dict[str, float] = {}  # strengths of what is loaded
-        listener = None if wanted is None else _listen(port)
-        self._workers = Workers(len(self.devices), self.threads, offline=source.offline)
-        self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
+        listener = None if wanted is None else listen(port)
+        self._crew = Crew(devices_of_all, threads_per_rank(threads, len(devices_of_all)), offline=source.offline)
         try:
             self._take_layout(wanted, threads, folder, kind, options.load, start_timeout)
-            self._store = None if listener is None else _serve_store(listener)
-            ready = self._start(folder, kind, variant, {**options.for_pipeline, **chosen}, start_timeout)
+            self._crew.store = None if listener is None else serve_store(listener)
+            load = {**options.for_pipeline, **chosen}
+            ready = self._crew.start(folder, self.config, kind, variant, load, start_timeout)
         except BaseException:
-            self._abandon()
+            self._crew.abandon()
             raise
         self.ranks: tuple[RankInfo, ...] = tuple(message.info for message in ready)
-        self._arguments = ready[self._output_rank].arguments
-        self._defaults = ready[self._output_rank].defaults
-        self._any_argument = ready[self._output_rank].any_argument
+        self._ready = ready[(self.config or ParallelConfig()).output_rank]
         self.start_seconds = time.monotonic() - began
 
     def _take_layout(
@@ -155,11 +130,7 @@ class Engine:
         else:
             self.config = wanted
         layout = self.config or ParallelConfig()
-        self._workers.keep(layout.world_size)
-        self.devices = self.devices[: layout.world_size]
-        self.threads = threads_per_rank(threads, layout.world_size)
-        self._silence = layout.timeout + SILENCE_GRACE
-        self._output_rank = layout.output_rank
+        self._crew.take(layout, threads_per_rank(threads, layout.world_size))
 
     def _plan(
         self,
@@ -173,7 +144,7 @@ class Engine:
         if quantised(folder, options):
             wanted = without_tensor(wanted)
         name = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, Mapping) else dtype
-        planned = ask(self._workers.members[0], wanted, str(folder), self.devices, name, {}, timeout)
+        planned = ask(self._crew.members[0], wanted, str(folder), self.devices, name, {}, timeout)
         if planned.config is not None:
             check_folder(folder, planned.config, options)
         return planned
@@ -223,11 +194,11 @@ class Engine:
         with self._lock:
             self._check_open()
             place = self._trace_place(trace)
-            call, used = self._call(self._named(args, kwargs), seed, place)
+            call, used = requests.asked(self._ready, requests.named(self._ready, args, kwargs), seed, place)
             if on_preview is not None:
                 call = replace(call, preview=check_every(preview_every))
             began = time.monotonic()
-            done = self._run(call, on_progress, on_preview)
+            done = self._crew.run(call, on_progress, on_preview)
             seconds = time.monotonic() - began
         return result_of(done.output, seconds, done.stats, used)
 
@@ -275,9 +246,12 @@ class Engine:
             check_calls(calls)
             check_together(self.config.methods, self.config.compile)
             own = [{name: value for name, value in call.items() if name != "seed"} for call in calls]
-            asked = [self._call(arguments, call.get("seed")) for arguments, call in zip(own, calls, strict=True)]
+            asked = [
+                requests.asked(self._ready, arguments, call.get("seed"))
+                for arguments, call in zip(own, calls, strict=True)
+            ]
             began = time.monotonic()
-            done = self._run(CallTogether(_START, tuple(call for call, _ in asked), place), on_progress)
+            done = self._crew.run(CallTogether(NUMBERED_LATER, tuple(call for call, _ in asked), place), on_progress)
             seconds = time.monotonic() - began
         made = zip(done.output, done.stats, asked, strict=True)
         return [result_of(output, seconds, stats, used) for output, stats, (_, used) in made]
@@ -292,12 +266,7 @@ class Engine:
         Returns:
             Whether there was a request. One whose last step is over gives its picture all the same.
         """
-        with self._sending:
-            if not self._painting or self.closed:
-                return False
-            for worker in self._workers.members:
-                _send(worker, Cancel(self._request))
-            return True
+        return self._crew.cancel()
 
     def load_lora(
         self,
@@ -327,7 +296,7 @@ class Engine:
         with self._lock:
             self._check_open()
             message = describe_lora(path, weight_name, name, scale, self._loras)
-            self._run(message, None)
+            self._crew.run(message, None)
             self._loras = dict(message.strengths)
         return message.name
 
@@ -347,7 +316,7 @@ class Engine:
                 raise ValueError(f"there is no LoRA {name!r}: loaded are {have}")
             left = {} if name is None else {each: scale for each, scale in self._loras.items() if each != name}
             if self._loras:
-                self._run(UnloadLora(_START, name, left), None)
+                self._crew.run(UnloadLora(NUMBERED_LATER, name, left), None)
             self._loras = left
 
     @property
@@ -359,42 +328,41 @@ class Engine:
         if self.closed:
             raise PatchpipeError("the engine is closed: make a new one")
 
-    def _call(self, arguments: dict[str, Any], seed: Seed, trace: str | None = None) -> tuple[Call, OwnSeed]:
-        """The message that asks for one call, whose request is not numbered yet, and the seed it uses."""
-        requests.check_names(arguments, self._arguments, self._any_argument, self.ranks[0].pipeline_class)
-        if seed is None and arguments.get("generator") is None:
-            seed = requests.fresh_seed()
-        used = None if seed is None else requests.check_seed(seed)
-        encoded, global_seed = requests.encode(arguments, used, self._arguments)
-        return Call(_START, global_seed, encoded, trace), used
-
     @property
     def closed(self) -> bool:
         """Whether the workers are gone."""
-        return not self._finalizer.alive
+        return self._crew.closed
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The device of each rank."""
+        return self._crew.devices
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of each rank."""
+        return self._crew.threads
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the arguments the pipeline's call takes."""
-        return self._arguments
+        return self._ready.arguments
 
     @property
     def defaults(self) -> Mapping[str, Any]:
         """What those of them that are numbers or text are by default."""
-        return self._defaults
+        return self._ready.defaults
 
     def describe(self) -> str:
         """A few lines for people: the model, the layout, and what each rank holds."""
         first = self.ranks[0]
         layout = "plain diffusers, one device" if self.config is None else self.config.describe()
         model = f"{first.pipeline_class} ({first.transformer_class}, {first.dtype}) from {self.path}"
-        return "\n".join([model, layout, *map(_describe_rank, self.ranks)])
+        return "\n".join([model, layout, *(rank.describe() for rank in self.ranks)])
 
     def close(self) -> None:
         """Ends the workers; safe to call again."""
-        if self._finalizer.detach() is not None:
-            self._workers.shutdown()
-            self._store = None
+        self._crew.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -408,36 +376,11 @@ class Engine:
         if kind is None:
             self.close()
         else:
-            self._abandon()
+            self._crew.abandon()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self.devices)} workers on {', '.join(self.devices)}"
         return f"Engine({self.path!r}, {state})"
-
-    def _start(
-        self,
-        folder: Path,
-        dtype: str | Mapping[str, str] | None,
-        variant: str | None,
-        load_options: Mapping[str, Any],
-        timeout: float,
-    ) -> list[Ready]:
-        for worker in self._workers.members:
-            start = Start(
-                rank=worker.rank,
-                world_size=len(self.devices),
-                path=os.fsencode(folder),
-                config=None if self.config is None else self.config.as_dict(),
-                device=self.devices[worker.rank],
-                dtype=dtype,
-                variant=variant,
-                threads=self.threads,
-                store_port=None if self._store is None else self._store.port,
-                directory=str(self._workers.directory),
-                load_options=load_options,
-            )
-            _send(worker, start)
-        return self._settle(self._watch(Ready, "starting", timeout).run())
 
     def _trace_place(self, trace: str | os.PathLike[str] | None) -> str | None:
         """Where a timeline goes, checked before any work."""
@@ -446,126 +389,3 @@ class Engine:
         if self.config is None:
             raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
         return str(check_target(Path(trace)))
-
-    def _run(
-        self,
-        call: Call | CallTogether | LoadLora | UnloadLora,
-        on_progress: OnProgress | None,
-        on_preview: OnPreview | None = None,
-    ) -> Done:
-        def show(told: Previewed) -> None:
-            if on_preview is not None:
-                on_preview(Preview(told.step, told.images))
-
-        def on_step(rank: int, step: Step) -> None:
-            if on_progress is not None and rank == self._output_rank:
-                on_progress(Progress(step.step, step.total, step.seconds, step.call))
-
-        try:
-            self._check_alive()
-            with self._sending:
-                self._request += 1
-                for worker in self._workers.members:
-                    _send(worker, replace(call, request=self._request))
-                self._painting = True
-            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step, show))
-        except BaseException:
-            self._abandon()
-            raise
-        finally:
-            with self._sending:
-                self._painting = False
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return self._settle(outcome)[self._output_rank]
-
-    def _wait(self, watch: Watch) -> Outcome | BaseException:
-        """Waits for the request; an interrupt, or an ``on_progress`` that raises, cancels it and comes back as such."""
-        try:
-            return watch.run()
-        except BaseException as interrupt:
-            watch.ending = True
-            self.cancel()
-            outcome = watch.run()  # a second interrupt ends the workers
-            if outcome.failure is not None and not outcome.usable:
-                self._abandon()
-            return interrupt
-
-    def _check_alive(self) -> None:
-        for worker in self._workers.members:
-            if not worker.alive:
-                raise from_death(worker, "waiting for a request").error
-
-    def _watch(
-        self,
-        expected: type,
-        activity: str,
-        silence: float,
-        on_step: Callable[[int, Step], None] | None = None,
-        on_preview: Callable[[Previewed], None] | None = None,
-    ) -> Watch:
-        members = self._workers.members
-        return Watch(members, self.devices, expected, self._request, activity, silence, on_step, on_preview)
-
-    def _settle(self, outcome: Outcome) -> list[Any]:
-        if outcome.failure is None:
-            return outcome.answers
-        if not outcome.usable:
-            self._abandon()
-        raise outcome.failure.error
-
-    def _abandon(self) -> None:
-        """Ends the workers at once, without waiting for the request they are in."""
-        self._finalizer()
-        self._store = None
-
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        named = dict(zip(self._arguments, args, strict=False))
-        if len(args) > len(named):
-            raise TypeError(f"{len(args)} arguments were given, but the pipeline takes {len(named)}")
-        for name in named:
-            if name in kwargs:
-                raise TypeError(f"{name} was given twice: by position and by name")
-        return {**named, **kwargs}
-
-
-def _send(worker: Worker, message: Any) -> None:
-    try:
-        worker.channel.send(message)
-    except BlockingIOError as error:
-        raise RankLost(f"rank {worker.rank} (pid {worker.pid}) takes no messages: it seems to be stopped") from error
-    except ConnectionError:
-        return  # it is dead: the wait that follows finds out how it died
-
-
-def _own_options(options: Options) -> Options:
-    """Refuses a transformer from the caller's memory, of which every worker would get a whole copy."""
-    if options.load.get("transformer") is not None:
-        raise ValueError(
-            "transformer= cannot be given to the engine, whose workers read their own parts of it: save it as the "
-            "transformer of a folder, or call parallelize(pipe) under torchrun"
-        )
-    return options
-
-
-def _describe_rank(rank: RankInfo) -> str:
-    return (
-        f"rank {rank.rank}: {rank.device}, {rank.threads} threads, {rank.parameters / 1e6:.1f} M parameters "
-        f"of the transformer, {rank.bytes / 2**20:.0f} MiB of weights, pid {rank.pid}"
-    )
-
-
-def _listen(port: int | None) -> socket.socket:
-    try:
-        return socket.create_server(("127.0.0.1", port or 0))
-    except OSError as error:
-        reason = f"port {port} cannot be used ({error.strerror})"
-        raise PatchpipeError(f"{reason}: name another one, or none to let the system choose") from error
-
-
-def _serve_store(listener: socket.socket) -> Any:
-    """Hosts the place where the ranks meet on a socket that only this machine can reach."""
-    from torch.distributed import TCPStore
-
-    port = listener.getsockname()[1]
-    return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())

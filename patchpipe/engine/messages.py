@@ -83,6 +83,13 @@ class RankInfo:
     parameters: int
     bytes: int
 
+    def describe(self) -> str:
+        """A line for people."""
+        return (
+            f"rank {self.rank}: {self.device}, {self.threads} threads, {self.parameters / 1e6:.1f} M parameters "
+            f"of the transformer, {self.bytes / 2**20:.0f} MiB of weights, pid {self.pid}"
+        )
+
 
 @dataclass(frozen=True)
 class Ready:

@@ -10,11 +10,53 @@ from typing import Any
 
 import numpy as np
 
-from patchpipe.engine.messages import GeneratorState
+from patchpipe.engine.messages import Call, GeneratorState, Ready
 from patchpipe.errors import did_you_mean
 
 Seed = int | Sequence[int] | None
 OwnSeed = int | list[int] | None  # once it was checked
+NUMBERED_LATER = 0
+
+
+def named(ready: Ready, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name.
+
+    Args:
+        ready: What a worker told of the pipeline.
+        args: Arguments by position.
+        kwargs: Arguments by name.
+
+    Raises:
+        TypeError: There are too many, or one is given twice.
+    """
+    found = dict(zip(ready.arguments, args, strict=False))
+    if len(args) > len(found):
+        raise TypeError(f"{len(args)} arguments were given, but the pipeline takes {len(found)}")
+    for name in found:
+        if name in kwargs:
+            raise TypeError(f"{name} was given twice: by position and by name")
+    return {**found, **kwargs}
+
+
+def asked(ready: Ready, arguments: dict[str, Any], seed: Seed, trace: str | None = None) -> tuple[Call, OwnSeed]:
+    """The message that asks for one call, whose request is not numbered yet, and the seed it uses.
+
+    Args:
+        ready: What a worker told of the pipeline.
+        arguments: The call's arguments, by name.
+        seed: As given; ``None`` takes a fresh one.
+        trace: File for its timeline.
+
+    Raises:
+        ValueError: An argument's value is wrong.
+        TypeError: The pipeline takes no such argument, or the seed is none.
+    """
+    check_names(arguments, ready.arguments, ready.any_argument, ready.info.pipeline_class)
+    if seed is None and arguments.get("generator") is None:
+        seed = fresh_seed()
+    used = None if seed is None else check_seed(seed)
+    encoded, global_seed = encode(arguments, used, ready.arguments)
+    return Call(NUMBERED_LATER, global_seed, encoded, trace), used
 
 
 def check_names(names: Iterable[str], known: Sequence[str], any_argument: bool, pipeline: str) -> None:

@@ -118,3 +118,17 @@ def _components(index: Mapping[str, Any], chosen: type[Any] | None) -> tuple[str
     if kind is None:
         return str(name), None
     return name, [one for one in inspect.signature(kind.__init__).parameters if one != "self"]
+
+
+def for_workers(options: Options) -> Options:
+    """Refuses a transformer from the caller's memory, of which every worker would get a whole copy.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if options.load.get("transformer") is not None:
+        raise ValueError(
+            "transformer= cannot be given to the engine, whose workers read their own parts of it: save it as the "
+            "transformer of a folder, or call parallelize(pipe) under torchrun"
+        )
+    return options
