@@ -99,14 +99,14 @@ def failing(place: Place) -> str:
     group = place.join(config(place))
     store = place.store
     if place.rank == 1:
-        group.report_failure("ValueError: the first")
+        group.failures.report("ValueError: the first")
         store.set("told", "yes")
         store.wait(["told too"])
         group.close()
         return ""
     if place.rank == 2:
         store.wait(["told"])
-        group.report_failure("KeyError: the second")
+        group.failures.report("KeyError: the second")
         store.set("told too", "yes")
     store.wait(["told too"])
     with pytest.raises(RankFailed) as caught:

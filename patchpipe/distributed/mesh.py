@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from time import sleep
 from typing import Any
 
 import torch
@@ -16,18 +14,17 @@ from torch import Tensor
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.agreement import agree, gather
 from patchpipe.distributed.exchange import Exchange
+from patchpipe.distributed.failures import Failures
 from patchpipe.distributed.guard import Guard, say_goodbye
-from patchpipe.distributed.process_groups import ProcessGroups, gist
+from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.distributed.rows import WireRows, join_rows
 from patchpipe.distributed.transport import Channel, Wire
-from patchpipe.errors import PatchpipeError, RankFailed, RankLost
+from patchpipe.errors import RankFailed
 from patchpipe.layout.axes import Axis, Mesh
 from patchpipe.layout.communicators import Link, answer_links, key_links, line_axes, stage_links
 from patchpipe.tracing.recorder import Recorder, span
 
 CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
-LOADING = "first_failure/loading"  # where a rank tells why it failed before any request
-GRACE_SECONDS = 1.0  # between the deadlines of ranks that wait for one another
 
 
 class Group:
@@ -45,6 +42,7 @@ class Group:
         backend: ``"gloo"`` or ``"nccl"``.
 
     Attributes:
+        failures: Who failed first, told and read.
         recorder: Of the request under way, if it is traced.
     """
 
@@ -55,11 +53,11 @@ class Group:
         self.world_size = config.world_size
         self.mesh = Mesh(config.mesh_shape, rank)
         self._store = store
+        self.failures = Failures(store, rank, config.timeout)
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
         self._strips: list[WireRows] = []
         self.recorder: Recorder | None = None
-        self._requests = 0
         self._in_flight = 1
         self._agreements = 0
         self.lines: dict[Axis, Exchange] = {}
@@ -88,7 +86,7 @@ class Group:
         """Makes what the links need, and over NCCL lets the ranks of each meet, in the order of the links."""
         if not links:
             return
-        options = (self.device, self.backend, self.config.timeout, self.explain, carries, self._guard)
+        options = (self.device, self.backend, self.config.timeout, self.failures.explain, carries, self._guard)
         if self.backend == "gloo":
             self._wires[name] = Wire(self._groups.make(name, "gloo", self.rank, self.world_size), *options)
             return
@@ -106,7 +104,7 @@ class Group:
     def _line(self, axis: Axis) -> Exchange:
         ranks, index = self.mesh.along(axis), self.mesh.at(axis)
         inner = self._groups.make(f"{axis}/{ranks[0]}", self.backend, index, len(ranks))
-        options = (self.config.timeout, self.explain, CARRIES.get(axis, axis), self._guard)
+        options = (self.config.timeout, self.failures.explain, CARRIES.get(axis, axis), self._guard)
         line = Exchange(Wire(inner, self.device, self.backend, *options), index, len(ranks), ranks)
         if self.backend == "nccl":
             line.meet()
@@ -114,7 +112,7 @@ class Group:
 
     def _watch(self) -> Guard:
         """Looks on where waits order streams; see ``Guard``."""
-        guard = Guard(self.config.timeout, self._told_failure, self._explain_to_all, self._abort)
+        guard = Guard(self.config.timeout, self.failures.told, self.failures.explain_to_all, self._abort)
         self._lifeline = self._groups.make("lifeline", "gloo", self.rank, self.world_size)
         guard.watch(self._lifeline, (self.rank + 1) % self.world_size)
         return guard
@@ -167,6 +165,11 @@ class Group:
         """All that tensors leave through."""
         return [*(channel for wire in self._wires.values() for channel in wire.channels), *self.lines.values()]
 
+    def begin_requests(self, in_flight: int = 1) -> None:
+        """From here on, failures are those of a new request, or of several together; all ranks count alike."""
+        self.failures.begin()
+        self._in_flight = in_flight
+
     def next_call(self) -> None:
         """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
         for end in self._ends:
@@ -185,13 +188,13 @@ class Group:
 
     def rows(self) -> WireRows:
         """All ranks as strips of a picture, for the VAE."""
-        rows = join_rows(self._groups, self.rank, self.world_size, device=self.device, explain=self.explain)
+        rows = join_rows(self._groups, self.rank, self.world_size, device=self.device, explain=self.failures.explain)
         self._strips.append(rows)
         return rows
 
     def control_wire(self) -> Wire:
         """Small tensors on the host between any two ranks, counted nowhere."""
-        return Wire(self._control, torch.device("cpu"), "gloo", self.config.timeout, self.explain, "control")
+        return Wire(self._control, torch.device("cpu"), "gloo", self.config.timeout, self.failures.explain, "control")
 
     def record(self, recorder: Recorder | None) -> None:
         """From here on, every wait and every tensor sent goes to ``recorder``; ``None`` ends that."""
@@ -269,7 +272,7 @@ class Group:
 
     def _broadcast_bytes(self, data: Tensor, root: int, carries: str) -> None:
         whom = f"rank {root}"
-        with span(self.recorder, "wait", channel=carries, peer=whom), self.explaining(whom):
+        with span(self.recorder, "wait", channel=carries, peer=whom), self.failures.explaining(whom):
             self._control.broadcast(data, root).wait(timedelta(seconds=self.config.timeout))
 
     def agree(self, what: dict[str, Any], problem: Exception | None = None) -> None:
@@ -294,94 +297,7 @@ class Group:
         self._agreements += 1
         return gather(self._store, f"told/{self._agreements}", self.rank, self.world_size, what, self.config.timeout)
 
-    # -- failure ---------------------------------------------------------------------------------
-
-    def begin_requests(self, in_flight: int = 1) -> None:
-        """From here on, failures are those of a new request, or of several together; all ranks count alike."""
-        self._requests += 1
-        self._in_flight = in_flight
-
-    @property
-    def _failure_key(self) -> str:
-        return f"first_failure/{self._requests}" if self._requests else LOADING
-
-    def report_failure(self, text: str) -> None:
-        """Tells the other ranks why this one fails, unless another told first."""
-        self._tell_failure(text, lost=False)
-
-    def _tell_failure(self, text: str, *, lost: bool) -> None:
-        if self._store is None:
-            return
-        message = json.dumps({"rank": self.rank, "text": text, "lost": lost})
-        try:
-            self._store.compare_set(self._failure_key, "", message)
-        except RuntimeError:  # the store's own process is gone: nobody is left to tell
-            return
-
-    def explain(self, error: Exception, peer: str) -> PatchpipeError:
-        """The error to raise when waiting for ``peer`` failed: the group's first failure where one is known."""
-        told = self._told_failure()
-        if told is not None:
-            return told
-        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-            late = self._silent_rank(peer)
-            return RankLost(f"{late} did not answer within {self.config.timeout:g} s (timeout={self.config.timeout:g})")
-        return RankLost(f"{peer} closed its connection: its process has died or was killed ({gist(error)})")
-
-    def _told_failure(self) -> PatchpipeError | None:
-        """The first failure that another rank has told of, or that one has told of another."""
-        return self._as_error(self._first_failure())
-
-    def failed_to_load(self) -> PatchpipeError | None:
-        """Why another rank has failed before any request, as the error to raise; ``None`` if none has."""
-        if self._store is None or not self._store.check([LOADING]):
-            return None
-        return self._as_error(json.loads(self._store.get(LOADING)))
-
-    def _as_error(self, first: dict[str, Any] | None) -> PatchpipeError | None:
-        if first is None:
-            return None
-        if first.get("lost"):
-            return RankLost(first["text"])
-        return None if first["rank"] == self.rank else RankFailed(f"rank {first['rank']} failed first: {first['text']}")
-
-    def _explain_to_all(self, error: Exception, peer: str) -> PatchpipeError:
-        """The same as ``explain``, told to the other ranks too: they may wait for one that waits itself."""
-        problem = self.explain(error, peer)
-        if isinstance(problem, RankLost):
-            self._tell_failure(str(problem), lost=True)
-        return problem
-
-    def _silent_rank(self, peer: str) -> str:
-        """The rank everybody waits for in the end: one that does not wait itself."""
-        if self._store is None:
-            return peer
-        key = f"waits/{self._requests}/rank "
-        try:
-            self._store.set(f"{key}{self.rank}", peer)
-            sleep(min(GRACE_SECONDS, self.config.timeout / 2))  # the others' deadlines pass at about the same time
-            seen = {f"rank {self.rank}"}
-            while peer not in seen and self._store.check([f"{key}{peer.removeprefix('rank ')}"]):
-                seen.add(peer)
-                peer = self._store.get(f"{key}{peer.removeprefix('rank ')}").decode()
-        except RuntimeError:  # the store's own process is gone
-            pass
-        return peer
-
-    def explaining(self, peer: str) -> _Explained:
-        """A context that turns a failed wait into ``explain``'s error."""
-        return _Explained(self, peer)
-
-    def _first_failure(self) -> dict[str, Any] | None:
-        if self._store is None:
-            return None
-        try:
-            for key in (self._failure_key, LOADING):
-                if self._store.check([key]):
-                    return json.loads(self._store.get(key))
-            return None
-        except (RuntimeError, ValueError):
-            return None
+    # -- the end ---------------------------------------------------------------------------------
 
     @property
     def closed(self) -> bool:
@@ -407,18 +323,6 @@ class Group:
         """Ends all that is under way on the device."""
         for wire in self._all_wires:
             wire.abort()
-
-
-class _Explained:
-    def __init__(self, group: Group, peer: str) -> None:
-        self.group, self.peer = group, peer
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, PatchpipeError):
-            raise self.group.explain(error, self.peer) from error
 
 
 def _portable(error: Exception) -> Exception:

@@ -33,7 +33,7 @@ class Board:
         assert group.store is not None
         self.rank, self.world_size = group.rank, group.world_size
         self.timeout = group.config.timeout
-        self._failed_to_load = group.failed_to_load
+        self._failed_to_load = group.failures.failed_to_load
         self._store: dist.Store = group.store
         self._prefix = f"request/{number}"
         self._mine: set[str] = set()

@@ -81,7 +81,7 @@ class Extent:
                 yield
             except BaseException as error:
                 if not points.fail(error) or attempt(self._runner.settle)[1] is not None:
-                    self._group.report_failure(f"{type(error).__name__}: {error}")
+                    self._group.failures.report(f"{type(error).__name__}: {error}")
                     self._group.close()  # peers that wait for this rank must not wait for the deadline
                 raise
 

@@ -83,7 +83,7 @@ def from_pretrained(
     try:
         return _load(found, layout, group)
     except Exception as error:
-        group.report_failure(f"{type(error).__name__}: {error}")
+        group.failures.report(f"{type(error).__name__}: {error}")
         group.close()  # peers that have loaded theirs must not wait for the deadline
         raise
 

@@ -165,7 +165,7 @@ class Flights:
         """Before the first call of the transformer a wrong request only is left out; later all of them end."""
         if isinstance(error, (ValueError, TypeError)) and not flight.prepared:
             flight.refusal = error
-            self._group.report_failure(f"{type(error).__name__}: {error}")  # should the others wait for this rank
+            self._group.failures.report(f"{type(error).__name__}: {error}")  # should the others wait for this rank
             self._pause(flight)
             return
         self._failure = self._failure or error
@@ -255,7 +255,7 @@ class Flights:
         for rank, each in enumerate(told):
             for text in each.values():
                 return RankFailed(f"rank {rank} failed first: {text}")
-        return self._group.explain(TimeoutError("timed out"), "another rank")
+        return self._group.failures.explain(TimeoutError("timed out"), "another rank")
 
     def _named(self, flight: Flight) -> Exception:
         """The refusal with the request's number in it."""
