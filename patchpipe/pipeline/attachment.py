@@ -279,7 +279,7 @@ class Attachment:
         return self._blocks.graphs
 
     def change_adapters(self, name: str, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
-        """Runs one of diffusers' methods for LoRA; see ``pipeline.adapters``."""
+        """Runs one of diffusers' methods for LoRA; see ``recipes.adapters``."""
         return self._adapters.change(name, method, args, kwargs)
 
     def detach(self) -> None:
