@@ -192,6 +192,20 @@ def test_what_only_the_pipeline_can_refuse_is_one_line_too(
 # -- help and tables -----------------------------------------------------------------------------
 
 
+def test_help_of_every_command_answers_without_the_heavy_libraries() -> None:
+    code = """
+import sys
+from patchpipe.cli import app
+for name in [None, *(command.callback.__name__ for command in app.registered_commands)]:
+    assert app(args=[*filter(None, [name]), "--help"]) == 0
+heavy = {"torch", "diffusers", "transformers", "huggingface_hub"} & sys.modules.keys()
+sys.exit(heavy or None)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.count("Usage:") == 9  # eight commands, and all of them
+
+
 @pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["info", "--help"], ["models", "--help"]])
 def test_help_has_examples(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert app(args=args) == 0

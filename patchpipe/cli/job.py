@@ -18,6 +18,7 @@ from patchpipe.cli.pairs import Comparison
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
+from patchpipe.demo import call_defaults
 from patchpipe.files import check_new, free_name, numbered, write_text
 from patchpipe.layout.combinations import check_together
 from patchpipe.tracing.timeline import check_target
@@ -137,8 +138,6 @@ def call_arguments(
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """The pipeline's arguments: those the model's ``call.json`` advises, then the options, then ``--set``."""
-    from patchpipe.demo import call_defaults
-
     advised = call_defaults(model)
     strength = "true_cfg_scale" if "true_cfg_scale" in advised else "guidance_scale"
     given = {

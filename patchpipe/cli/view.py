@@ -19,6 +19,7 @@ from rich.table import Table
 
 from patchpipe.cli.figures import count, size
 from patchpipe.cli.pairs import Comparison
+from patchpipe.demo import MODEL_DIR
 
 if TYPE_CHECKING:
     from patchpipe.engine import Engine, Progress, RankInfo, Result
@@ -163,8 +164,6 @@ def likeness(decibels: float) -> str:
 
 
 def _model_name(model: str) -> str:
-    from patchpipe.demo import MODEL_DIR
-
     return "the bundled model" if Path(model) == MODEL_DIR else model
 
 

@@ -19,6 +19,7 @@ from patchpipe.cli import options, pictures
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
+from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.files import check_new, free_name
 
 if TYPE_CHECKING:
@@ -111,7 +112,6 @@ def _tell_load(view: View) -> None:
 @contextmanager
 def _ways(view: View, devices: str | list[str] | None) -> Iterator[list[Way]]:
     """Plain diffusers, the planner's layout and PipeFusion, all started."""
-    from patchpipe.demo import MODEL_DIR, call_defaults
     from patchpipe.engine import Engine
     from patchpipe.engine.choosing import devices_for
 
@@ -144,8 +144,6 @@ def _ways(view: View, devices: str | list[str] | None) -> Iterator[list[Way]]:
 
 def _paint(view: View, ways: list[Way], prompts: tuple[str, ...], rounds: int) -> None:
     """Every prompt in every way in turn, after one untimed request on each."""
-    from patchpipe.demo import call_defaults
-
     call = call_defaults()
     with view.waiting("one untimed request each"):
         for way in ways:

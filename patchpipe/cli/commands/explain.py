@@ -11,8 +11,11 @@ from rich.table import Table
 
 from patchpipe.cli import options
 from patchpipe.cli.figures import size
+from patchpipe.demo import MODEL_DIR
+from patchpipe.loading.source import resolve_source
 
 PIXELS_PER_TOKEN = 16  # eight of the autoencoder, two of the patch embedding
+
 EPILOG = """
 [bold]Examples[/]
 
@@ -48,9 +51,6 @@ def explain(
 ) -> None:
     """Show the mesh of a layout: who is where, who holds what, and what travels in a step."""
     given = locals()
-    from patchpipe.demo import MODEL_DIR
-    from patchpipe.loading.source import resolve_source
-
     config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR, revision=revision)
     revision = revision if source.folder is None else None

@@ -10,6 +10,7 @@ from patchpipe.cli import options
 from patchpipe.cli.inputs import implied_task, picture_arguments, read_choice
 from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 from patchpipe.cli.loras import read_loras
+from patchpipe.demo import MODEL_DIR, call_defaults
 
 EPILOG = """
 [bold]Examples[/]
@@ -110,8 +111,6 @@ def generate(
 ) -> None:
     """Paint pictures from prompts on one or several devices."""
     given = locals()
-    from patchpipe.demo import MODEL_DIR, call_defaults
-
     source, chosen = model or str(MODEL_DIR), options.read_settings(settings)
     arguments = call_arguments(
         source,

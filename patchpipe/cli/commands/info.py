@@ -10,6 +10,8 @@ from rich.table import Table
 
 from patchpipe.cli import options
 from patchpipe.cli.figures import count, size
+from patchpipe.demo import MODEL_DIR
+from patchpipe.loading.source import resolve_source
 
 if TYPE_CHECKING:
     from patchpipe.config import ParallelConfig
@@ -45,9 +47,6 @@ def info(
 ) -> None:
     """Show a model's blocks, parameters and plan, and what each rank would hold."""
     given = locals()
-    from patchpipe.demo import MODEL_DIR
-    from patchpipe.loading.source import resolve_source
-
     config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR, revision=revision)
     revision = revision if source.folder is None else None

@@ -6,6 +6,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from patchpipe.config import DEGREES
+from patchpipe.layout.combinations import TESTED
+
 EPILOG = """
 [bold]Example[/]
 
@@ -15,8 +18,6 @@ EPILOG = """
 
 def models() -> None:
     """List the transformer classes that patchpipe can spread over devices, and by which methods."""
-    from patchpipe.config import DEGREES
-    from patchpipe.layout.combinations import TESTED
     from patchpipe.models import PLANS
 
     console = Console(highlight=False)

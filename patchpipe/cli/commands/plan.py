@@ -15,6 +15,7 @@ from rich.table import Table
 from patchpipe.cli import options
 from patchpipe.cli.figures import count, size
 from patchpipe.cli.options import option
+from patchpipe.demo import MODEL_DIR
 from patchpipe.files import check_new, write_text
 
 if TYPE_CHECKING:
@@ -131,7 +132,6 @@ def plan(
         raise ValueError(f"--top {top} must be 1 or more")
     if json_file is not None and json_file != Path("-"):
         check_new(json_file, force)
-    from patchpipe.demo import MODEL_DIR
     from patchpipe.planner import report, search  # heavy, and not needed for --help
     from patchpipe.planner.choose import machine_and_count
     from patchpipe.planner.predict import calibrated

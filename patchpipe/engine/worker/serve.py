@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from patchpipe.config import ParallelConfig
 from patchpipe.engine.choosing import answer
 from patchpipe.engine.loras import change_loras
 from patchpipe.engine.messages import (
@@ -253,7 +254,6 @@ class Server:
     def _load_parallel(self, device: Any, dtype: Any) -> Any:
         from torch.distributed import TCPStore
 
-        from patchpipe.config import ParallelConfig
         from patchpipe.distributed.joining import join
         from patchpipe.pipeline.loading import from_pretrained
 
