@@ -176,7 +176,7 @@ class ParallelConfig:
             ValueError: A name is unknown, or no layout fits.
             FileNotFoundError: There is no such model or profile.
         """
-        from patchpipe.planner.choose import best_config
+        from patchpipe.planner.choosing import best_config
 
         bytes_each = None if memory is None else int(memory * 2**30)
         wishes = {"exact": exact, "memory": bytes_each, "warmup": warmup, "compile": compile}

@@ -16,9 +16,10 @@ from patchpipe.cli import app
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.distributed.joining import settle
 from patchpipe.engine.choosing import devices_for, read_wanted
-from patchpipe.planner import choose, choosing
+from patchpipe.planner import choosing
 from patchpipe.planner.automatic import take
 from patchpipe.planner.machine import here
+from patchpipe.planner.machine import named as machines
 from patchpipe.planner.machine.here import cpu_ranks, profile_of
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.search import search
@@ -233,7 +234,7 @@ def planned(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
 def test_plan_looks_at_the_devices_there_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "_devices_here", lambda: ["cpu", "cpu"])
+    monkeypatch.setattr(machines, "_devices_here", lambda: ["cpu", "cpu"])
     found = planned(capsys)
     assert found["layouts"][0]["config"]["cfg"] == 2
     assert found["command"].startswith("patchpipe generate 'red heart, flat style' --dtype fp32")

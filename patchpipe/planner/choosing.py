@@ -21,12 +21,28 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.refusals import guided
 from patchpipe.planner.automatic import Taken, one_device, take
 from patchpipe.planner.machine.here import profile_of
+from patchpipe.planner.machine.named import read_machine
 from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.search import Wishes, search
 from patchpipe.planner.work.named import Asked, check_runnable, read_folder, workload_for, workload_of
 from patchpipe.planner.work.presets import preset_named
 from patchpipe.planner.work.workload import Workload
 
 logger = logging.getLogger("patchpipe")
+
+
+def best_config(
+    model: str | Path,
+    devices: int,
+    device: str | None,
+    link: str | None,
+    profile: Profile | str | Path | None,
+    wishes: dict[str, Any],
+    asked: dict[str, Any],
+) -> ParallelConfig:
+    """See ``ParallelConfig.auto``."""
+    machine = read_machine(device, link, profile)
+    return search(workload_for(model, Asked(**asked)), devices, machine, Wishes(**wishes)).best.config
 
 
 def layout_for_model(

@@ -133,7 +133,7 @@ def plan(
     if json_file is not None and json_file != Path("-"):
         check_new(json_file, force)
     from patchpipe.planner import report, search  # heavy, and not needed for --help
-    from patchpipe.planner.choose import machine_and_count
+    from patchpipe.planner.machine.named import machine_and_count
     from patchpipe.planner.predict import calibrated
     from patchpipe.planner.work import named as workloads
 

@@ -1,21 +1,17 @@
-"""From names to a machine and a winner: what the command line and ``ParallelConfig.auto`` share."""
+"""From names to a machine: a card and a link, a profile, or what is at hand."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from patchpipe.config import ParallelConfig
 from patchpipe.planner.machine.cards import card_named, device_named
 from patchpipe.planner.machine.here import cpu_ranks, profile_of
 from patchpipe.planner.machine.links import link_named
 from patchpipe.planner.machine.profiles import Profile
-from patchpipe.planner.search import Wishes, search
-from patchpipe.planner.work.named import Asked, workload_for
 
 NAMED = 2  # devices of a card that is named, and their number not
 
@@ -64,17 +60,3 @@ def machine_and_count(
 def _devices_here() -> list[str]:
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return [f"cuda:{index}" for index in range(cards)] or ["cpu"] * cpu_ranks(os.cpu_count() or 1)
-
-
-def best_config(
-    model: str | Path,
-    devices: int,
-    device: str | None,
-    link: str | None,
-    profile: Profile | str | Path | None,
-    wishes: dict[str, Any],
-    asked: dict[str, Any],
-) -> ParallelConfig:
-    """See ``ParallelConfig.auto``."""
-    machine = read_machine(device, link, profile)
-    return search(workload_for(model, Asked(**asked)), devices, machine, Wishes(**wishes)).best.config
