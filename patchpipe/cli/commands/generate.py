@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,11 @@ EPILOG = """
 
   [green]patchpipe generate[/] "an owl" --set max_sequence_length=32 --set output_type=pil
 """
+CALL = ("height", "width", "steps", "guidance", "negative")
+AS_GIVEN = (
+    *("images", "in_flight", "seed", "dtype", "threads", "variant", "revision", "out", "force", "sheet", "compare"),
+    *("rounds", "trace", "preview"),
+)
 Prompts = Annotated[
     list[str], typer.Argument(help="What to paint; several prompts give several pictures.", metavar="PROMPT…")
 ]
@@ -110,43 +115,31 @@ def generate(
     debug: options.Debug = False,
 ) -> None:
     """Paint pictures from prompts on one or several devices."""
-    given = locals()
-    source, chosen = model or str(MODEL_DIR), options.read_settings(settings)
-    arguments = call_arguments(
-        source,
-        height=height,
-        width=width,
-        steps=steps,
-        guidance=guidance,
-        negative=negative,
-        settings=chosen,
+    run(_job(context, locals()))
+
+
+def _job(context: typer.Context, given: dict[str, Any]) -> Job:
+    """What the options ask for, read and checked, in the order in which a user is told what is wrong."""
+    source, chosen = given["model"] or str(MODEL_DIR), options.read_settings(given["settings"])
+    arguments = call_arguments(source, settings=chosen, **{name: given[name] for name in CALL})
+    image, mask, pipeline = given["image"], given["mask"], given["pipeline"]
+    asked = {"height": given["height"], "width": given["width"]} | chosen
+    arguments |= picture_arguments(image, mask, given["strength"], asked, call_defaults(source))
+    wanted = auto_layout(
+        arguments,
+        len(given["prompts"]) * given["images"],
+        together=given["in_flight"],
+        traced=given["trace"] is not None,
+        alone=given["compare"],
     )
-    asked = {"height": height, "width": width} | chosen
-    arguments |= picture_arguments(image, mask, strength, asked, call_defaults(source))
-    wanted = auto_layout(arguments, len(prompts) * images, together=in_flight, traced=trace is not None, alone=compare)
-    config = options.read_layout(context, given, wanted)
-    job = Job(
-        prompts=tuple(prompts),
-        images=images,
-        in_flight=in_flight,
-        seed=seed,
+    return Job(
+        prompts=tuple(given["prompts"]),
         arguments=arguments,
         model=source,
-        config=config,
-        devices=options.read_devices(devices),
-        dtype=dtype,
-        threads=threads,
-        variant=variant,
-        revision=revision,
-        loras=read_loras(loras),
-        choice=read_choice(pipeline, implied_task(image, mask, pipeline, task), scheduler),
-        out=out,
-        force=force,
-        sheet=sheet,
-        compare=compare,
-        rounds=rounds,
-        report=json_file,
-        trace=trace,
-        preview=preview,
+        config=options.read_layout(context, given, wanted),
+        devices=options.read_devices(given["devices"]),
+        loras=read_loras(given["loras"]),
+        choice=read_choice(pipeline, implied_task(image, mask, pipeline, given["task"]), given["scheduler"]),
+        report=given["json_file"],
+        **{name: given[name] for name in AS_GIVEN},
     )
-    run(job)
