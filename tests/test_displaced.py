@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.parallel.displaced import Displaced, PartStore, displaced_for
 from patchpipe.stage.attention import Attend, Attending
 from patchpipe.stage.patches import Cut
@@ -106,7 +106,7 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         pipe: The pipeline.
         parts: Ranks there would be.
         warmup: Calls per guidance branch in which everything is fresh.
-        rows: Rows of tokens of the picture.
+        rows: Raster of tokens of the picture.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
 
     Yields:
@@ -256,7 +256,7 @@ def attend_three_times(place: Place) -> list[float]:
     """Seconds of each call of a layer, while the other rank comes a second late to the second call."""
     config = ParallelConfig(distrifusion=2, timeout=30)
     group, layers, seconds = place.join(config), list[PartStore](), []
-    cut = Cut.of(Rows(4, 1, 1), config)
+    cut = Cut.of(Raster(4, 1, 1), config)
     rows = torch.full((1, 1, 2, 8), float(place.rank))
     layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, 0, True)
     for call in range(3):

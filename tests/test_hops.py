@@ -7,18 +7,18 @@ import time
 import torch
 
 from patchpipe import ParallelConfig
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.schedule.hops import Hops
 from patchpipe.stage.patches import Cut, Patch
 from tests.ranks import Place, run_ranks
 
-CUT = Cut.of(Rows(count=5, tokens=2, units=1), ParallelConfig(patches=2))
+CUT = Cut.of(Raster(count=5, tokens=2, units=1), ParallelConfig(patches=2))
 WHOLE, PATCHES = [CUT.whole], list(CUT.patches)
 Call = tuple[int, list[Patch], int]  # guidance branch, pieces, text rows
 
 
 def stream(call: int, piece: Patch, text_rows: int) -> dict[str, torch.Tensor]:
-    text = torch.full((1, text_rows if piece.carries_text else 0, 3), 10.0 * call + 5)
+    text = torch.full((1, text_rows if piece.carries_riders else 0, 3), 10.0 * call + 5)
     return {"text": text, "hidden_states": torch.full((1, piece.token_count, 3), 10.0 * call + piece.index)}
 
 

@@ -16,7 +16,8 @@ from patchpipe import ParallelConfig, UnsupportedModel
 from patchpipe.layout.combinations import TESTED
 from patchpipe.loading.precheck import check_folder
 from patchpipe.models import plan_for
-from patchpipe.models.plan import PackedShapes, Rows
+from patchpipe.models.latent import Raster
+from patchpipe.models.plan import PackedShapes
 from patchpipe.parallel.ring import Merged
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.stage.attention import Attend, Attending, attend_through
@@ -135,7 +136,7 @@ def through(attending: Attending, rows: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def patches(count: int = 3) -> tuple[Patch, ...]:
-    return Cut.of(Rows(IMAGE, 1, 1), ParallelConfig(patches=count)).patches
+    return Cut.of(Raster(IMAGE, 1, 1), ParallelConfig(patches=count)).patches
 
 
 def sequence() -> tuple[Tensor, Tensor]:
@@ -162,7 +163,7 @@ def test_patches_see_the_mask_of_the_text_that_came_with_the_first(kind: str, te
     text, image = rows.split([TEXT, IMAGE], dim=2)
     for patch in patches():
         own, own_mask = image[:, :, slice(*patch.tokens)], None
-        if patch.carries_text:
+        if patch.carries_riders:
             keys = [*range(TEXT), *range(TEXT, TEXT + patch.token_count)]
             order = keys if text_first else keys[TEXT:] + keys[:TEXT]
             own, own_mask = torch.cat([text, own], dim=2)[:, :, order], mask[..., order]
@@ -184,7 +185,7 @@ class Spy(TorchFunctionMode):
 @pytest.mark.parametrize("store", [None, LayerStore(TEXT, text_first=True)])
 def test_a_synchronous_step_hands_the_models_own_mask_on(store: LayerStore | None) -> None:
     rows, text_mask = sequence()
-    mask, patch = whole_mask(text_mask, "boolean"), Cut.of(Rows(IMAGE, 1, 1), ParallelConfig()).whole
+    mask, patch = whole_mask(text_mask, "boolean"), Cut.of(Raster(IMAGE, 1, 1), ParallelConfig()).whole
     with Spy() as spy:
         through(Attending(patch, store, None, TEXT, True, masked=True), rows, mask)
     assert spy.mask is mask
@@ -281,7 +282,7 @@ def test_a_column_is_attended_with_as_its_mask_is() -> None:
 def test_pictures_that_do_not_form_one_raster_are_refused(shapes: list[list[tuple[int, ...]]], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         PackedShapes().rows(nn.Module(), torch.Size((1, 12, 16)), {"img_shapes": shapes})
-    assert PackedShapes().rows(nn.Module(), torch.Size((2, 12, 16)), {"img_shapes": [(1, 4, 3)] * 2}) == Rows(4, 3, 3)
+    assert PackedShapes().rows(nn.Module(), torch.Size((2, 12, 16)), {"img_shapes": [(1, 4, 3)] * 2}) == Raster(4, 3, 3)
 
 
 def test_configurations_nothing_tests_are_refused(tmp_path: Any) -> None:

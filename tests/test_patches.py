@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from patchpipe import ParallelConfig
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.stage.patches import Cut, PatchCosts, balanced_rows, quickest
 
 
 @pytest.mark.parametrize("rows", range(1, 20))
 def test_even_patches_differ_by_one_row_and_the_first_is_never_larger(rows: int) -> None:
     for patches in range(1, rows + 1):
-        sizes = balanced_rows(Rows(rows, 4, 1), patches)
+        sizes = balanced_rows(Raster(rows, 4, 1), patches)
         assert len(sizes) == patches
         assert sum(sizes) == rows
         assert max(sizes) - min(sizes) <= 1
@@ -30,29 +30,29 @@ def test_even_patches_differ_by_one_row_and_the_first_is_never_larger(rows: int)
     ],
 )
 def test_the_patch_that_carries_the_text_is_smaller(count, tokens, patches, text, sizes) -> None:
-    assert balanced_rows(Rows(count, tokens, 1), patches, text) == sizes
+    assert balanced_rows(Raster(count, tokens, 1), patches, text) == sizes
 
 
 def test_a_patch_that_ranks_share_has_a_row_for_each() -> None:
-    assert balanced_rows(Rows(12, 1, 1), 3, text=100, fewest=2) == (2, 5, 5)
-    assert balanced_rows(Rows(3, 1, 1), 3, text=100, fewest=2) == (1, 1, 1)
+    assert balanced_rows(Raster(12, 1, 1), 3, text=100, fewest=2) == (2, 5, 5)
+    assert balanced_rows(Raster(3, 1, 1), 3, text=100, fewest=2) == (1, 1, 1)
 
 
 def test_a_cut_speaks_of_rows_tokens_and_units_of_the_latent() -> None:
-    cut = Cut.of(Rows(count=5, tokens=3, units=2), ParallelConfig(patches=2))
+    cut = Cut.of(Raster(count=5, tokens=3, units=2), ParallelConfig(patches=2))
     first, second = cut.patches
     assert (first.rows, first.tokens, first.units) == ((0, 2), (0, 6), (0, 4))
     assert (second.rows, second.tokens, second.units) == ((2, 5), (6, 15), (4, 10))
     assert cut.bounds == (0, 4, 10)
-    assert [patch.carries_text for patch in cut.patches] == [True, False]
+    assert [patch.carries_riders for patch in cut.patches] == [True, False]
     assert (second.token_count, second.total_tokens) == (9, 15)
     assert cut.whole.whole
-    assert cut.whole.carries_text
+    assert cut.whole.carries_riders
     assert cut.whole.tokens == (0, 15)
 
 
 def test_uneven_patches_are_taken_as_given() -> None:
-    cut = Cut.of(Rows(count=6, tokens=1, units=1), ParallelConfig(patch_rows=(3, 1, 2)))
+    cut = Cut.of(Raster(count=6, tokens=1, units=1), ParallelConfig(patch_rows=(3, 1, 2)))
     assert cut.bounds == (0, 3, 4, 6)
 
 
@@ -65,7 +65,7 @@ def test_uneven_patches_are_taken_as_given() -> None:
 )
 def test_a_cut_that_does_not_fit_the_picture_is_refused(options: dict, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        Cut.of(Rows(count=6, tokens=1, units=1), ParallelConfig(**options))
+        Cut.of(Raster(count=6, tokens=1, units=1), ParallelConfig(**options))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_two_halves_of_every_patch_need_half_as_many(
 
 
 def test_the_number_chosen_for_the_user_is_no_more_than_there_are_rows() -> None:
-    rows = Rows(3, 4096, 1)
+    rows = Raster(3, 4096, 1)
     assert len(Cut.of(rows, ParallelConfig(pipefusion=2), costs=PatchCosts(hop=1.0)).patches) == 3
     assert len(Cut.of(rows, ParallelConfig()).patches) == 1

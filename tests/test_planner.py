@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 from bench.planner import PATCHES, choices, compare, read_rows
 from patchpipe import ParallelConfig
 from patchpipe.models import plan_for
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.planner import (
     XDIT,
     Device,
@@ -51,7 +51,7 @@ NOTHING_LOST = Profile(IDEAL, FREE)
 def picture(blocks: int = 8, **changes: Any) -> Workload:
     """Cross-attention, so that every patch costs the same."""
     given: dict[str, Any] = {
-        "model": "made up", "blocks": (crossed(256),) * blocks, "heads": 8, "rows": Rows(64, 64, 1), "text": 16,
+        "model": "made up", "blocks": (crossed(256),) * blocks, "heads": 8, "rows": Raster(64, 64, 1), "text": 16,
         "joint": False, "steps": 20,
     }  # fmt: skip
     return Workload(**{**given, **changes})

@@ -16,7 +16,7 @@ from patchpipe import ParallelConfig
 from patchpipe.cli import app
 from patchpipe.config import DEGREES
 from patchpipe.layout.combinations import check_combination
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.report import command, layout_words, reasons
@@ -88,7 +88,7 @@ def test_stale_layouts_are_listed_last_unless_wished() -> None:
 
 def test_heads_and_rows_limit_the_degrees() -> None:
     workload = Workload(
-        "made up", (crossed(96),) * 6, heads=3, rows=Rows(4, 4, 1), text=8, joint=False, steps=8, branches=2
+        "made up", (crossed(96),) * 6, heads=3, rows=Raster(4, 4, 1), text=8, joint=False, steps=8, branches=2
     )
     for devices in (2, 3, 4, 6):
         for one in search(workload, devices, PCIE).ranked:

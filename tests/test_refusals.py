@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import patchpipe
 from patchpipe import ParallelConfig, models
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.stage.patches import Cut, PatchCosts
 from tests import tiny
 from tests.ranks import Place, run_ranks
@@ -181,13 +181,13 @@ def test_the_others_hear_of_a_rank_that_cannot_go_on(tmp_path: Path) -> None:
 def test_the_number_of_patches_is_chosen_so_that_ranks_can_share_each() -> None:
     """7 rows among 4 ranks: two patches, as two stages would want, would leave 3 rows to the first."""
     config, costs = ParallelConfig(pipefusion=2, ring=2, ulysses=2), PatchCosts(tokens=16)
-    assert [len(Cut.of(Rows(count, 3, 1), config, costs=costs).patches) for count in (4, 7, 8, 11, 12)] == [
+    assert [len(Cut.of(Raster(count, 3, 1), config, costs=costs).patches) for count in (4, 7, 8, 11, 12)] == [
         1,
         1,
         2,
         2,
         2,
     ]
-    cut = Cut.of(Rows(7, 3, 1), ParallelConfig(pipefusion=2, ring=2, ulysses=2, patches=2))
+    cut = Cut.of(Raster(7, 3, 1), ParallelConfig(pipefusion=2, ring=2, ulysses=2, patches=2))
     with pytest.raises(ValueError, match="cannot be shared by 4 ranks"):
         cut.split(cut.patches[0], 4)

@@ -16,7 +16,7 @@ from patchpipe import ParallelConfig
 from patchpipe.config import ALL_STEPS
 from patchpipe.errors import RankLost
 from patchpipe.kernels.lse import attend_with_lse
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.parallel.ring import Merged, Ring
 from patchpipe.stage.attention import Attend
 from patchpipe.stage.patches import Cut
@@ -211,12 +211,12 @@ def test_what_the_kernels_would_ignore_is_refused(asked, text):
 @pytest.mark.parametrize(("text", "text_first"), [(3, True), (3, False), (0, False)])
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_store_tells_a_patchs_rows_from_the_others(text, text_first, warm):
-    cut = Cut.of(Rows(count=7, tokens=2, units=2), ParallelConfig(patches=3))
+    cut = Cut.of(Raster(count=7, tokens=2, units=2), ParallelConfig(patches=3))
     store, total = LayerStore(text, text_first), text + cut.total_tokens
     if warm:
         store.keep(torch.full((1, 1, total, 1), -1.0), torch.full((1, 1, total, 1), -1.0))
     for patch in cut.patches:
-        count = patch.token_count + (text if patch.carries_text else 0)
+        count = patch.token_count + (text if patch.carries_riders else 0)
         before = sum(key.shape[2] for key, _ in store.others(patch))
         fresh = torch.full((1, 1, count, 1), float(patch.index))
         key, _ = store.write(patch, fresh, fresh)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from patchpipe.stage.positions import PositionTable
 from torch import nn
 
 from patchpipe import ParallelConfig
 from patchpipe.models import plan_for
 from patchpipe.stage.balance import Boundary, StageBlocks, stages_of
 from patchpipe.stage.patches import Cut
-from patchpipe.stage.positions import PositionTable
 from patchpipe.stage.stage import CallContext, SharedStandIn, Stage, StandIn
 from tests import tiny
 

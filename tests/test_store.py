@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from patchpipe import ParallelConfig
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.store import LayerStore
 
 IMAGE, TEXT = 6, 2
-FIRST, SECOND, THIRD = Cut.of(Rows(IMAGE, 1, 1), ParallelConfig(patch_rows=(1, 2, 3))).patches
+FIRST, SECOND, THIRD = Cut.of(Raster(IMAGE, 1, 1), ParallelConfig(patch_rows=(1, 2, 3))).patches
 
 
 def rows(*values: float) -> Tensor:

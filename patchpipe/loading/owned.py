@@ -10,15 +10,14 @@ from torch import nn
 from patchpipe.models.plan import ModelPlan
 
 
-def owned_names(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> list[str]:
-    """Names of the parameters and kept buffers a stage needs: its blocks, the embedders, and its head."""
-    return list(filter(needs(model, plan, owned, last=last), model.state_dict()))
+def owned_names(model: nn.Module, plan: ModelPlan, owned: range) -> list[str]:
+    """Names of the parameters and kept buffers a stage needs: its blocks, and all that surrounds blocks."""
+    return list(filter(needs(model, plan, owned), model.state_dict()))
 
 
-def needs(model: nn.Module, plan: ModelPlan, owned: range, *, last: bool) -> Callable[[str], bool]:
+def needs(model: nn.Module, plan: ModelPlan, owned: range) -> Callable[[str], bool]:
     """Whether a stage needs the parameter or buffer of a name."""
     skipped = [place.name for index, place in enumerate(plan.blocks_of(model)) if index not in owned]
-    skipped += [] if last else list(plan.head)
     return lambda name: not any(name == part or name.startswith(part + ".") for part in skipped)
 
 

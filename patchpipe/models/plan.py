@@ -1,8 +1,9 @@
 """The vocabulary in which a transformer class is described to the patch pipeline.
 
-A plan is data about a diffusers class: which inputs hold image rows, how the text enters, which module
-lists are the blocks, what a block takes and returns, and which attention layers mix image tokens. The
-engine runs the class's own ``forward``; nothing of it is copied.
+A plan is data about a diffusers class: how its latent is laid out, which module lists are its blocks, whose rows each
+argument of a block has, and which attention layers mix image tokens. The engine runs the class's own ``forward``, which
+always sees whole shapes; only the arguments of blocks are cut. So nothing need be said of embeddings, positions,
+refiners, padding or heads.
 """
 
 from __future__ import annotations
@@ -10,151 +11,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
+from patchpipe.models.latent import IMAGE, Latent
 from patchpipe.models.lora import SCALE
 
-AttentionKind = Literal["joint", "image", "cross"]
-RowKind = Literal["text", "image"]
-TEXT_ROWS = "text rows"  # no input can be named so
+CROSS = ()  # the rows of an attention layer whose keys and values no patch changes
 
 
 @dataclass(frozen=True)
-class Rows:
-    """How the latent of one call divides into rows of tokens.
-
-    Attributes:
-        count: Token rows in the picture.
-        tokens: Image tokens in one row.
-        units: Entries of the latent's cut dim in one row.
-    """
-
-    count: int
-    tokens: int
-    units: int
-
-
-class Grid(Protocol):
-    """Where the image tokens lie in the latent a transformer takes."""
-
-    @property
-    def dim(self) -> int:
-        """The latent's dim that is cut."""
-        ...
-
-    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
-        """Token rows of a latent of ``latent_shape``."""
-        ...
-
-    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
-        """Shape of the noise prediction for a latent of ``latent_shape``."""
-        ...
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """A latent ``[batch, tokens, channels]`` in raster order, its rows told by position ids.
+class Holds:
+    """Whose rows a tensor has.
 
     Args:
-        ids: The input with one position per image token, ``[tokens, axes]``.
-        column: The axis of the ids that counts rows.
+        segments: In their order. ``"image"`` is the picture that is painted; any other name, such as ``"text"``, is of
+            rows that ride with the first patch.
+        dim: Their dim.
+        ndim: Dims the tensor must have, where the model gives a tensor without rows in its place too.
     """
 
-    ids: str = "img_ids"
-    column: int = 1
+    segments: tuple[str, ...]
     dim: int = 1
-
-    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
-        """Token rows, read off the ids.
-
-        Raises:
-            ValueError: The ids do not form rows of one length in raster order.
-        """
-        ids = inputs[self.ids]
-        ids = ids[0] if ids.ndim == 3 else ids
-        column = ids[:, self.column].tolist()
-        width = next((i for i, row in enumerate(column) if row != column[0]), len(column))
-        count = len(column) // width
-        raster = all(len(set(column[r * width : (r + 1) * width])) == 1 for r in range(count))
-        if count * width != latent_shape[self.dim] or not raster:
-            raise ValueError(
-                f"{self.ids} does not describe one picture in raster order ({len(column)} positions, "
-                f"{latent_shape[self.dim]} tokens): pictures joined to the latent as references are not supported"
-            )
-        return Rows(count=count, tokens=width, units=width)
-
-    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
-        """``[batch, tokens, patch_size² · out_channels]``."""
-        return _packed_shape(model, latent_shape)
+    ndim: int | None = None
 
 
-@dataclass(frozen=True)
-class PackedShapes:
-    """A latent ``[batch, tokens, channels]`` in raster order, its rows told by the sizes of its pictures.
-
-    Args:
-        shapes: The input with a list of pictures for each entry of the batch, a picture being
-            ``(frames, rows, columns)`` in tokens.
-    """
-
-    shapes: str = "img_shapes"
-    dim: int = 1
-
-    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
-        """Token rows, read off the first entry's picture.
-
-        Raises:
-            ValueError: The entries differ, or are not one picture of one frame as large as the latent.
-        """
-        entries = [entry if isinstance(entry, list) else [entry] for entry in inputs[self.shapes]]
-        if any(entry != entries[0] for entry in entries) or len(entries[0]) != 1:
-            raise ValueError(
-                f"{self.shapes}={inputs[self.shapes]} does not describe pictures of one size, each alone: pictures "
-                f"joined to the latent as references or layers are not supported"
-            )
-        frames, count, width = entries[0][0]
-        if frames != 1 or count * width != latent_shape[self.dim]:
-            raise ValueError(
-                f"{self.shapes} describes {frames} × {count} × {width} tokens but the latent has "
-                f"{latent_shape[self.dim]}: pictures of one frame are supported, and nothing joined to them"
-            )
-        return Rows(count=count, tokens=width, units=width)
-
-    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
-        """``[batch, tokens, patch_size² · out_channels]``."""
-        return _packed_shape(model, latent_shape)
-
-
-def _packed_shape(model: nn.Module, latent_shape: torch.Size) -> torch.Size:
-    channels = model.config.patch_size**2 * model.out_channels
-    return torch.Size((*latent_shape[:-1], channels))
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """A latent ``[batch, channels, height, width]``, patchified by the model itself."""
-
-    dim: int = 2
-
-    def rows(self, model: nn.Module, latent_shape: torch.Size, inputs: Mapping[str, Any]) -> Rows:
-        """Token rows: latent rows over the patch size.
-
-        Raises:
-            ValueError: The latent is no multiple of the patch size.
-        """
-        size = model.config.patch_size
-        height, width = latent_shape[-2:]
-        if height % size or width % size:
-            raise ValueError(f"a latent of {height}×{width} is no multiple of the model's patch size {size}")
-        return Rows(count=height // size, tokens=width // size, units=size)
-
-    def output_shape(self, model: nn.Module, latent_shape: torch.Size) -> torch.Size:
-        """``[batch, out_channels, height, width]``."""
-        return torch.Size((latent_shape[0], model.out_channels, *latent_shape[2:]))
+def of(*segments: str, dim: int = 1, ndim: int | None = None) -> Holds:
+    """Says that a tensor has the rows of these segments; see ``Holds``."""
+    return Holds(segments, dim, ndim)
 
 
 @dataclass(frozen=True)
@@ -164,42 +50,33 @@ class BlockList:
     Args:
         path: Name of the list in the model.
         count: Field of the model's configuration that tells how many blocks it has.
-        streams: Arguments a block takes *and* returns, in the order it returns them. A block that
-            returns a lone tensor has one stream.
-        attention: Kind of each attention module in a block: ``"joint"`` holds text and image rows,
-            ``"image"`` only image rows, ``"cross"`` takes its keys and values from the text alone.
-        text_first: Whether text rows come before image rows in the joint attention.
+        streams: Arguments a block takes *and* returns, in the order it returns them. A block that returns a lone tensor
+            has one stream.
+        rows: Whose rows each argument has, streams included; for a tuple of tensors a tuple. Arguments that are not
+            named go in whole.
+        attention: The segments that each attention module of a block mixes, in their order; ``CROSS`` where it takes
+            its keys and values from the text alone.
+        mask: Argument that masks keys of those layers where it is not ``None``. Patches without its rows get ``None``.
         text_parameters: Parts of parameter names that serve the text stream alone.
-        conditioning: Modules of a block whose result is the same for every patch of a call, such as modulation.
-        constant: Modules of a block whose result follows from these inputs of the call alone.
+        per_call: Modules of a block whose result is the same for every patch of a call, such as modulation.
+        per_request: Modules of a block whose result follows from these inputs of the call alone.
     """
 
     path: str
     count: str
     streams: tuple[str, ...]
-    attention: Mapping[str, AttentionKind]
-    text_first: bool = True
+    rows: Mapping[str, Holds | tuple[Holds, ...]]
+    attention: Mapping[str, tuple[str, ...]]
+    mask: str | None = None
     text_parameters: tuple[str, ...] = ()
-    conditioning: tuple[str, ...] = ()
-    constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    per_call: tuple[str, ...] = ()
+    per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-
-@dataclass(frozen=True)
-class SlicedResult:
-    """A module that works out something for every row of the call, such as rotary embeddings from sizes.
-
-    It is computed once for the whole picture and prompt, and each patch is given its rows.
-
-    Args:
-        arguments: Arguments that must be those of the whole call: the name of an input, or ``TEXT_ROWS`` for the
-            number of text rows. All others must be the same for every patch.
-        rows: Whose rows each tensor of the result has, in the order they are returned.
-        dim: Their dim.
-    """
-
-    arguments: Mapping[str, str]
-    rows: tuple[RowKind, ...]
-    dim: int = 0
+    def stream_rows(self, name: str) -> Holds:
+        """Whose rows a stream has."""
+        held = self.rows[name]
+        assert isinstance(held, Holds)
+        return held
 
 
 @dataclass(frozen=True)
@@ -208,53 +85,53 @@ class ModelPlan:
 
     Args:
         model: Name of the diffusers class.
-        grid: Where the image tokens lie in the latent.
+        grid: How its latent is laid out and cut.
         blocks: The block lists in the order the model runs them.
-        cut_inputs: Further inputs with one row per image token, and the dim of the rows.
-        text_inputs: Inputs with one row per text token, and the dim of the rows. They ride with patch 0;
-            the other patches carry no text rows. Empty for models that only cross-attend to text.
-        text_mask: Input ``[batch, text rows]`` that tells which text rows to attend to, ``None`` for all; every joint
-            attention layer must mask these keys alike. Patches without text rows are given ``None``.
-        shared_inputs: Inputs every patch takes whole.
+        inputs: Inputs beside the latent that it may be called with.
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
             strength of LoRA, as ``scale``.
-        embed: Module that turns the latent into tokens: the first stage's own.
-        head: Modules and parameters after the blocks: the last stage's own.
-        conditioning: Modules whose result is the same for every patch of a call.
-        constant: Modules whose result follows from these inputs and the patch alone: computed once a request.
-        sliced: Modules whose result covers the whole call, of which a patch takes its rows.
-        refused_settings: Fields of the configuration that must be off, since nothing tests them.
-        patch_embed: Module that adds positions it works out from the shape it sees, if there is one.
         unbatched_inputs: Inputs without a batch dim.
+        text: The input that identifies the prompt, which tells guidance branches apart.
+        embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
+        per_call: Modules whose result is the same for every patch of a call.
+        per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
+        refused_settings: Fields of the configuration that must be off, since nothing tests them.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
             ``"colwise"`` or ``"rowwise"``. ``"class"`` takes the class's own; ``None`` covers none.
         pipelines: Pipeline classes that are tested; docs/pipelines.md says how.
-        latent: Name of the latent input.
-        text: Name of the input that identifies the prompt, which tells guidance branches apart.
     """
 
     model: str
-    grid: Grid
+    grid: Latent
     blocks: tuple[BlockList, ...]
-    embed: str
-    head: tuple[str, ...]
-    cut_inputs: Mapping[str, int] = field(default_factory=dict)
-    text_inputs: Mapping[str, int] = field(default_factory=dict)
-    text_mask: str | None = None
-    shared_inputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...]
     ignored_inputs: tuple[str, ...] = ()
-    conditioning: tuple[str, ...] = ()
-    constant: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    sliced: Mapping[str, SlicedResult] = field(default_factory=dict)
-    refused_settings: tuple[str, ...] = ()
-    patch_embed: str | None = None
     unbatched_inputs: tuple[str, ...] = ()
+    text: str = "encoder_hidden_states"
+    embed: str = ""
+    per_call: tuple[str, ...] = ()
+    per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    refused_settings: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
     tensor: Mapping[str, Any] | Literal["class"] | None = None
     pipelines: tuple[str, ...] = ()
-    latent: str = "hidden_states"
-    text: str = "encoder_hidden_states"
+
+    @property
+    def latent(self) -> str:
+        """Name of the latent input."""
+        return self.grid.name
+
+    @property
+    def joint(self) -> bool:
+        """Whether text takes part in self-attention."""
+        return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
+
+    def width(self, model: nn.Module) -> int:
+        """Channels of the tokens between blocks."""
+        place = self.blocks_of(model)[0]
+        layer = place.block.get_submodule(next(iter(place.self_attention)))
+        return next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
 
     def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, refusing what the plan does not cover.
@@ -269,7 +146,7 @@ class ModelPlan:
         """
         bound = signature.bind(None, *args, **kwargs).arguments
         inputs = {name: value for name, value in bound.items() if name != "self"}
-        known = {self.latent, *self.cut_inputs, *self.text_inputs, *self.shared_inputs, self.text_mask, "return_dict"}
+        known = {self.latent, *self.inputs, "return_dict"}
         for name, value in inputs.items():
             if name not in known and not self._ignorable(name, value):
                 raise ValueError(
@@ -302,20 +179,6 @@ class ModelPlan:
                 f"is refused rather than risk a wrong picture: run the pipeline on one device"
             )
 
-    def masks_text(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether joint attention masks some keys in a call; the same on every rank."""
-        return self.text_mask is not None and inputs.get(self.text_mask) is not None
-
-    def width(self, model: nn.Module) -> int:
-        """Channels of the tokens between blocks."""
-        return model.config.num_attention_heads * model.config.attention_head_dim
-
-    def text_rows(self, inputs: Mapping[str, Any]) -> int:
-        """Text rows that take part in joint attention."""
-        if self.text not in self.text_inputs:
-            return 0
-        return inputs[self.text].shape[self.text_inputs[self.text]]
-
     def blocks_of(self, model: nn.Module) -> list[BlockPlace]:
         """Every block of the model in running order."""
         return [
@@ -339,11 +202,19 @@ class BlockPlace:
         return f"{self.listing.path}.{self.index}"
 
     @property
-    def self_attention(self) -> dict[str, str]:
-        """The kind, joint or image, of each of its layers whose keys and values the patches change, by path."""
+    def self_attention(self) -> dict[str, tuple[str, ...]]:
+        """The segments of each of its layers whose keys and values the patches change, by path."""
         listed = self.listing.attention.items()
-        return {path: kind for path, kind in listed if kind != "cross" and getattr(self.block, path, None) is not None}
+        return {path: mixed for path, mixed in listed if mixed and getattr(self.block, path, None) is not None}
 
     def layer(self, path: str) -> str:
         """The name in the model of one of its layers."""
         return f"{self.name}.{path}"
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The tensor, or the first one of a tuple, a list or a dict of them."""
+    if isinstance(value, Tensor):
+        return value
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((each for each in values if isinstance(each, Tensor)), None)

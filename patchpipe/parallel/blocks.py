@@ -40,8 +40,11 @@ class Blocks:
         if self._part is not None:
             self._part.attach(self._group.lines["tensor"])
         self._stage.attach()
-        if not self._config.compile:
-            return
+        if self._config.compile:
+            self._compile()
+        self._stage.sew()
+
+    def _compile(self) -> None:
         from patchpipe.stage.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
 
         try:
@@ -75,6 +78,7 @@ class Blocks:
             self.attach()
 
     def _unhook(self) -> None:
+        self._stage.unsew()
         if self._uncompile is not None:
             self._uncompile()
             self._uncompile = None

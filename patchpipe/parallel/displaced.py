@@ -18,6 +18,7 @@ from patchpipe.distributed.exchange import Exchange, Pieces
 from patchpipe.distributed.mesh import Group
 from patchpipe.stage.attention import Attend, Attending
 from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.rows import Rows
 
 ROWS = 3  # dim of the rows in a part [key and value, batch, heads, rows, channels]
 
@@ -81,19 +82,19 @@ class Displaced:
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: own rows attend to own fresh rows and to what the others' last gathering brought."""
         if attend.column is not None and not self._columns:
-            self._columns = self._seen(torch.stack(attend.columns), layer.text_rows)
-        seen = self._seen(torch.stack([key, value]), layer.text_rows)
+            self._columns = self._seen(torch.stack(attend.columns), layer.rows)
+        seen = self._seen(torch.stack([key, value]), layer.rows)
         return attend(query, *seen, *(self._columns if attend.columns else ()))
 
-    def _seen(self, own: Tensor, text_rows: int) -> tuple[Tensor, ...]:
+    def _seen(self, own: Tensor, rows: Rows) -> tuple[Tensor, ...]:
         """Own fresh rows beside the others', which are fresh or stale; the gathering that is started is not awaited."""
         store = self._next_store()
         store.put_own(own)
         if self.synchronous:
-            self._gather(store, own, text_rows)
+            self._gather(store, own, rows)
             return store.existing()
         stale = store.existing()
-        self._gather(store, own, text_rows)  # before the attention, which hides it
+        self._gather(store, own, rows)  # before the attention, which hides it
         return stale
 
     def _next_store(self) -> PartStore:
@@ -104,9 +105,9 @@ class Displaced:
         self._layer += 1
         return self.layers[self._layer - 1]
 
-    def _gather(self, store: PartStore, own: Tensor, text_rows: int) -> None:
+    def _gather(self, store: PartStore, own: Tensor, rows: Rows) -> None:
         """Starts to gather all parts; returns at once."""
-        shapes = [(*own.shape[:ROWS], _length(piece, text_rows), own.shape[-1]) for piece in self.pieces]
+        shapes = [(*own.shape[:ROWS], rows.count(piece), own.shape[-1]) for piece in self.pieces]
         store.expect(self.exchange.spread(own, shapes), sum(map(prod, shapes)) * own.element_size())
 
 
@@ -130,8 +131,3 @@ def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchr
             f"distrifusion={exchange.size} with ulysses or ring has not been tested: use one of them, and cfg, data"
         )
     return Displaced(exchange, cut.split(cut.whole, exchange.size), layers, synchronous)
-
-
-def _length(piece: Patch, text_rows: int) -> int:
-    start, stop = piece.text_range(text_rows)
-    return piece.token_count + stop - start

@@ -18,6 +18,7 @@ from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attention import Attend, Attending
 from patchpipe.stage.masks import as_mask, gather_columns
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Rows
 
 
 class Ring:
@@ -48,9 +49,8 @@ class Ring:
         columns = [self._gather_columns(column, layer) for column in attend.columns]
         if self.ulysses is None:
             return self._attend(query, key, value, columns, attend.scale, layer)
-        text = (layer.text_rows, layer.text_first)
-        query, key, value = self.ulysses.gather([query, key, value], *text)
-        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), *text)
+        query, key, value = self.ulysses.gather([query, key, value], layer.rows)
+        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), layer.rows)
 
     def _attend(
         self,
@@ -68,16 +68,16 @@ class Ring:
         merged = Merged(query, scale)
         fresh: dict[int, Tensor] = {}
         stale = layer.store.others(self.patch) if layer.store is not None and not self.patch.whole else []
-        for source, chunk in self._around(torch.stack([key, value]), layer.text_rows):
-            text, _ = _lengths(self.slices[source], layer.text_rows)
-            masks = [column[source] for column in columns if text]  # of image rows none is masked
+        for source, chunk in self._around(torch.stack([key, value]), layer.rows):
+            riders = any(layer.rows.riders(piece) for piece in self.slices[source])
+            masks = [column[source] for column in columns if riders]  # of image rows none is masked
             for rows in (*stale, (*chunk.unbind(0), *masks)):
                 merged.add(*rows)
             stale = []  # the first hop alone is hidden behind them
             if layer.store is not None:
                 fresh[source] = chunk
         if layer.store is not None:
-            ordered = self._in_order(fresh, layer.text_rows, layer.text_first).unbind(0)
+            ordered = self._in_order([fresh[place] for place in range(len(fresh))], layer.rows, 3).unbind(0)
             layer.remember(self.patch, *ordered, *(self._joined(column, layer) for column in columns))
         return merged.result
 
@@ -85,17 +85,16 @@ class Ring:
         """The column of every slice, from own rows' ``[batch, 1, rows, 1]``; exchanged for the first layer alone."""
         if not self._columns:
             if self.ulysses is not None:
-                own = self.ulysses.gather_column(own, layer.text_rows, layer.text_first)
-            lengths = [sum(_lengths(slice_, layer.text_rows)) for slice_ in self.slices]
+                own = self.ulysses.gather_column(own, layer.rows)
+            lengths = [_count(slice_, layer.rows) for slice_ in self.slices]
             self._columns = gather_columns(self.exchange, own, lengths)
         return self._columns
 
     def _joined(self, columns: list[Tensor], layer: Attending) -> Tensor:
         """The columns of all slices as that of one sequence."""
-        chunks = {place: column.unsqueeze(0) for place, column in enumerate(columns)}
-        return self._in_order(chunks, layer.text_rows, layer.text_first).squeeze(0)
+        return self._in_order(columns, layer.rows, 2)
 
-    def _around(self, own: Tensor, text_rows: int) -> Iterator[tuple[int, Tensor]]:
+    def _around(self, own: Tensor, rows: Rows) -> Iterator[tuple[int, Tensor]]:
         """The place and the ``[keys and values, batch, heads, rows, channels]`` of every slice, this rank's first.
 
         While the caller uses one, the next is on its way.
@@ -104,27 +103,25 @@ class Ring:
         chunk = own
         for place in ((index - hop) % size for hop in range(size - 1)):
             shape = list(own.shape)
-            shape[3] = sum(_lengths(self.slices[place - 1], text_rows))
+            shape[3] = _count(self.slices[place - 1], rows)
             coming = self.exchange.pass_on(chunk, torch.Size(shape))
             yield place, chunk
             chunk = coming.take()
         yield (index + 1) % size, chunk
 
-    def _in_order(self, chunks: dict[int, Tensor], text_rows: int, text_first: bool) -> Tensor:
-        """The rows of all slices as one sequence, its text in one piece."""
-        texts, images = [], []
-        for place, slice_ in enumerate(self.slices):
-            text, image = _lengths(slice_, text_rows)
-            parts = chunks[place].split([text, image] if text_first else [image, text], dim=3)
-            texts.append(parts[0 if text_first else 1])
-            images.append(parts[1 if text_first else 0])
-        return torch.cat([*texts, *images] if text_first else [*images, *texts], dim=3)
+    def _in_order(self, chunks: list[Tensor], rows: Rows, dim: int) -> Tensor:
+        """The rows of all slices as one sequence, each segment in one piece."""
+        pieces: list[Patch] = []
+        parts: list[Tensor] = []
+        for slice_, chunk in zip(self.slices, chunks, strict=True):
+            pieces += slice_
+            parts += rows.part(chunk, slice_, dim)
+        return rows.join(parts, pieces, dim)
 
 
-def _lengths(pieces: tuple[Patch, ...], text_rows: int) -> tuple[int, int]:
-    """Text rows and image rows of a slice of the ring."""
-    texts = [piece.text_range(text_rows) for piece in pieces]
-    return sum(stop - start for start, stop in texts), sum(piece.token_count for piece in pieces)
+def _count(pieces: tuple[Patch, ...], rows: Rows) -> int:
+    """Rows of a slice of the ring."""
+    return sum(rows.count(piece) for piece in pieces)
 
 
 class Merged:

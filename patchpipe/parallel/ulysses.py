@@ -14,6 +14,7 @@ from patchpipe.layout.axes import shares
 from patchpipe.stage.attention import Attend, Attending
 from patchpipe.stage.masks import gather_columns
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Rows
 
 HEADS, ROWS = 1, 2  # dims of [batch, heads, rows, channels]
 
@@ -34,59 +35,34 @@ class Ulysses:
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: heads are exchanged for rows, attended, and exchanged back."""
-        text = (layer.text_rows, layer.text_first)
-        query, key, value = self.gather([query, key, value], *text)
-        columns = [self.gather_column(column, *text) for column in attend.columns]
-        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), *text)
+        query, key, value = self.gather([query, key, value], layer.rows)
+        columns = [self.gather_column(column, layer.rows) for column in attend.columns]
+        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), layer.rows)
 
-    def gather(self, rows: list[Tensor], text_rows: int, text_first: bool) -> list[Tensor]:
+    def gather(self, own: list[Tensor], rows: Rows) -> list[Tensor]:
         """Own rows of all heads, ``[batch, heads, own rows, channels]``, to all rows of own heads."""
-        packed = torch.stack(rows)
+        packed = torch.stack(own)
         mine = self.exchange.index
-        self._heads = rows[0].shape[HEADS]
+        self._heads = own[0].shape[HEADS]
         heads = shares(self._heads, self.exchange.size)
         sent = [packed[:, :, low:high] for low, high in heads]
         shape = list(sent[mine].shape)
-        lengths = [self._length(piece, text_rows) for piece in self.pieces]
+        lengths = [rows.count(piece) for piece in self.pieces]
         received = self.exchange.all_to_all(sent, [(*shape[:3], length, shape[4]) for length in lengths])
-        whole = self._in_order(received, text_rows, text_first)
-        return list(whole.unbind(0))
+        return list(rows.join(received, self.pieces, ROWS + 1).unbind(0))
 
-    def gather_column(self, own: Tensor, text_rows: int, text_first: bool) -> Tensor:
+    def gather_column(self, own: Tensor, rows: Rows) -> Tensor:
         """Own rows' column ``[batch, 1, own rows, 1]`` to that of all rows; exchanged for the first layer alone."""
         if self._column is None:
-            lengths = [self._length(piece, text_rows) for piece in self.pieces]
-            received = [column.unsqueeze(0) for column in gather_columns(self.exchange, own, lengths)]
-            self._column = self._in_order(received, text_rows, text_first).squeeze(0)
+            received = gather_columns(self.exchange, own, [rows.count(piece) for piece in self.pieces])
+            self._column = rows.join(received, self.pieces, ROWS)
         return self._column
 
-    def scatter(self, rows: Tensor, text_rows: int, text_first: bool) -> Tensor:
+    def scatter(self, whole: Tensor, rows: Rows) -> Tensor:
         """All rows of own heads, ``[batch, own heads, rows, channels]``, to own rows of all heads."""
-        batch, _, _, channels = rows.shape
-        sent = self._by_rank(rows, text_rows, text_first)
-        length = self._length(self.pieces[self.exchange.index], text_rows)
+        batch, _, _, channels = whole.shape
+        sent = rows.part(whole, self.pieces, ROWS)
+        length = rows.count(self.pieces[self.exchange.index])
         heads = [high - low for low, high in shares(self._heads, self.exchange.size)]
         received = self.exchange.all_to_all(sent, [(batch, count, length, channels) for count in heads])
         return torch.cat(received, dim=HEADS)
-
-    def _length(self, piece: Patch, text_rows: int) -> int:
-        start, stop = piece.text_range(text_rows)
-        return piece.token_count + stop - start
-
-    def _in_order(self, received: list[Tensor], text_rows: int, text_first: bool) -> Tensor:
-        texts, images = [], []
-        for piece, rows in zip(self.pieces, received, strict=True):
-            text = self._length(piece, text_rows) - piece.token_count
-            sizes = [text, piece.token_count] if text_first else [piece.token_count, text]
-            first, second = rows.split(sizes, dim=3)
-            texts.append(first if text_first else second)
-            images.append(second if text_first else first)
-        return torch.cat([*texts, *images] if text_first else [*images, *texts], dim=3)
-
-    def _by_rank(self, rows: Tensor, text_rows: int, text_first: bool) -> list[Tensor]:
-        text_sizes = [self._length(piece, text_rows) - piece.token_count for piece in self.pieces]
-        image_sizes = [piece.token_count for piece in self.pieces]
-        count = len(self.pieces)
-        parts = rows.split([*text_sizes, *image_sizes] if text_first else [*image_sizes, *text_sizes], dim=ROWS)
-        pairs = zip(parts[:count], parts[count:], strict=True)
-        return [torch.cat(pair, dim=ROWS) for pair in pairs]

@@ -128,12 +128,12 @@ def _elsewhere(config: ParallelConfig, group: Group, part: str) -> bool:
 def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]) -> None:
     transformer, plan, owned = found.transformer, found.plan, found.stages[group.stage].held
     if found.quantiser is not None:
-        needed = needs(transformer, plan, owned, last=group.last)
+        needed = needs(transformer, plan, owned)
         blocks = [place.name for place in plan.blocks_of(transformer)]
         with BUILDING:
             found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
         return
-    names = owned_names(transformer, plan, owned, last=group.last)
+    names = owned_names(transformer, plan, owned)
     dtypes = dtypes_of(transformer, dtype_of("transformer", found.dtype))
     checkpoint.fill(transformer, names, dtypes, group.device, slices)
 

@@ -45,11 +45,10 @@ def rank_memory(layout: Layout) -> tuple[RankMemory, ...]:
     for rank in range(layout.config.world_size):
         stage = Mesh(layout.config.mesh_shape, rank).at("pipe")
         blocks = layout.held(stage)
-        last = stage == layout.config.pipefusion - 1
         decoding = _decoding(layout) if layout.config.parallel_vae or rank == layout.config.output_rank else 0
         ranks.append(
             RankMemory(
-                stage_parameters(layout, blocks, last) * layout.workload.itemsize,
+                stage_parameters(layout, blocks) * layout.workload.itemsize,
                 _components(layout, rank),
                 stored(layout, stage),
                 max(working, decoding),
@@ -58,11 +57,11 @@ def rank_memory(layout: Layout) -> tuple[RankMemory, ...]:
     return tuple(ranks)
 
 
-def stage_parameters(layout: Layout, blocks: tuple[Block, ...], last: bool) -> int:
+def stage_parameters(layout: Layout, blocks: tuple[Block, ...]) -> int:
     """Parameters of the transformer that a rank of a stage holds."""
     tensor = layout.config.tensor
     own = sum(block.parameters - block.split_parameters + block.split_parameters // tensor for block in blocks)
-    return own + layout.workload.embedders + (layout.workload.head if last else 0)
+    return own + layout.workload.embedders
 
 
 def stored(layout: Layout, stage: int) -> int:

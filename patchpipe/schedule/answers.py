@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Receive
@@ -21,6 +21,7 @@ from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.store import LayerStores
+from patchpipe.stage.survey import CallShapes
 from patchpipe.tracing.recorder import Where
 
 
@@ -36,7 +37,7 @@ class Call:
         stores: The branch's keys and values on this rank, of each half of its batch; ``None`` where nothing is ever
             stale.
         shared: What comes and goes for blocks that two stages share.
-        text_rows: Text rows in joint attention.
+        shapes: The shapes inside it.
         where: Which call it is, for the timeline.
     """
 
@@ -46,7 +47,7 @@ class Call:
     shares: tuple[BatchShare, ...]
     stores: tuple[LayerStores, LayerStores] | None
     shared: Sequence[SharedKeys]
-    text_rows: int
+    shapes: CallShapes
     where: Where
 
     def share_of(self, mesh: Mesh) -> BatchShare | None:
@@ -66,10 +67,9 @@ class Answers:
     over NCCL a posted receive is a kernel that spins, and this rank's own work on the patch may be what it waits for.
     """
 
-    def __init__(self, call: Call, plan: ModelPlan, model: nn.Module, group: Group, dtype: torch.dtype) -> None:
+    def __init__(self, call: Call, plan: ModelPlan, group: Group) -> None:
         self.call, self.plan, self.group = call, plan, group
-        self._shape = plan.grid.output_shape(model, call.inputs[plan.latent].shape)
-        self._dtype = dtype
+        self._shape, self._dtype = call.shapes.output, call.shapes.dtype
         self._makers = [self._rank(share, part) for share in call.shares for part in range(group.mesh.parts)]
         self._found: dict[tuple[int, int], Tensor | Receive] = {}
         self._whole: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lockstep.points import Points
+from patchpipe.models.latent import Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import share_batch
 from patchpipe.parallel.displaced import PartStore
@@ -22,8 +23,10 @@ from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.store import LayerStores
+from patchpipe.stage.survey import CallShapes, shapes_key
 
 BranchKey = tuple[str | None, int, int]
+Look = Callable[[Mapping[str, Any], Raster, dict[tuple[Any, ...], Any]], CallShapes]
 
 
 @dataclass
@@ -139,6 +142,7 @@ class Request:
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
         points: What all ranks pass in the same order.
+        look: Finds out the shapes inside a call.
     """
 
     def __init__(
@@ -152,10 +156,11 @@ class Request:
         halves: bool = False,
         shared: Sequence[SharedBlock] = (),
         points: Points | None = None,
+        look: Look,
     ) -> None:
         self.points = points or Points(None)
         self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
-        self._halves, self._shared = halves, shared
+        self._halves, self._shared, self._look = halves, shared, look
         self.traffic = Traffic(group)
         self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
         self.holder = group.first  # whether this rank holds the values of the lazy latent
@@ -165,6 +170,7 @@ class Request:
         self._texts: list[Tensor] = []
         self._cut: Cut | None = None
         self._latent_shape: torch.Size | None = None
+        self._shapes: dict[tuple[Any, ...], CallShapes] = {}
         self._last: tuple[Any, BranchKey] | None = None
         self._started = perf_counter()
         self.provenance = 0  # of the latent that is asked for
@@ -224,17 +230,25 @@ class Request:
         else:
             self.stats.steps_patched += 1
 
+    def shapes_of(self, inputs: Mapping[str, Any]) -> CallShapes:
+        """The shapes inside a call."""
+        key = shapes_key(inputs)
+        if key not in self._shapes:
+            raster = self.plan.grid.rows(self.model, inputs[self.plan.latent].shape, inputs)
+            self._shapes[key] = self._look(inputs, raster, self.memo)
+        return self._shapes[key]
+
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
         """The cut of this request's latent; a latent of another shape starts afresh."""
         shape = inputs[self.plan.latent].shape
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
-            rows = self.plan.grid.rows(self.model, shape, inputs)
-            width, blocks = self.plan.width(self.model), len(self.plan.blocks_of(self.model))
+            shapes = self.shapes_of(inputs)
+            width, blocks = shapes.width, len(self.plan.blocks_of(self.model))
             costs = patch_costs(width, blocks, self.config, self.group.backend)
             entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
             halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
-            self._cut = Cut.of(rows, self.config, self.plan.text_rows(inputs), costs, halves, max(entries))
+            self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries))
             self._latent_shape = spatial
             self._check_shares(self._cut)
             self._branches.clear()

@@ -25,11 +25,12 @@ from patchpipe.parallel.batches import BatchShare, share_batch, slice_inputs
 from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
-from patchpipe.schedule.hops import Hops
+from patchpipe.schedule.hops import Crossing, Hops
 from patchpipe.schedule.request import Branch, Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
+from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.patches import Cut, Patch
-from patchpipe.stage.stage import CallContext, Stage, Streams
+from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import Where, span
 
 
@@ -94,7 +95,7 @@ class Runner:
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
         self.dtype = matrix_dtype(model)
-        self._hops = self._new_hops()
+        self._hops = Hops(group)
         self._signature = inspect.signature(type(model).forward)
 
     # -- requests --------------------------------------------------------------------------------
@@ -113,7 +114,7 @@ class Runner:
         self._open = True
         self.group.begin_requests(requests)
         self.stats = [RequestStats() for _ in range(requests)]
-        self._hops = self._new_hops()
+        self._hops = Hops(self.group)
         try:
             yield
         finally:
@@ -158,7 +159,7 @@ class Runner:
         """The extent of one of the requests; whatever it kept is gone afterwards."""
         request = self.request = Request(
             self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared,
-            points=self.points,
+            points=self.points, look=self.stage.look,
         )  # fmt: skip
         self.stats[number] = request.stats
         request.traffic.resume()
@@ -174,9 +175,6 @@ class Runner:
     def last(self) -> RequestStats:
         """What the last request did on this rank."""
         return self.stats[-1]
-
-    def _new_hops(self) -> Hops:
-        return Hops(self.group, self.plan.text, self.plan.width(self.model), self.dtype)
 
     @contextmanager
     def branch(self, name: str, original: AbstractContextManager[Any] | None = None) -> Iterator[None]:
@@ -237,7 +235,7 @@ class Runner:
             shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
             stores=branch.stores if keeps else None,
             shared=() if synchronous else branch.shared,
-            text_rows=self.plan.text_rows(inputs),
+            shapes=self.request.shapes_of(inputs),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
@@ -246,7 +244,7 @@ class Runner:
         self.request.count(synchronous)
         self.group.next_call()
         branch.calls += 1
-        answers = Answers(call, self.plan, self.model, self.group, self.dtype)
+        answers = Answers(call, self.plan, self.group)
         displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous)
         if share is None:
             for patch in call.patches:
@@ -254,9 +252,8 @@ class Runner:
         else:
             self._stream(call, parts, answers, displaced)
         self.points.finish()
-        shape = self.plan.grid.output_shape(self.model, latent.shape)
         return PatchTensor.promise(
-            shape, self.dtype, latent.device, self.plan.grid.dim, cut.bounds,
+            call.shapes.output, call.shapes.dtype, latent.device, self.plan.grid.dim, cut.bounds,
             answers.patch if self.group.first else None, self.request,
         )  # fmt: skip
 
@@ -265,22 +262,22 @@ class Runner:
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
         """
-        sizes = [(part.share.size, part.piece) for part in parts]
-        expected = self._hops.begin((call.where.request, call.where.branch), sizes, call.text_rows)
+        crossings = [self._crossing(call, part) for part in parts]
+        expected = self._hops.begin((call.where.request, call.where.branch), crossings)
         for keys in call.shared:
             keys.begin(call.patches)
         made: list[Tensor] = []
         trailing: list[CallContext] = []
         failure: Exception | None = None
-        for part, receives in zip(parts, expected, strict=True):
+        for part, crossing, receives in zip(parts, crossings, expected, strict=True):
             context = self._context(call, part, displaced)
-            result, failure = self._try(call, part, receives, context, failure)
+            result, failure = self._try(call, part, crossing, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
             if isinstance(result, Tensor):
                 made.append(result)
             else:
-                self._hops.pass_on(result, part.piece, call.text_rows)
+                self._hops.pass_on(result, crossing)
                 self._give_keys(call, part.patch)
             if part.completes and made:
                 answers.give(made[0] if len(made) == 1 else torch.cat(made), part.patch)
@@ -301,6 +298,7 @@ class Runner:
         self,
         call: Call,
         part: Part,
+        crossing: Crossing,
         receives: dict[str, Receive],
         context: CallContext,
         failure: Exception | None,
@@ -314,17 +312,35 @@ class Runner:
                 if call.shared or not self.points.fail_inside(error, mates):
                     raise
                 failure = error
-        return self._blank(call, part), failure
+        return self._blank(call, part, crossing), failure
 
-    def _blank(self, call: Call, part: Part) -> Streams | Tensor:
+    def _crossing(self, call: Call, part: Part) -> Crossing:
+        """What a part is as it enters and as it leaves this stage."""
+        turn = self._turn(call, part)
+        now = self.stage.owned.whole if turn is None else self.stage.owned.of(*turn)
+        sides = (None if self.group.first else now.start), (None if self.group.last else now.stop)
+        entering, leaving = (
+            {} if index is None
+            else call.shapes.hop(self.stage.places[index].listing, part.share.size, part.piece)
+            for index in sides
+        )  # fmt: skip
+        return Crossing(entering, leaving, large=part.patch.whole)
+
+    def _turn(self, call: Call, part: Part) -> tuple[int, int] | None:
+        """Which turn it is, of how many, where stages share blocks."""
+        if self._halves:
+            return part.share.half or 0, 2
+        return None if part.patch.whole else (part.patch.index, len(call.patches))
+
+    def _blank(self, call: Call, part: Part, crossing: Crossing) -> Streams | Tensor:
         """Zeros of the shapes that a part leaves this stage in."""
         device = call.inputs[self.plan.latent].device
         if not self.group.last:
-            shapes = self._hops.shapes(part.share.size, part.piece, call.text_rows)
-            return {name: torch.zeros(shape, dtype=self.dtype, device=device) for name, shape in shapes.items()}
-        shape = list(self.plan.grid.output_shape(self.model, call.inputs[self.plan.latent].shape))
+            leaving = crossing.leaving.items()
+            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in leaving}
+        shape = list(call.shapes.output)
         shape[0], shape[self.plan.grid.dim] = part.share.size, part.piece.units[1] - part.piece.units[0]
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+        return torch.zeros(shape, dtype=call.shapes.dtype, device=device)
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
         """What this rank runs one after the other: the patches, each in halves of the batch if so configured.
@@ -352,13 +368,10 @@ class Runner:
         assert self.request is not None
         half, patch = part.share.half, part.patch
         stores = None if call.stores is None else call.stores[half or 0]
-        context = CallContext(part.piece, stores, call.text_rows, None, part.memo, self.request.memo)
+        context = CallContext(part.piece, call.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
         context.entries = part.share.entries
-        if self._halves:
-            context.turn = (half or 0, 2)
-        elif not patch.whole:
-            context.turn = (patch.index, len(call.patches))
+        context.turn = self._turn(call, part)
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
@@ -379,7 +392,7 @@ class Runner:
             recorder.where = replace(call.where, patch=patch, half=part.share.half)
         with span(recorder if first else None, "latent"):
             latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
-        context.received = {name: receive.take() for name, receive in receives.items()} or None
+        context.received = {name: receive.take() for name, receive in receives.items()}
         with span(recorder, "compute"):
             return self.stage.run(part.inputs, latent, context)
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Rows
 from patchpipe.stage.store import Entries, LayerStore
 
 
@@ -61,7 +62,7 @@ class Sharing(Protocol):
             query: Of this rank's rows.
             key: The same.
             value: The same.
-            layer: The layer's store, and where its text rows stand.
+            layer: The layer's store, and its rows.
 
         Returns:
             The result for this rank's rows and all heads.
@@ -77,8 +78,7 @@ class Attending:
         patch: This rank's rows.
         store: The layer's keys and values; ``None`` where nothing is ever stale.
         sharing: The ranks that share the patch, if there are several.
-        text_rows: Text rows in the sequence.
-        text_first: Whether they come before the image rows.
+        rows: The layer's sequence.
         masked: Whether some of its keys are masked, on whatever rank.
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
@@ -87,8 +87,7 @@ class Attending:
     patch: Patch
     store: LayerStore | None
     sharing: Sharing | None
-    text_rows: int
-    text_first: bool
+    rows: Rows
     masked: bool = False
     entries: Entries | None = None
     kernels: KernelWatch | None = None
@@ -158,7 +157,7 @@ class _StoreMode(TorchFunctionMode):
             return None
         if mask is not None and not layer.masked:
             raise NotImplementedError(
-                "the model masks self-attention, which its plan does not tell (text_mask) and which is therefore not "
+                "the model masks self-attention, which its plan does not tell (mask) and which is therefore not "
                 "supported while patches stream or are shared: use warmup='all' on one device, or with pipefusion alone"
             )
         column = key_column(mask, key, query.dtype) if layer.masked else None
@@ -272,13 +271,22 @@ def attend_through(
     Returns:
         A function that undoes it.
     """
-    previous = layer.__dict__.get("forward")
-    layer.forward = Attended(layer, find, kernels)  # type: ignore[method-assign]
+    return override(layer, Attended(layer, find, kernels))
+
+
+def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Puts a function in the place of a module's ``forward``.
+
+    Returns:
+        A function that undoes it.
+    """
+    previous = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
 
     def undo() -> None:
         if previous is None:
-            del layer.__dict__["forward"]
+            del module.__dict__["forward"]
         else:  # a hook that was there before, or a forward of the user's own
-            layer.forward = previous  # type: ignore[method-assign]
+            module.forward = previous  # type: ignore[method-assign]
 
     return undo

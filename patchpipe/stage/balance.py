@@ -245,20 +245,20 @@ def block_cost(place: BlockPlace) -> float:
     """Multiply-adds of one block for a nominal picture.
 
     Linear layers count once per token of the stream they serve, or of both that they serve, modulation (the plan's
-    ``conditioning``) once per image and thus nothing, attention its two products over the whole sequence.
+    ``per_call``) once per image and thus nothing, attention its two products over the whole sequence.
     """
     image, text = NOMINAL_IMAGE_TOKENS, NOMINAL_TEXT_TOKENS
-    both = not place.listing.text_parameters and "joint" in place.self_attention.values()
+    both = not place.listing.text_parameters and any(len(mixed) > 1 for mixed in place.self_attention.values())
     cost = 0.0
     for name, parameter in place.block.named_parameters():
-        if parameter.ndim < 2 or name.startswith(place.listing.conditioning):
+        if parameter.ndim < 2 or name.startswith(place.listing.per_call):
             continue
         serves_text = any(part in name for part in place.listing.text_parameters)
         cost += parameter.numel() * (text if serves_text else image + text if both else image)
-    for path, kind in place.listing.attention.items():
+    for path, mixed in place.listing.attention.items():
         layer = getattr(place.block, path, None)
         if layer is not None:
-            pairs = {"joint": (image + text) ** 2, "image": image**2, "cross": image * text}[kind]
+            pairs = image * text if not mixed else (image + (text if len(mixed) > 1 else 0)) ** 2
             cost += 2 * pairs * layer.to_q.out_features
     return cost
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import shares
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 
 USUAL_STEPS = 20  # of a request; its own number is not known when its first call is cut
 MOST_PATCHES_OF_A_STAGE = 4
@@ -53,12 +53,12 @@ class Patch:
         """Whether the inputs of a call go in as they are."""
         return self.whole and self.part[1] == 1
 
-    def text_range(self, rows: int) -> tuple[int, int]:
-        """The text rows that ride with this piece: all with the first patch, shared among its ranks."""
-        return shares(rows, self.part[1])[self.part[0]] if self.carries_text else (0, 0)
+    def rider_range(self, rows: int) -> tuple[int, int]:
+        """Which rows of a segment, such as text, ride with this piece: all with the first patch, shared by ranks."""
+        return shares(rows, self.part[1])[self.part[0]] if self.carries_riders else (0, 0)
 
     @property
-    def carries_text(self) -> bool:
+    def carries_riders(self) -> bool:
         """Text rides with the first patch of a step."""
         return self.index == 0
 
@@ -72,13 +72,13 @@ class Patch:
 class Cut:
     """The patches of one latent shape; the same for every step of a request."""
 
-    rows: Rows
+    rows: Raster
     row_bounds: tuple[int, ...]
 
     @classmethod
     def of(
         cls,
-        rows: Rows,
+        rows: Raster,
         config: ParallelConfig,
         text: int = 0,
         costs: PatchCosts | None = None,
@@ -195,7 +195,7 @@ def fewest_patches(stages: int, halves: int) -> int:
     return stages if halves == 1 else max(2, -(-stages // halves))
 
 
-def balanced_rows(rows: Rows, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:
+def balanced_rows(rows: Raster, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:
     """Sizes, in rows, of patches that cost about the same.
 
     A text token costs what an image token does, so the first patch, which carries the text, has fewer rows: else

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Range, Rows, joined
 
 Entries = tuple[int, int, int]  # of what is kept together: the first, one past the last, and how many there are
 SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
@@ -20,33 +21,32 @@ class LayerStore:
     Belongs to one layer, one half of a batch, one guidance branch and one request.
 
     Args:
-        text_rows: Text rows in the sequence; 0 where the layer sees the image alone.
-        text_first: Whether the text rows come before the image rows.
+        rows: The layer's sequence.
     """
 
-    def __init__(self, text_rows: int, text_first: bool) -> None:
-        self.text_rows = text_rows
-        self.text_first = text_first
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
         self._kept: tuple[Tensor, ...] = ()
-        self._fresh_tokens = 0  # image rows written so far, until the store is whole
+        self._written: list[Range] = []  # rows there are, until the store is whole
         self._whole = False
 
     def keep(self, *fresh: Tensor, entries: Entries | None = None) -> tuple[Tensor, ...]:
         """Takes over what a synchronous step computed.
 
         Args:
-            fresh: Keys and values ``[batch, heads, rows, channels]``, and their column where keys are masked.
+            fresh: Keys and values ``[batch, heads, rows, channels]`` in the model's order, and their column where keys
+                are masked.
             entries: Which entries of the batch they belong to; ``None`` for all.
         """
         self._whole = True
         if entries is None or entries[:2] == (0, entries[2]):
-            self._kept = tuple(_own(rows) for rows in fresh)
+            self._kept = tuple(_own(self.rows.by_cut(rows, SEQUENCE)) for rows in fresh)
             return fresh
         start, stop, total = entries
         if not self._kept or self._kept[0].shape[0] != total:
             self._kept = tuple(rows.new_empty(total, *rows.shape[1:]) for rows in fresh)
         for kept, rows in zip(self._kept, fresh, strict=True):
-            kept[start:stop].copy_(rows)
+            kept[start:stop].copy_(self.rows.by_cut(rows, SEQUENCE))
         return fresh
 
     def write(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
@@ -64,36 +64,34 @@ class LayerStore:
         Raises:
             RuntimeError: The rows are not as many as the patch has, or only some steps mask keys.
         """
-        self._kept = self._kept or tuple(self._allocate(rows, patch) for rows in fresh)
+        self._kept = self._kept or tuple(self._allocate(rows) for rows in fresh)
         self._check(patch, fresh)
         for kept, rows in zip(self._kept, fresh, strict=True):
             self._put(kept, rows, patch)
         if not self._whole:
-            self._fresh_tokens = patch.tokens[1]
-            self._whole = self._fresh_tokens == patch.total_tokens
+            self._written = joined([*self._written, *self.rows.ranges(patch)])
+            self._whole = self._written == [(0, self.rows.total)]
         return tuple(self._existing(kept) for kept in self._kept)
 
     def others(self, patch: Patch) -> list[tuple[Tensor, ...]]:
-        """Keys, values and, where there is text, column of the rows that exist outside a patch, as unbroken views.
+        """Keys, values and, where riders are among them, column of the rows that exist outside a patch, as views.
 
         Args:
             patch: A patch as a whole, not a rank's part of it.
         """
         if not self._kept:
             return []
-        image = self.text_rows if self.text_first else 0  # where image rows start
-        stop = patch.total_tokens if self._whole else self._fresh_tokens
-        ranges = [(image, image + patch.tokens[0]), (image + patch.tokens[1], image + stop)]
-        if self.text_rows and not patch.carries_text:
-            text = 0 if self.text_first else patch.total_tokens
-            ranges.append((text, text + self.text_rows))
-        joined = _joined(sorted(span for span in ranges if span[0] < span[1]))
-        return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high)) for low, high in joined]
+        ranges = _without(self._there, joined(self.rows.ranges(patch)))
+        return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high)) for low, high in ranges]
 
     def _seen_of(self, low: int, high: int) -> tuple[Tensor, ...]:
-        """Keys, values and, if text rows are among these, the column: a mask of nothing costs the fast kernel."""
-        text = 0 if self.text_first else self._kept[0].shape[SEQUENCE] - self.text_rows
-        return self._kept if low < text + self.text_rows and text < high else self._kept[:2]
+        """Keys, values and, if riders are among these rows, the column: a mask of nothing costs the fast kernel."""
+        start, stop = self.rows.image
+        return self._kept[:2] if start <= low and high <= stop else self._kept
+
+    @property
+    def _there(self) -> list[Range]:
+        return [(0, self.rows.total)] if self._whole else self._written
 
     def rows_of(self, patch: Patch) -> Tensor:
         """A copy of a patch's keys, values and column, in one piece."""
@@ -115,12 +113,12 @@ class LayerStore:
         """Memory the store holds."""
         return sum(kept.numel() * kept.element_size() for kept in self._kept)
 
-    def _allocate(self, rows: Tensor, patch: Patch) -> Tensor:
+    def _allocate(self, rows: Tensor) -> Tensor:
         batch, heads, _, channels = rows.shape
-        return rows.new_empty(batch, heads, self.text_rows + patch.total_tokens, channels)
+        return rows.new_empty(batch, heads, self.rows.total, channels)
 
     def _check(self, patch: Patch, fresh: tuple[Tensor, ...]) -> None:
-        expected, found = patch.token_count + (self.text_rows if patch.carries_text else 0), fresh[0].shape[SEQUENCE]
+        expected, found = self.rows.count(patch), fresh[0].shape[SEQUENCE]
         if found != expected:
             raise RuntimeError(
                 f"patch {patch.index} brought {found} rows to an attention layer whose store "
@@ -130,39 +128,21 @@ class LayerStore:
             raise RuntimeError("some calls of a guidance branch mask text rows and some do not: give all a mask")
 
     def _put(self, kept: Tensor, rows: Tensor, patch: Patch) -> None:
-        count = patch.token_count
-        image_start = patch.tokens[0] + (self.text_rows if self.text_first else 0)
-        if not (patch.carries_text and self.text_rows):
-            kept.narrow(SEQUENCE, image_start, count).copy_(rows)
-            return
-        if self.text_first and patch.tokens[0] == 0:
-            kept.narrow(SEQUENCE, 0, self.text_rows + count).copy_(rows)
-            return
-        image, text = rows.narrow(SEQUENCE, 0, count), rows.narrow(SEQUENCE, count, self.text_rows)
-        kept.narrow(SEQUENCE, image_start, count).copy_(image)
-        kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows).copy_(text)
+        ranges = joined(self.rows.ranges(patch))
+        pieces = rows.split([high - low for low, high in ranges], SEQUENCE)
+        for (low, high), piece in zip(ranges, pieces, strict=True):
+            kept.narrow(SEQUENCE, low, high - low).copy_(piece)
 
     def _shapes(self, patch: Patch) -> list[torch.Size]:
-        count = patch.token_count + (self.text_rows if patch.carries_text else 0)
+        count = self.rows.count(patch)
         return [torch.Size((*kept.shape[:SEQUENCE], count, *kept.shape[SEQUENCE + 1 :])) for kept in self._kept]
 
     def _taken(self, kept: Tensor, patch: Patch) -> Tensor:
         """The rows that ``_put`` would replace, in the same order."""
-        count = patch.token_count
-        image = kept.narrow(SEQUENCE, patch.tokens[0] + (self.text_rows if self.text_first else 0), count)
-        if not (patch.carries_text and self.text_rows):
-            return image
-        start = 0 if self.text_first else kept.shape[SEQUENCE] - self.text_rows
-        text = kept.narrow(SEQUENCE, start, self.text_rows)
-        return torch.cat([text, image] if self.text_first else [image, text], dim=SEQUENCE)
+        return _rows_in(kept, joined(self.rows.ranges(patch)))
 
     def _existing(self, kept: Tensor) -> Tensor:
-        if self._whole:
-            return kept
-        if self.text_first or not self.text_rows:
-            return kept.narrow(SEQUENCE, 0, self.text_rows + self._fresh_tokens)
-        text = kept.narrow(SEQUENCE, kept.shape[SEQUENCE] - self.text_rows, self.text_rows)
-        return torch.cat([kept.narrow(SEQUENCE, 0, self._fresh_tokens), text], dim=SEQUENCE)
+        return kept if self._whole else _rows_in(kept, self._written)
 
 
 LayerStores = dict[str, LayerStore]  # by the layer's name
@@ -174,12 +154,18 @@ def _own(rows: Tensor) -> Tensor:
     return rows if memory == rows.numel() * rows.element_size() else rows.clone()
 
 
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted ranges with those that touch made one."""
-    joined: list[tuple[int, int]] = []
+def _rows_in(kept: Tensor, ranges: list[Range]) -> Tensor:
+    """The rows in some ranges: a view, if it is one range."""
+    parts = [kept.narrow(SEQUENCE, low, high - low) for low, high in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=SEQUENCE)
+
+
+def _without(ranges: list[Range], taken: list[Range]) -> list[Range]:
+    """What is left of sorted ranges outside others."""
+    left = []
     for low, high in ranges:
-        if joined and joined[-1][1] == low:
-            joined[-1] = (joined[-1][0], high)
-        else:
-            joined.append((low, high))
-    return joined
+        for start, stop in taken:
+            left.append((low, min(high, start)))
+            low = max(low, stop)
+        left.append((low, high))
+    return [span for span in left if span[0] < span[1]]

@@ -1,27 +1,27 @@
 """PixArt-α and PixArt-Σ (``PixArtTransformer2DModel``): self-attention on the image, cross-attention to text."""
 
-from patchpipe.models.plan import BlockList, ImageRows, ModelPlan
+from patchpipe.models.latent import Latent
+from patchpipe.models.plan import CROSS, BlockList, ModelPlan, of
 
 PIXART = ModelPlan(
     model="PixArtTransformer2DModel",
     pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-    grid=ImageRows(),
+    grid=Latent("bchw"),
     blocks=(
         BlockList(
             path="transformer_blocks",
             count="num_layers",
             streams=("hidden_states",),
-            attention={"attn1": "image", "attn2": "cross"},
-            constant={"attn2.to_k": ("encoder_hidden_states",), "attn2.to_v": ("encoder_hidden_states",)},
+            rows={"hidden_states": of("image")},
+            attention={"attn1": ("image",), "attn2": CROSS},
+            per_request={"attn2.to_k": ("encoder_hidden_states",), "attn2.to_v": ("encoder_hidden_states",)},
         ),
     ),
-    shared_inputs=("encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
+    inputs=("encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
     ignored_inputs=("cross_attention_kwargs",),
     embed="pos_embed",
-    head=("proj_out",),
-    conditioning=("adaln_single",),
-    constant={"caption_projection": ("encoder_hidden_states",)},
-    patch_embed="pos_embed",
+    per_call=("adaln_single",),
+    per_request={"caption_projection": ("encoder_hidden_states",)},
     tensor={
         "transformer_blocks.*.attn1.to_q": "colwise",
         "transformer_blocks.*.attn1.to_k": "colwise",

@@ -1,36 +1,36 @@
 """Qwen-Image (``QwenImageTransformer2DModel``): dual-stream blocks, padded text under a mask."""
 
-from patchpipe.models.plan import TEXT_ROWS, BlockList, ModelPlan, PackedShapes, SlicedResult
+from patchpipe.models.latent import Latent, sizes_by_shapes
+from patchpipe.models.plan import BlockList, ModelPlan, of
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
     pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
-    grid=PackedShapes(),
+    grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes")),
     blocks=(
         BlockList(
             path="transformer_blocks",
             count="num_layers",
             streams=("encoder_hidden_states", "hidden_states"),
-            attention={"attn": "joint"},
+            rows={
+                "encoder_hidden_states": of("text"),
+                "hidden_states": of("image"),
+                "encoder_hidden_states_mask": of("text"),
+                "image_rotary_emb": (of("image", dim=0), of("text", dim=0)),
+            },
+            attention={"attn": ("text", "image")},
+            mask="encoder_hidden_states_mask",
             text_parameters=("txt_", "add_", "_added_"),
-            conditioning=("img_mod", "txt_mod"),
+            per_call=("img_mod", "txt_mod"),
         ),
     ),
-    text_inputs={"encoder_hidden_states": 1},
-    text_mask="encoder_hidden_states_mask",
-    shared_inputs=("timestep", "img_shapes"),
+    inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
     ignored_inputs=("attention_kwargs",),
     unbatched_inputs=("img_shapes",),
     guidance="calls",
     tensor="class",
     embed="img_in",
-    head=("norm_out", "proj_out"),
-    conditioning=("time_text_embed", "norm_out.linear"),
-    constant={"txt_in": ("encoder_hidden_states",)},
-    sliced={
-        "pos_embed": SlicedResult(
-            arguments={"video_fhw": "img_shapes", "max_txt_seq_len": TEXT_ROWS}, rows=("image", "text")
-        )
-    },
+    per_call=("time_text_embed", "norm_out.linear"),
+    per_request={"txt_in": ("encoder_hidden_states",), "pos_embed": ("img_shapes", "encoder_hidden_states")},
     refused_settings=("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"),
 )

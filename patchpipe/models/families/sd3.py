@@ -1,30 +1,28 @@
 """Stable Diffusion 3 and 3.5 (``SD3Transformer2DModel``): joint attention, dual attention in 3.5."""
 
-from patchpipe.models.plan import BlockList, ImageRows, ModelPlan
+from patchpipe.models.latent import Latent
+from patchpipe.models.plan import BlockList, ModelPlan, of
 
 SD3 = ModelPlan(
     model="SD3Transformer2DModel",
     pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
-    grid=ImageRows(),
+    grid=Latent("bchw"),
     blocks=(
         BlockList(
             path="transformer_blocks",
             count="num_layers",
             streams=("encoder_hidden_states", "hidden_states"),
-            attention={"attn": "joint", "attn2": "image"},
-            text_first=False,
+            rows={"encoder_hidden_states": of("text"), "hidden_states": of("image")},
+            attention={"attn": ("image", "text"), "attn2": ("image",)},
             text_parameters=("context", "add_", "_added_"),
-            conditioning=("norm1.linear", "norm1_context.linear"),
+            per_call=("norm1.linear", "norm1_context.linear"),
         ),
     ),
-    text_inputs={"encoder_hidden_states": 1},
-    shared_inputs=("pooled_projections", "timestep"),
+    inputs=("encoder_hidden_states", "pooled_projections", "timestep"),
     ignored_inputs=("joint_attention_kwargs",),
     embed="pos_embed",
-    head=("norm_out", "proj_out"),
-    conditioning=("time_text_embed", "norm_out.linear"),
-    constant={"context_embedder": ("encoder_hidden_states",)},
-    patch_embed="pos_embed",
+    per_call=("time_text_embed", "norm_out.linear"),
+    per_request={"context_embedder": ("encoder_hidden_states",)},
     tensor={
         "transformer_blocks.*.attn.to_q": "colwise",
         "transformer_blocks.*.attn.to_k": "colwise",

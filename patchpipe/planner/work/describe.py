@@ -93,8 +93,12 @@ def describe_model(
 
 def describe_plan(plan: ModelPlan) -> str:
     """What a plan says, in a line: how text enters and what attention sees."""
-    kinds = [f"{path} {kind}" for listing in plan.blocks for path, kind in listing.attention.items()]
-    text = "text rides with patch 0" if plan.text_inputs else "text by cross-attention"
+    kinds = [
+        f"{path} {' and '.join(mixed) or 'text by itself'}"
+        for listing in plan.blocks
+        for path, mixed in listing.attention.items()
+    ]
+    text = "text rides with patch 0" if plan.joint else "text by cross-attention"
     return f"{text} · attention: {', '.join(dict.fromkeys(kinds))}"
 
 
@@ -115,7 +119,7 @@ def _stages(
     for rank in range(config.world_size):
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
-        needed = needs(transformer, plan, owned.held, last=stage == config.pipefusion - 1)
+        needed = needs(transformer, plan, owned.held)
         held = [part for part in components if rank == _home(part, config) or (part == "vae" and config.parallel_vae)]
         own, others = _sum(sizes, needed), sum(components[part] for part in held)
         weights = _sum(stored, needed) if stored else own * itemsize
@@ -187,7 +191,7 @@ def volume_of(
     split = split_blocks(transformer, plan, config)
     check_tensor(transformer, plan, config.tensor)
     dtype = Checkpoint(source.path / "transformer").dtype()
-    joint, width, places = text_tokens if plan.text_inputs else 0, plan.width(transformer), plan.blocks_of(transformer)
+    joint, width, places = text_tokens if plan.joint else 0, plan.width(transformer), plan.blocks_of(transformer)
     attended = [_attended(place, image_tokens, joint) for place in places]
     return Volume(
         tokens=image_tokens + joint,
@@ -201,7 +205,7 @@ def volume_of(
 
 def _attended(place: BlockPlace, image: int, text: int) -> int:
     """Rows of a block's self-attention layers."""
-    return sum({"joint": image + text, "image": image}[kind] for kind in place.self_attention.values())
+    return sum(image + (text if len(mixed) > 1 else 0) for mixed in place.self_attention.values())
 
 
 def _summed(model: nn.Module, plan: ModelPlan, place: BlockPlace, image: int, text: int) -> int:

@@ -15,13 +15,13 @@ from patchpipe.demo import call_defaults
 from patchpipe.errors import UnsupportedModel
 from patchpipe.loading.dtypes import as_torch, dtype_name
 from patchpipe.loading.folder import PipelineFolder
-from patchpipe.loading.owned import owned_names
 from patchpipe.loading.source import resolve_source
-from patchpipe.models.plan import BlockPlace, ImageRows, ModelPlan, Rows
+from patchpipe.models.latent import IMAGE, PACKED, Raster
+from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.parallel.tensor import INPUTS, split_linears, tensor_plan
 from patchpipe.planner.work.describe import component_parameters
 from patchpipe.planner.work.presets import PRESETS, Preset, preset_named
-from patchpipe.planner.work.workload import Attention, Block, Matrix, Stream, Workload
+from patchpipe.planner.work.workload import Attention, AttentionKind, Block, Matrix, Stream, Workload
 
 CONFIGURATION = ("model_index.json", "call.json", "*/config.json")
 USUAL_TEXT = {
@@ -31,7 +31,7 @@ USUAL_TEXT = {
     "QwenImageTransformer2DModel": 128,
 }
 USUAL_SIZE, USUAL_STEPS = 1024, 28
-PACKED = 2  # pixels of the latent to a token, each way, where the pipeline packs them
+TOKEN = 2  # pixels of the latent to a token, each way, where the pipeline packs them
 
 
 @dataclass(frozen=True)
@@ -153,31 +153,25 @@ def workload_of(
     width = asked.width or advised.get("width") or USUAL_SIZE
     blocks = _blocks(transformer, plan)
     sizes = {key: value.numel() for key, value in transformer.state_dict().items()}
-    head = sum(sizes.values()) - sum(sizes[key] for key in _without_head(transformer, plan))
     return Workload(
         model=name,
         blocks=blocks,
         heads=transformer.config.num_attention_heads,
         rows=_rows(scale, plan, transformer, height, width),
         text=asked.text_tokens or _text(plan, advised),
-        joint=bool(plan.text_inputs),
+        joint=plan.joint,
         branches=2 if _guided(plan, advised, asked) else 1,
         guidance=plan.guidance,
         steps=asked.steps or advised.get("num_inference_steps") or USUAL_STEPS,
         pictures=asked.pictures,
         itemsize=asked.itemsize,
-        embedders=sum(sizes.values()) - head - sum(block.parameters for block in blocks),
-        head=head,
+        embedders=sum(sizes.values()) - sum(block.parameters for block in blocks),
         components=components,
         height=height,
         pixels=height * width,
         transformer=plan.model,
         tensor=tensor_plan(transformer, plan) is not None,
     )
-
-
-def _without_head(model: nn.Module, plan: ModelPlan) -> list[str]:
-    return owned_names(model, plan, range(len(plan.blocks_of(model))), last=False)
 
 
 def _text(plan: ModelPlan, advised: Mapping[str, Any]) -> int:
@@ -194,12 +188,12 @@ def _guided(plan: ModelPlan, advised: Mapping[str, Any], asked: Asked) -> bool:
     return advised.get("guidance_scale", 2.0) > 1
 
 
-def _rows(scale: int, plan: ModelPlan, transformer: Any, height: int, width: int) -> Rows:
-    patch = transformer.config.patch_size if isinstance(plan.grid, ImageRows) else PACKED
+def _rows(scale: int, plan: ModelPlan, transformer: Any, height: int, width: int) -> Raster:
+    patch = TOKEN if PACKED in plan.grid.axes else transformer.config.patch_size
     pixels = scale * patch
     if height % pixels or width % pixels:
         raise ValueError(f"{height}×{width} pixels are no multiple of the {pixels} that make a token of {plan.model}")
-    return Rows(height // pixels, width // pixels, patch)
+    return Raster(height // pixels, width // pixels, patch)
 
 
 def _latent_scale(source: PipelineFolder) -> int:
@@ -223,18 +217,22 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
     split = {one.name.removeprefix(f"{place.name}."): one.dim for one in split_linears(model, plan, place)}
     matrices = []
     for name, module in place.block.named_modules():
-        once = name.startswith((*place.listing.conditioning, *place.listing.constant))
+        once = name.startswith((*place.listing.per_call, *place.listing.per_request))
         if isinstance(module, nn.Linear) and not once:
             stream = _stream(plan, place, name)
             sizes = module.in_features, module.out_features
             matrices.append(Matrix(*sizes, stream, summed=split.get(name) == INPUTS, split=name in split))
     attentions = [
-        Attention(kind, layer.to_q.out_features)
-        for path, kind in place.listing.attention.items()
+        Attention(_kind(mixed), layer.to_q.out_features)
+        for path, mixed in place.listing.attention.items()
         if (layer := getattr(place.block, path, None)) is not None
     ]
     parameters = sum(value.numel() for value in place.block.state_dict().values())
     return Block(type(place.block).__name__, width, tuple(matrices), tuple(attentions), parameters)
+
+
+def _kind(mixed: tuple[str, ...]) -> AttentionKind:
+    return "cross" if not mixed else "image" if mixed == (IMAGE,) else "joint"
 
 
 def _stream(plan: ModelPlan, place: BlockPlace, name: str) -> Stream:

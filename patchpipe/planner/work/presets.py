@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from patchpipe.models.plan import Rows
+from patchpipe.models.latent import Raster
 from patchpipe.planner.work.workload import Attention, Block, Guidance, Matrix, Workload
 
 PIXELS_PER_TOKEN = 16  # eight of the autoencoder, two of the patch embedding
@@ -83,8 +83,7 @@ class Preset:
         joint: Whether text takes part in self-attention.
         guided: Whether its pipeline guides by two branches as a rule.
         guidance: Whether the branches are one batch or two calls.
-        embedders: Parameters outside blocks and head.
-        head: Parameters of the head.
+        embedders: Parameters outside the blocks.
         components: Gigabytes of text encoders and VAE in 16 bit.
         frames: Frames of a video.
         runnable: Whether patchpipe has a plan for the class.
@@ -101,12 +100,11 @@ class Preset:
     guided: bool = True
     guidance: Guidance = "batch"
     embedders: int = 0
-    head: int = 0
     components: Mapping[str, float] = field(default_factory=dict)
     frames: int = 1
     runnable: bool = True
 
-    def rows(self, height: int, width: int, frames: int | None = None) -> Rows:
+    def rows(self, height: int, width: int, frames: int | None = None) -> Raster:
         """Token rows: those of one frame after those of another.
 
         Raises:
@@ -117,7 +115,7 @@ class Preset:
                 f"{height}×{width} pixels are no multiple of the {PIXELS_PER_TOKEN} that make a token of {self.name}"
             )
         latents = ((frames or self.frames) - 1) // FRAMES_PER_TOKEN + 1
-        return Rows(height // PIXELS_PER_TOKEN * latents, width // PIXELS_PER_TOKEN, 1)
+        return Raster(height // PIXELS_PER_TOKEN * latents, width // PIXELS_PER_TOKEN, 1)
 
     def workload(
         self,
@@ -142,7 +140,6 @@ class Preset:
             steps=steps or self.steps,
             pictures=pictures,
             embedders=self.embedders,
-            head=self.head,
             components={part: int(size * GB) for part, size in self.components.items()},
             height=height,
             pixels=height * width,
@@ -172,39 +169,39 @@ _SD3_PARTS = {"text_encoder": 0.25, "text_encoder_2": 1.39, "text_encoder_3": T5
 PRESETS: tuple[Preset, ...] = (
     Preset(
         "flux.1-dev", "black-forest-labs/FLUX.1-dev", "FluxTransformer2DModel", _flux, 24, 512, 28,
-        guided=False, guidance="calls", embedders=45_047_808, head=19_077_184, components=_FLUX_PARTS,
+        guided=False, guidance="calls", embedders=64_124_992, components=_FLUX_PARTS,
     ),
     Preset(
         "flux.1-schnell", "black-forest-labs/FLUX.1-schnell", "FluxTransformer2DModel", _flux, 24, 256, 4,
-        guided=False, guidance="calls", embedders=34_818_048, head=19_077_184, components=_FLUX_PARTS,
+        guided=False, guidance="calls", embedders=53_895_232, components=_FLUX_PARTS,
     ),
     Preset(
         "sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", "SD3Transformer2DModel",
-        lambda: (dual(1536),) * 24, 24, 333, 28, embedders=71_279_616, head=4_820_032, components=_SD3_PARTS,
+        lambda: (dual(1536),) * 24, 24, 333, 28, embedders=76_099_648, components=_SD3_PARTS,
     ),
     Preset(
         "sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium", "SD3Transformer2DModel",
         lambda: (dual(1536, attention2=True),) * 13 + (dual(1536),) * 11, 24, 333, 40,
-        embedders=241_148_928, head=4_820_032, components=_SD3_PARTS,
+        embedders=245_968_960, components=_SD3_PARTS,
     ),
     Preset(
         "sd3.5-large", "stabilityai/stable-diffusion-3.5-large", "SD3Transformer2DModel",
-        lambda: (dual(2432),) * 38, 38, 333, 28, embedders=117_217_536, head=11_989_824, components=_SD3_PARTS,
+        lambda: (dual(2432),) * 38, 38, 333, 28, embedders=129_207_360, components=_SD3_PARTS,
     ),
     Preset(
         "pixart-alpha", "PixArt-alpha/PixArt-XL-2-1024-MS", "PixArtTransformer2DModel",
         lambda: (crossed(1152),) * 28, 16, 120, 20, joint=False,
-        embedders=16_156_800, head=36_896, components={"text_encoder": T5_XXL, "vae": 0.17},
+        embedders=16_193_696, components={"text_encoder": T5_XXL, "vae": 0.17},
     ),
     Preset(
         "pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "PixArtTransformer2DModel",
         lambda: (crossed(1152),) * 28, 16, 300, 20, joint=False,
-        embedders=15_663_744, head=36_896, components={"text_encoder": T5_XXL, "vae": 0.17},
+        embedders=15_700_640, components={"text_encoder": T5_XXL, "vae": 0.17},
     ),
     Preset(
         "qwen-image", "Qwen/Qwen-Image", "QwenImageTransformer2DModel",
         lambda: (dual(3072),) * 60, 24, 128, 50, guidance="calls",
-        embedders=21_446_144, head=19_077_184, components={"text_encoder": 16.58, "vae": 0.25},
+        embedders=40_523_328, components={"text_encoder": 16.58, "vae": 0.25},
     ),
     Preset(
         "hunyuandit", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "HunyuanDiT2DModel",
@@ -214,13 +211,13 @@ PRESETS: tuple[Preset, ...] = (
     Preset(
         "hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", "HunyuanVideoTransformer3DModel",
         _hunyuan_video, 24, 256, 50, guided=False, frames=129, runnable=False,
-        embedders=340_000_000, head=19_000_000,
+        embedders=359_000_000,
         components={"text_encoder": 15.01, "text_encoder_2": 0.25, "vae": 0.49},
     ),
     Preset(
         "cogvideox-5b", "THUDM/CogVideoX-5b", "CogVideoXTransformer3DModel",
         lambda: (shared(3072),) * 42, 48, 226, 50, frames=49, runnable=False,
-        embedders=16_000_000, head=4_000_000, components={"text_encoder": T5_XXL, "vae": 0.43},
+        embedders=20_000_000, components={"text_encoder": T5_XXL, "vae": 0.43},
     ),
 )  # fmt: skip
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from patchpipe.models.plan import AttentionKind, Rows
+from patchpipe.models.latent import Raster
 
 Stream = Literal["image", "text", "both"]
 Guidance = Literal["batch", "calls"]
+AttentionKind = Literal["joint", "image", "cross"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,6 @@ class Workload:
         pictures: Pictures of the request.
         itemsize: Bytes of a parameter and of an activation.
         embedders: Parameters outside the blocks that every rank holds.
-        head: Parameters that the last stage alone holds.
         components: Bytes of the text encoders and the VAE.
         height: Pixels.
         pixels: Pixels of a frame, which the VAE decodes at once.
@@ -118,7 +118,7 @@ class Workload:
     model: str
     blocks: tuple[Block, ...]
     heads: int
-    rows: Rows
+    rows: Raster
     text: int
     joint: bool = True
     branches: int = 1
@@ -127,7 +127,6 @@ class Workload:
     pictures: int = 1
     itemsize: int = 2
     embedders: int = 0
-    head: int = 0
     components: Mapping[str, int] = field(default_factory=dict)
     height: int = 0
     pixels: int = 0
@@ -172,7 +171,7 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters of the transformer."""
-        return sum(block.parameters for block in self.blocks) + self.embedders + self.head
+        return sum(block.parameters for block in self.blocks) + self.embedders
 
     @cached_property
     def multiply_adds(self) -> float:

@@ -1,0 +1,162 @@
+"""How a transformer's latent is laid out, and along which axis it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGE = "image"
+SPACE = "fhw"  # frames, rows and columns, the order in which every model numbers its tokens
+PACKED = "n"  # a dim that holds the tokens of all of them
+NAMES = {"f": "frames", "h": "rows", "w": "columns"}
+
+Sizes = Mapping[str, int]  # tokens along each axis
+
+
+@dataclass(frozen=True)
+class Raster:
+    """How the latent of one call divides into slices of tokens along the axis that is cut, called its rows.
+
+    Attributes:
+        count: Token rows.
+        tokens: Image tokens in one of them.
+        units: Entries of the latent's cut dim in one of them.
+        outer: Pieces that the tokens of one row lie in, in the model's order: 1 where a picture is cut by rows or a
+            clip by frames, the number of frames where a clip is cut by rows.
+    """
+
+    count: int
+    tokens: int
+    units: int
+    outer: int = 1
+
+    @property
+    def total(self) -> int:
+        """Image tokens."""
+        return self.count * self.tokens
+
+    @property
+    def inner(self) -> int:
+        """Tokens of one of those pieces."""
+        return self.tokens // self.outer
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Where the image tokens lie in the latent a transformer takes.
+
+    Args:
+        axes: A letter for each of its dims: b batch, c channels, f frames, h rows, w columns, or n for tokens in raster
+            order.
+        cut: The axis that is cut.
+        sizes: Tokens along f, h and w, of those there are, for a model and the inputs of a call; where the latent is
+            not packed they follow from its shape and ``token``.
+        token: Entries of the latent that one token spans along f, h and w, by the model's configuration.
+        name: The input.
+        listed: Whether the model takes and returns a list with the latent of each entry of the batch.
+    """
+
+    axes: str
+    cut: str = "h"
+    sizes: Callable[[nn.Module, Mapping[str, Any]], Sizes] | None = None
+    token: Callable[[Any], Sizes] | None = None
+    name: str = "hidden_states"
+    listed: bool = False
+
+    @property
+    def dim(self) -> int:
+        """The latent's dim that is cut."""
+        return self.axes.index(PACKED if PACKED in self.axes else self.cut)
+
+    def rows(self, model: nn.Module, shape: torch.Size, inputs: Mapping[str, Any]) -> Raster:
+        """Token rows of a latent of this shape.
+
+        Raises:
+            ValueError: It has no whole number of tokens, or the inputs do not describe it.
+        """
+        sizes = self._from_shape(model, shape) if self.sizes is None else dict(self.sizes(model, inputs))
+        axes = [axis for axis in SPACE if axis in sizes]
+        at = axes.index(self.cut)
+        outer, inner = (prod(sizes[axis] for axis in some) for some in (axes[:at], axes[at + 1 :]))
+        if PACKED not in self.axes:
+            return Raster(sizes[self.cut], outer * inner, self._spans(model)[self.cut], outer)
+        assert outer == 1, "a packed latent is cut along its first axis"
+        return Raster(sizes[self.cut], inner, inner)
+
+    def _from_shape(self, model: nn.Module, shape: torch.Size) -> dict[str, int]:
+        spans, found = self._spans(model), {}
+        for axis in (axis for axis in SPACE if axis in self.axes):
+            size = shape[self.axes.index(axis)]
+            if size % spans[axis]:
+                raise ValueError(
+                    f"a latent of {size} {NAMES[axis]} is no multiple of the model's patch size {spans[axis]}"
+                )
+            found[axis] = size // spans[axis]
+        return found
+
+    def _spans(self, model: nn.Module) -> dict[str, int]:
+        config: Any = model.config
+        return {"f": 1, "h": 1, "w": 1, **(self.token or patch_sizes)(config)}
+
+
+def patch_sizes(config: Any) -> Sizes:
+    """Entries of the latent that a token spans, as most models name them: ``patch_size`` and ``patch_size_t``."""
+    size = config.patch_size
+    if isinstance(size, (tuple, list)):
+        return dict(zip(SPACE[-len(size) :], size, strict=True))
+    return {"f": getattr(config, "patch_size_t", None) or 1, "h": size, "w": size}
+
+
+def sizes_by_ids(ids: str = "img_ids", column: int = 1) -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:
+    """Rows and columns, read off an input with a position for each image token, ``[tokens, axes]``.
+
+    Args:
+        ids: The input.
+        column: The axis of the ids that counts rows.
+    """
+
+    def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
+        found = inputs[ids]
+        found = found[0] if found.ndim == 3 else found
+        rows = found[:, column].tolist()
+        width = next((i for i, row in enumerate(rows) if row != rows[0]), len(rows))
+        count, tokens = len(rows) // width, inputs["hidden_states"].shape[1]
+        raster = all(len(set(rows[r * width : (r + 1) * width])) == 1 for r in range(count))
+        if count * width != tokens or not raster:
+            raise ValueError(
+                f"{ids} does not describe one picture in raster order ({len(rows)} positions, {tokens} tokens): "
+                f"pictures joined to the latent as references are not supported"
+            )
+        return {"h": count, "w": width}
+
+    return sizes
+
+
+def sizes_by_shapes(shapes: str = "img_shapes") -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:
+    """Rows and columns, read off an input with a list of pictures ``(frames, rows, columns)`` for each batch entry.
+
+    Args:
+        shapes: The input.
+    """
+
+    def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
+        entries = [entry if isinstance(entry, list) else [entry] for entry in inputs[shapes]]
+        if any(entry != entries[0] for entry in entries) or len(entries[0]) != 1:
+            raise ValueError(
+                f"{shapes}={inputs[shapes]} does not describe pictures of one size, each alone: pictures "
+                f"joined to the latent as references or layers are not supported"
+            )
+        (frames, count, width), tokens = entries[0][0], inputs["hidden_states"].shape[1]
+        if frames != 1 or count * width != tokens:
+            raise ValueError(
+                f"{shapes} describes {frames} × {count} × {width} tokens but the latent has {tokens}: pictures of one "
+                f"frame are supported, and nothing joined to them"
+            )
+        return {"h": count, "w": width}
+
+    return sizes

@@ -1,0 +1,81 @@
+"""What the hooks of a stage read while one patch of one transformer call runs through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from patchpipe.models.plan import Holds
+from patchpipe.stage.attention import Sharing
+from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Cutter
+from patchpipe.stage.store import Entries, LayerStores
+from patchpipe.stage.survey import CallShapes
+
+Streams = dict[str, Tensor]
+
+
+@dataclass
+class CallContext:
+    """One patch on its way through the stage.
+
+    Attributes:
+        patch: The patch at work; of one that ranks share, this rank's rows.
+        shapes: What is known of the call.
+        stores: The branch's key/value store of each layer; ``None`` where nothing is ever stale.
+        received: The streams from the stage before.
+        memo: Results shared by the patches of this call.
+        request_memo: Results shared by the calls of this request.
+        inputs: The arguments of the call.
+        sharing: The ranks that share the patch, if there are several.
+        entries: Which entries of the batch run; ``None`` for all.
+        turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
+        entering: What to do before a shared block runs, by its place.
+        leaving: What to do after it.
+        trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
+        masked: Whether the block at work masks some keys, on whatever rank.
+    """
+
+    patch: Patch
+    shapes: CallShapes
+    stores: LayerStores | None
+    received: Streams = field(default_factory=dict)
+    memo: dict[str, Any] = field(default_factory=dict)
+    request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    sharing: Sharing | None = None
+    entries: Entries | None = None
+    turn: tuple[int, int] | None = None
+    entering: dict[int, Callable[[], None]] = field(default_factory=dict)
+    leaving: dict[int, Callable[[], None]] = field(default_factory=dict)
+    trailing: Callable[[], Any] | None = None
+    masked: bool = False
+    _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
+
+    @property
+    def cutter(self) -> Cutter | None:
+        """Cuts whole arguments to the patch; ``None`` where the patch is the whole."""
+        if self.patch.uncut:
+            return None
+        return Cutter(self.patch, self.shapes.raster, self.shapes.sizes)
+
+    def narrowed(self, value: Any, held: Holds | tuple[Holds, ...]) -> Any:
+        """The patch's rows of an argument that many blocks are given; cut once."""
+        assert self.cutter is not None
+        key = (id(value), held)
+        if key not in self._narrowed:  # the argument is kept too, lest another one takes its id
+            self._narrowed[key] = (value, self.cutter.narrow(value, held))
+        return self._narrowed[key][1]
+
+    def before(self, index: int) -> None:
+        """Does what is asked for before a block."""
+        if index in self.entering:
+            self.entering[index]()
+
+    def after(self, index: int) -> None:
+        """Does what is asked for after a block."""
+        if index in self.leaving:
+            self.leaving[index]()

@@ -1,0 +1,158 @@
+"""What a call looks like inside: rows of every segment, streams between blocks, the prediction.
+
+Found by running the root ``forward`` with blocks that hand their streams through, once for inputs of the same shapes.
+Nothing of it need be in a plan, and every rank finds the same, whatever blocks it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.plan import BlockList, Holds, ModelPlan, first_tensor
+from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Rows, has_rows
+
+
+@dataclass(frozen=True)
+class StreamKind:
+    """A stream as it enters the blocks of a list.
+
+    Attributes:
+        rows: Its rows.
+        width: Its channels.
+        dtype: What it is in.
+    """
+
+    rows: Rows
+    width: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class CallShapes:
+    """What is known of a call before any patch runs; the same on every rank.
+
+    Attributes:
+        raster: How the latent divides.
+        sizes: Rows of every segment.
+        streams: The streams of every block list, by its path.
+        output: Shape of the prediction.
+        dtype: What it is in.
+    """
+
+    raster: Raster
+    sizes: Mapping[str, int]
+    streams: Mapping[str, Mapping[str, StreamKind]]
+    output: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def riders(self) -> int:
+        """Rows that go through the blocks beside the picture's."""
+        return sum(size for name, size in self.sizes.items() if name != IMAGE)
+
+    @property
+    def width(self) -> int:
+        """Channels of the tokens between blocks."""
+        return next(kind.width for streams in self.streams.values() for kind in streams.values())
+
+    def hop(self, listing: BlockList, batch: int, piece: Patch) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What goes from stage to stage before a block of this list, by stream; streams without rows do not."""
+        found = {}
+        for name, kind in self.streams[listing.path].items():
+            count = kind.rows.count(piece)
+            if count:
+                found[name] = torch.Size((batch, count, kind.width)), kind.dtype
+        return found
+
+    def blank(self, listing: BlockList, name: str, like: Tensor) -> Tensor:
+        """A stream without rows, as the blocks of a list take it."""
+        return like.new_zeros(like.shape[0], 0, self.streams[listing.path][name].width)
+
+
+class Survey:
+    """Collects what the first block of every list is given.
+
+    Args:
+        plan: The model's plan.
+        raster: How the latent divides.
+    """
+
+    def __init__(self, plan: ModelPlan, raster: Raster) -> None:
+        self._plan, self._raster = plan, raster
+        self._seen: dict[str, Mapping[str, Any]] = {}
+
+    def see(self, listing: BlockList, arguments: Mapping[str, Any]) -> None:
+        """Takes a look at a block's arguments."""
+        self._seen.setdefault(listing.path, arguments)
+
+    def shapes(self, prediction: Tensor) -> CallShapes:
+        """What was found.
+
+        Args:
+            prediction: What the root ``forward`` returned.
+
+        Raises:
+            RuntimeError: The model's plan does not fit what the blocks were given.
+        """
+        sizes = self._sizes()
+        streams = {listing.path: self._streams(listing, sizes) for listing in self._plan.blocks}
+        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype)
+
+    def _sizes(self) -> dict[str, int]:
+        sizes = {IMAGE: self._raster.total}
+        for listing in self._plan.blocks:
+            for name, held in listing.rows.items():
+                for each, value in _pairs(held, self._seen[listing.path].get(name)):
+                    unknown = [segment for segment in each.segments if segment not in sizes]
+                    if len(unknown) == 1 and has_rows(value, each):
+                        sizes[unknown[0]] = value.shape[each.dim] - sum(
+                            sizes[segment] for segment in each.segments if segment in sizes
+                        )
+        return sizes
+
+    def _streams(self, listing: BlockList, sizes: Mapping[str, int]) -> dict[str, StreamKind]:
+        found = {}
+        for name in listing.streams:
+            value, held = self._seen[listing.path].get(name), listing.stream_rows(name)
+            if value is None:
+                continue
+            missing = [segment for segment in held.segments if segment not in sizes]
+            rows = None if missing else Rows.of(held.segments, sizes, self._raster)
+            if rows is None or value.shape[held.dim] != rows.total or min(rows.sizes) < 0:
+                raise RuntimeError(
+                    f"{name} has {value.shape[held.dim]} rows before {listing.path}, which is not what the plan of "
+                    f"{self._plan.model} makes of it ({', '.join(f'{key} {size}' for key, size in sizes.items())})"
+                )
+            found[name] = StreamKind(rows, value.shape[-1], value.dtype)
+        return found
+
+
+def _pairs(held: Holds | tuple[Holds, ...], value: Any) -> Sequence[tuple[Holds, Tensor]]:
+    """Every tensor of an argument, with whose rows it has."""
+    if isinstance(held, tuple):
+        values = value if isinstance(value, (tuple, list)) else (None,) * len(held)
+        return [(own, each) for own, each in zip(held, values, strict=True) if isinstance(each, Tensor)]
+    found = first_tensor(value)
+    return [] if found is None else [(held, found)]
+
+
+def shapes_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the shapes inside a call follow from."""
+    return tuple((name, _key(value)) for name, value in sorted(inputs.items()))
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, dict):
+        return shapes_key(value)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_key, value))
+    return value if isinstance(value, (int, float, bool, str, type(None))) else type(value)
