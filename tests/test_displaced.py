@@ -106,7 +106,7 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         pipe: The pipeline.
         parts: Ranks there would be.
         warmup: Calls per guidance branch in which everything is fresh.
-        rows: Raster of tokens of the picture.
+        rows: Rows of tokens of the picture.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
 
     Yields:

@@ -7,8 +7,9 @@ import time
 import torch
 
 from patchpipe import ParallelConfig
+from patchpipe.distributed.mesh import Group
 from patchpipe.models.latent import Raster
-from patchpipe.schedule.hops import Hops
+from patchpipe.schedule.hops import Crossing, Hops
 from patchpipe.stage.patches import Cut, Patch
 from tests.ranks import Place, run_ranks
 
@@ -22,17 +23,24 @@ def stream(call: int, piece: Patch, text_rows: int) -> dict[str, torch.Tensor]:
     return {"text": text, "hidden_states": torch.full((1, piece.token_count, 3), 10.0 * call + piece.index)}
 
 
+def crossing(group: Group, piece: Patch, text_rows: int, width: int = 3, batch: int = 1) -> Crossing:
+    """What goes between two stages for a piece."""
+    counts = {"text": text_rows if piece.carries_riders else 0, "hidden_states": piece.token_count}
+    hop = {name: (torch.Size((batch, rows, width)), torch.float32) for name, rows in counts.items() if rows}
+    return Crossing({} if group.first else hop, {} if group.last else hop, large=piece.whole)
+
+
 def send_all(place: Place, calls: list[Call]) -> tuple[list[bool], int]:
     """Whether every stream arrived as it left, on the second stage; what was sent, on the first."""
     group, right = place.join(ParallelConfig(pipefusion=2, timeout=20)), []
     for _ in range(2):  # requests: the channels are as good as new after the first
-        hops = Hops(group, "text", 3, torch.float32)
+        hops = Hops(group)
         for number, (branch, pieces, text_rows) in enumerate(calls):
-            receives = hops.begin(branch, [(1, piece) for piece in pieces], text_rows)
+            receives = hops.begin(branch, [crossing(group, piece, text_rows) for piece in pieces])
             for piece, posted in zip(pieces, receives, strict=True):
                 expected = stream(number, piece, text_rows)
                 if group.first:
-                    hops.pass_on(expected, piece, text_rows)
+                    hops.pass_on(expected, crossing(group, piece, text_rows))
                     continue
                 names = [name for name, rows in expected.items() if rows.numel()]
                 assert sorted(posted) == sorted(names)
@@ -56,12 +64,12 @@ def test_streams_arrive_in_order_whatever_the_next_call_is() -> None:
 def send_early(place: Place) -> None:
     """The second stage is busy with one call while the next one's first patch is sent."""
     group = place.join(ParallelConfig(pipefusion=2, timeout=20))
-    hops = Hops(group, "text", 512, torch.float32)
+    hops, crossings = Hops(group), [crossing(group, piece, 0, 512, 64) for piece in PATCHES]
     for call in range(4):
-        receives = hops.begin(0, [(64, piece) for piece in PATCHES], 0)
-        for piece, posted in zip(PATCHES, receives, strict=True):
+        receives = hops.begin(0, crossings)
+        for piece, own, posted in zip(PATCHES, crossings, receives, strict=True):
             if group.first:
-                hops.pass_on({"hidden_states": torch.full((64, piece.token_count, 512), float(call))}, piece, 0)
+                hops.pass_on({"hidden_states": torch.full((64, piece.token_count, 512), float(call))}, own)
                 continue
             if piece.index == 0 and call == 3:
                 memory = posted["hidden_states"]._buffer

@@ -18,10 +18,12 @@ from patchpipe import ParallelConfig
 from patchpipe.engine.processes import _environment
 from patchpipe.kernels import choice, lse
 from patchpipe.kernels.choice import KernelWatch, kernel_for, refusals, watch_kernels
+from patchpipe.models.latent import Raster
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.store import LayerStore
 from tests import tiny
 from tests.ranks import Place
+from tests.sequences import sequence_of
 from tests.threads import run_threads
 
 FUSED = {
@@ -206,7 +208,7 @@ def test_every_method_is_watched(
 def test_rows_of_the_image_alone_carry_no_column(text_first: bool) -> None:
     """Keys of which none is masked go to the fast kernel, which takes no mask."""
     text = 2
-    store = LayerStore(text, text_first)
+    store = LayerStore(sequence_of(Raster(2, 4, 4), text, text_first))
     key, column = torch.randn(1, 2, text + 8, 4), torch.zeros(1, 1, text + 8, 1)
     store.keep(key, key, column)
     first, second = (

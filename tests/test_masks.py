@@ -16,8 +16,7 @@ from patchpipe import ParallelConfig, UnsupportedModel
 from patchpipe.layout.combinations import TESTED
 from patchpipe.loading.precheck import check_folder
 from patchpipe.models import plan_for
-from patchpipe.models.latent import Raster
-from patchpipe.models.plan import PackedShapes
+from patchpipe.models.latent import Latent, Raster, sizes_by_shapes
 from patchpipe.parallel.ring import Merged
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.stage.attention import Attend, Attending, attend_through
@@ -26,6 +25,7 @@ from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import quieten, run_ranks
+from tests.sequences import sequence_of
 from tests.test_displaced import naive_distrifusion
 
 NAME = "qwen-padded"
@@ -135,6 +135,10 @@ def through(attending: Attending, rows: Tensor, mask: Tensor | None) -> Tensor:
     return layer(rows, mask)
 
 
+RASTER = Raster(IMAGE, 1, 1)
+ROWS = sequence_of(RASTER, TEXT)
+
+
 def patches(count: int = 3) -> tuple[Patch, ...]:
     return Cut.of(Raster(IMAGE, 1, 1), ParallelConfig(patches=count)).patches
 
@@ -159,7 +163,7 @@ def whole_mask(text: Tensor, kind: str) -> Tensor:
 @pytest.mark.parametrize("kind", ["boolean", "additive", "by head"])
 def test_patches_see_the_mask_of_the_text_that_came_with_the_first(kind: str, text_first: bool) -> None:
     rows, text_mask = sequence()
-    mask, store = whole_mask(text_mask, kind), LayerStore(TEXT, text_first)
+    mask, store = whole_mask(text_mask, kind), LayerStore(sequence_of(RASTER, TEXT, text_first))
     text, image = rows.split([TEXT, IMAGE], dim=2)
     for patch in patches():
         own, own_mask = image[:, :, slice(*patch.tokens)], None
@@ -167,7 +171,7 @@ def test_patches_see_the_mask_of_the_text_that_came_with_the_first(kind: str, te
             keys = [*range(TEXT), *range(TEXT, TEXT + patch.token_count)]
             order = keys if text_first else keys[TEXT:] + keys[:TEXT]
             own, own_mask = torch.cat([text, own], dim=2)[:, :, order], mask[..., order]
-        made = through(Attending(patch, store, None, TEXT, text_first, masked=True), own, own_mask)
+        made = through(Attending(patch, store, None, store.rows, masked=True), own, own_mask)
         seen = TEXT + patch.tokens[1]  # later rows do not exist yet
         right = scaled_dot_product_attention(own, rows[:, :, :seen], rows[:, :, :seen], attn_mask=mask[..., :seen])
         torch.testing.assert_close(made, right)
@@ -182,12 +186,12 @@ class Spy(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("store", [None, LayerStore(TEXT, text_first=True)])
+@pytest.mark.parametrize("store", [None, LayerStore(ROWS)])
 def test_a_synchronous_step_hands_the_models_own_mask_on(store: LayerStore | None) -> None:
     rows, text_mask = sequence()
     mask, patch = whole_mask(text_mask, "boolean"), Cut.of(Raster(IMAGE, 1, 1), ParallelConfig()).whole
     with Spy() as spy:
-        through(Attending(patch, store, None, TEXT, True, masked=True), rows, mask)
+        through(Attending(patch, store, None, ROWS, masked=True), rows, mask)
     assert spy.mask is mask
 
 
@@ -213,23 +217,23 @@ class Together:
     ("mask", "masked", "sharing", "text"),
     [
         (torch.ones(TEXT + 2, TEXT + 2, dtype=torch.bool), True, None, "5 queries by 5 keys is not supported"),
-        (torch.ones(2, 1, 1, TEXT + 2, dtype=torch.bool), False, None, r"its plan does not tell \(text_mask\)"),
+        (torch.ones(2, 1, 1, TEXT + 2, dtype=torch.bool), False, None, r"its plan does not tell \(mask\)"),
         (torch.zeros(2, HEADS, 1, TEXT + 2), True, Together(), "differs from head to head"),
     ],
     ids=["by query", "unknown to the plan", "by head"],
 )
 def test_masks_that_would_be_wrong_are_refused(mask: Tensor, masked: bool, sharing: Any, text: str) -> None:
     rows = sequence()[0][:, :, : TEXT + 2].float()
-    attending = Attending(patches()[0], LayerStore(TEXT, text_first=True), sharing, TEXT, True, masked)
+    attending = Attending(patches()[0], LayerStore(ROWS), sharing, ROWS, masked)
     with pytest.raises(NotImplementedError, match=text):
         through(attending, rows, mask)
 
 
 def test_a_mask_that_comes_and_goes_is_noticed() -> None:
-    rows, store, patch = sequence()[0], LayerStore(TEXT, text_first=True), patches()[1]
+    rows, store, patch = sequence()[0], LayerStore(ROWS), patches()[1]
     store.keep(rows, rows)
     with pytest.raises(RuntimeError, match="some calls of a guidance branch mask text rows"):
-        through(Attending(patch, store, None, TEXT, True, masked=True), rows[:, :, TEXT + 2 : TEXT + 4], None)
+        through(Attending(patch, store, None, ROWS, masked=True), rows[:, :, TEXT + 2 : TEXT + 4], None)
 
 
 # -- merging parts -----------------------------------------------------------------------------------
@@ -280,9 +284,11 @@ def test_a_column_is_attended_with_as_its_mask_is() -> None:
     ],
 )
 def test_pictures_that_do_not_form_one_raster_are_refused(shapes: list[list[tuple[int, ...]]], text: str) -> None:
+    grid, latent = Latent("bnc", sizes=sizes_by_shapes()), torch.zeros(2, 12, 16)
     with pytest.raises(ValueError, match=text):
-        PackedShapes().rows(nn.Module(), torch.Size((1, 12, 16)), {"img_shapes": shapes})
-    assert PackedShapes().rows(nn.Module(), torch.Size((2, 12, 16)), {"img_shapes": [(1, 4, 3)] * 2}) == Raster(4, 3, 3)
+        grid.rows(nn.Module(), latent.shape, {"hidden_states": latent, "img_shapes": shapes})
+    right = {"hidden_states": latent, "img_shapes": [(1, 4, 3)] * 2}
+    assert grid.rows(nn.Module(), latent.shape, right) == Raster(4, 3, 3)
 
 
 def test_configurations_nothing_tests_are_refused(tmp_path: Any) -> None:

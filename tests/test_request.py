@@ -15,7 +15,10 @@ import patchpipe
 from patchpipe import ParallelConfig
 from patchpipe.distributed.joining import join
 from patchpipe.models import plan_for
+from patchpipe.models.latent import Raster
 from patchpipe.schedule.request import Request
+from patchpipe.stage.rows import Rows
+from patchpipe.stage.survey import CallShapes, StreamKind
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
 
@@ -160,7 +163,16 @@ def test_fewer_steps_than_warm_up_run_synchronously_and_say_so(caplog: pytest.Lo
 def request() -> tuple[Request, Any]:
     model = tiny.pipeline("sd3").transformer
     config = ParallelConfig(patches=2)
-    return Request(config, plan_for(model), model, join(config, rank=0, world_size=1, device="cpu")), model
+    group = join(config, rank=0, world_size=1, device="cpu")
+    return Request(config, plan_for(model), model, group, look=look), model
+
+
+def look(inputs: Any, raster: Raster, _memo: Any) -> CallShapes:
+    """What there is in a call, as far as the cut asks."""
+    rows = Rows(("image",), (raster.total,), raster)
+    stream = {"hidden_states": StreamKind(rows, 32, torch.float32)}
+    sizes = {"image": raster.total, "text": inputs["encoder_hidden_states"].shape[1]}
+    return CallShapes(raster, sizes, {"transformer_blocks": stream}, inputs["hidden_states"].shape, torch.float32)
 
 
 def call(latent: torch.Tensor, text: torch.Tensor) -> dict[str, Any]:

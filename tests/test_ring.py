@@ -23,6 +23,7 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
+from tests.sequences import sequence_of
 
 TOLERANCE = 1e-10  # relative, in float64: sums are reordered
 NAMES = ("flux", "sd35", "pixart")  # text first, text last beside image-only attention, no text
@@ -212,7 +213,7 @@ def test_what_the_kernels_would_ignore_is_refused(asked, text):
 @pytest.mark.parametrize("warm", [True, False])
 def test_the_store_tells_a_patchs_rows_from_the_others(text, text_first, warm):
     cut = Cut.of(Raster(count=7, tokens=2, units=2), ParallelConfig(patches=3))
-    store, total = LayerStore(text, text_first), text + cut.total_tokens
+    store, total = LayerStore(sequence_of(cut.rows, text, text_first)), text + cut.total_tokens
     if warm:
         store.keep(torch.full((1, 1, total, 1), -1.0), torch.full((1, 1, total, 1), -1.0))
     for patch in cut.patches:

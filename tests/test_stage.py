@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from patchpipe.stage.positions import PositionTable
 from torch import nn
 
 from patchpipe import ParallelConfig
 from patchpipe.models import plan_for
+from patchpipe.models.latent import Raster
+from patchpipe.models.plan import of
 from patchpipe.stage.balance import Boundary, StageBlocks, stages_of
-from patchpipe.stage.patches import Cut
-from patchpipe.stage.stage import CallContext, SharedStandIn, Stage, StandIn
+from patchpipe.stage.context import CallContext
+from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.rows import Cutter, Rows
+from patchpipe.stage.seam import Seam
+from patchpipe.stage.stage import Stage
 from tests import tiny
 
 PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen")
@@ -54,19 +59,19 @@ def inputs_for(name: str, model: Any, rows: int = 4, columns: int = 3) -> dict[s
 
 def whole_call(model: nn.Module, plan: Any, inputs: dict[str, Any], stages: int) -> torch.Tensor:
     """A synchronous call through several stages of one process, and the stages taken off again."""
-    cut = Cut.of(plan.grid.rows(model, inputs["hidden_states"].shape, inputs), ParallelConfig(patches=2))
-    sizes, streams = {1: (4,), 2: (1, 3), 4: (1, 1, 1, 1)}[stages], None
-    result: Any = None
+    raster = plan.grid.rows(model, inputs["hidden_states"].shape, inputs)
+    cut, sizes = Cut.of(raster, ParallelConfig(patches=2)), {1: (4,), 2: (1, 3), 4: (1, 1, 1, 1)}[stages]
+    result: Any = {}
     for index in range(stages):
         first, last = index == 0, index == stages - 1
         stage = Stage(model, plan, stages_of(sizes)[index], first=first, last=last)
         stage.attach()
+        stage.sew()
         try:
-            context = CallContext(cut.whole, None, plan.text_rows(inputs), streams)
+            context = CallContext(cut.whole, stage.look(inputs, raster, {}), None, result)
             result = stage.run(inputs, inputs["hidden_states"] if first else None, context)
         finally:
             stage.detach()
-        streams = result
     return result
 
 
@@ -90,9 +95,8 @@ def test_a_stage_leaves_the_model_as_it_was(name: str, halves: bool) -> None:
     before = {title: (id(module), sorted(module.__dict__), hooks(module)) for title, module in modules.items()}
     stage = Stage(model, plan, StageBlocks(Boundary(1, 0.5), Boundary(3, 0.5), halves), first=False, last=False)
     stage.attach()
-    kinds = [type(model.get_submodule(place.name)) for place in plan.blocks_of(model)]
-    assert (kinds[0], kinds[1], kinds[3]) == (StandIn, SharedStandIn, SharedStandIn)
-    assert kinds[2] is type(plan.blocks_of(model)[2].block)
+    stage.sew()
+    assert all(isinstance(place.block.__dict__["forward"], Seam) for place in plan.blocks_of(model))
     stage.detach()
     after = {t: (id(m), sorted(m.__dict__), hooks(m)) for t, m in model.named_modules()}
     assert after == before
@@ -102,27 +106,44 @@ def hooks(module: nn.Module) -> int:
     return len(module._forward_hooks) + len(module._forward_pre_hooks)
 
 
-@pytest.mark.parametrize("latent", [(8, 6), (6, 12), (22, 6)])
-@pytest.mark.parametrize("name", ["sd3", "pixart", "pixart-sigma"])
-@torch.no_grad()
-def test_a_patch_has_the_positions_it_has_in_the_whole(name: str, latent: tuple[int, int]) -> None:
-    embed: Any = tiny.pipeline(name, dtype=torch.float64).transformer.pos_embed
-    picture = torch.randn(1, 4, *latent, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rows, columns = latent[0] // 2, latent[1] // 2
-    whole = embed(picture).unflatten(1, (rows, columns))
-    table = PositionTable(embed)
-    kept = {key: id(value) for key, value in {**vars(embed), **embed._buffers, **embed._modules}.items()}
-    for start, stop in ((0, 1), (1, 3), (0, rows)):
-        with table.showing(picture.shape, (start, stop)):
-            part = embed(picture[:, :, 2 * start : 2 * stop])
-        # A convolution may sum in another order for another height.
-        torch.testing.assert_close(part.unflatten(1, (stop - start, columns)), whole[:, start:stop])
-    assert {k: id(v) for k, v in {**vars(embed), **embed._buffers, **embed._modules}.items()} == kept
-    assert torch.equal(embed(picture).unflatten(1, (rows, columns)), whole)
+@pytest.mark.parametrize("outer", [1, 3])
+@pytest.mark.parametrize("segments", [("image",), ("text", "image"), ("image", "text"), ("text", "image", "reference")])
+def test_rows_that_are_cut_out_and_put_back_are_those_of_the_whole(segments: tuple[str, ...], outer: int) -> None:
+    """Patch by patch, and piece by piece of a patch that ranks share; a clip's rows lie apart in the model's order."""
+    raster = Raster(count=5, tokens=2 * outer, units=2, outer=outer)
+    sizes = {"image": raster.total, "text": 3, "reference": 4}
+    whole = torch.randn(2, sum(sizes[name] for name in segments), 3)
+    cut, held = Cut.of(raster, ParallelConfig(patch_rows=(2, 3))), of(*segments)
+    patches: list[Patch] = list(cut.patches)
+    for pieces in (patches, [piece for patch in patches for piece in cut.split(patch, 2)], cut.split(cut.whole, 3)):
+        cutters = [Cutter(piece, raster, sizes) for piece in pieces]
+        parts = [cutter.narrow(whole, held) for cutter in cutters]
+        assert torch.equal(sum(cutter.widen(part, held) for cutter, part in zip(cutters, parts, strict=True)), whole)
+        rows = Rows.of(segments, sizes, raster)
+        together = rows.join(parts, pieces, 1)
+        assert torch.equal(together, rows.by_cut(whole, 1))
+        assert all(torch.equal(one, two) for one, two in zip(rows.part(together, pieces, 1), parts, strict=True))
 
 
-def test_a_stand_in_hands_streams_through_however_they_are_given() -> None:
-    stand_in = StandIn(("text", "image"), {"image": 0, "text": 1})
-    assert stand_in("image", text="text") == ("text", "image")
-    assert stand_in("image", "text") == ("text", "image")
-    assert StandIn(("image",), {"image": 0})("image") == "image"
+def test_only_arguments_with_rows_are_cut() -> None:
+    raster = Raster(4, 2, 1)
+    cutter = Cutter(Cut.of(raster, ParallelConfig(patches=2)).patches[1], raster, {"image": 8, "text": 3})
+    image, text, alone = torch.randn(1, 8, 2), torch.randn(3, 2), torch.randn(1, 1, 2)
+    cut = cutter.narrow((image, text), (of("image"), of("text", dim=0)))
+    assert torch.equal(cut[0], image[:, 4:])
+    assert cut[1].shape == (0, 2)
+    assert cutter.narrow(alone, of("image")) is alone, "one row that stands for all"
+    assert cutter.narrow(image, of("image", ndim=4)) is image
+    with pytest.raises(RuntimeError, match=r"given 8 rows where 11 of text and image .* does not fit"):
+        cutter.narrow(image, of("text", "image"))
+
+
+def test_a_plan_that_does_not_fit_is_noticed_before_any_block_runs() -> None:
+    model = tiny.pipeline("pixart").transformer
+    plan, inputs = plan_for(model), inputs_for("pixart", model)
+    wrong = replace(plan, blocks=(replace(plan.blocks[0], rows={"hidden_states": of("image", dim=2)}),))
+    stage = Stage(model, wrong, stages_of((4,))[0], first=True, last=True)
+    stage.attach()
+    stage.sew()
+    with pytest.raises(RuntimeError, match="hidden_states has 48 rows before transformer_blocks"):
+        stage.look(inputs, plan.grid.rows(model, inputs["hidden_states"].shape, inputs), {})

@@ -10,9 +10,11 @@ from patchpipe import ParallelConfig
 from patchpipe.models.latent import Raster
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.store import LayerStore
+from tests.sequences import sequence_of
 
 IMAGE, TEXT = 6, 2
-FIRST, SECOND, THIRD = Cut.of(Raster(IMAGE, 1, 1), ParallelConfig(patch_rows=(1, 2, 3))).patches
+RASTER = Raster(IMAGE, 1, 1)
+FIRST, SECOND, THIRD = Cut.of(RASTER, ParallelConfig(patch_rows=(1, 2, 3))).patches
 
 
 def rows(*values: float) -> Tensor:
@@ -27,7 +29,7 @@ def seen(store: LayerStore, patch: Patch, *values: float) -> list[float]:
 
 
 def test_without_warm_up_a_patch_sees_only_rows_that_exist_text_first() -> None:
-    store = LayerStore(TEXT, text_first=True)
+    store = LayerStore(sequence_of(RASTER, TEXT))
     assert seen(store, FIRST, 91, 92, 1) == [91, 92, 1]
     assert seen(store, SECOND, 2, 3) == [91, 92, 1, 2, 3]
     assert seen(store, THIRD, 4, 5, 6) == [91, 92, 1, 2, 3, 4, 5, 6]
@@ -36,7 +38,7 @@ def test_without_warm_up_a_patch_sees_only_rows_that_exist_text_first() -> None:
 
 
 def test_without_warm_up_a_patch_sees_only_rows_that_exist_image_first() -> None:
-    store = LayerStore(TEXT, text_first=False)
+    store = LayerStore(sequence_of(RASTER, TEXT, text_first=False))
     assert seen(store, FIRST, 1, 91, 92) == [1, 91, 92]
     assert seen(store, SECOND, 2, 3) == [1, 2, 3, 91, 92]
     assert seen(store, THIRD, 4, 5, 6) == [1, 2, 3, 4, 5, 6, 91, 92]
@@ -46,7 +48,7 @@ def test_without_warm_up_a_patch_sees_only_rows_that_exist_image_first() -> None
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_without_text_there_are_image_rows_alone(text_first: bool) -> None:
-    store = LayerStore(0, text_first)
+    store = LayerStore(sequence_of(RASTER, 0, text_first))
     assert seen(store, FIRST, 1) == [1]
     assert seen(store, SECOND, 2, 3) == [1, 2, 3]
     store.keep(rows(1, 2, 3, 4, 5, 6), -rows(1, 2, 3, 4, 5, 6))
@@ -56,7 +58,7 @@ def test_without_text_there_are_image_rows_alone(text_first: bool) -> None:
 @pytest.mark.parametrize("text_first", [True, False])
 def test_a_patchs_rows_can_be_taken_and_put_into_another_store(text_first: bool) -> None:
     """Text rows go with the first patch; a column of a mask, which all heads share, goes with the keys."""
-    whole, other = LayerStore(TEXT, text_first), LayerStore(TEXT, text_first)
+    whole, other = LayerStore(sequence_of(RASTER, TEXT, text_first)), LayerStore(sequence_of(RASTER, TEXT, text_first))
     make = torch.Generator().manual_seed(0)
     fresh = [torch.randn(2, heads, TEXT + IMAGE, width, generator=make) for heads, width in ((3, 4), (3, 5), (1, 1))]
     whole.keep(*fresh)
@@ -70,7 +72,7 @@ def test_a_patchs_rows_can_be_taken_and_put_into_another_store(text_first: bool)
 
 @pytest.mark.parametrize("text_first", [True, False])
 def test_after_a_synchronous_step_all_rows_exist(text_first: bool) -> None:
-    store = LayerStore(TEXT, text_first)
+    store = LayerStore(sequence_of(RASTER, TEXT, text_first))
     text, image = [91, 92], [1, 2, 3, 4, 5, 6]
     whole = rows(*(text + image if text_first else image + text))
     store.keep(whole, -whole)
@@ -82,20 +84,20 @@ def test_after_a_synchronous_step_all_rows_exist(text_first: bool) -> None:
 def test_the_store_writes_into_no_tensor_of_others() -> None:
     projections = torch.arange(8.0).reshape(1, 1, 8, 1).repeat(1, 1, 1, 2)  # key and value from one matrix
     kept = projections.clone()
-    store = LayerStore(TEXT, text_first=True)
+    store = LayerStore(sequence_of(RASTER, TEXT))
     store.keep(projections[..., :1], projections[..., 1:])
     store.write(SECOND, rows(50, 51), rows(60, 61))
     assert torch.equal(projections, kept)
 
 
 def test_a_wrong_number_of_rows_is_noticed() -> None:
-    store = LayerStore(TEXT, text_first=True)
+    store = LayerStore(sequence_of(RASTER, TEXT))
     with pytest.raises(RuntimeError, match=r"patch 0 brought 1 rows .* expects 3: the model's plan does not fit"):
         store.write(FIRST, rows(1), rows(1))
 
 
 def test_bytes_are_those_of_all_rows() -> None:
-    store = LayerStore(TEXT, text_first=True)
+    store = LayerStore(sequence_of(RASTER, TEXT))
     assert store.bytes == 0
     seen(store, FIRST, 91, 92, 1)
     assert store.bytes == 2 * (TEXT + IMAGE) * 4

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from patchpipe.models.plan import BlockPlace
+from patchpipe.stage.balance import StageBlocks
 from patchpipe.stage.context import CallContext, Streams
-
-if TYPE_CHECKING:
-    from patchpipe.stage.stage import Stage
+from patchpipe.stage.survey import Survey
 
 
 class StageDone(Exception):
@@ -30,18 +30,53 @@ class StageDone(Exception):
         self.streams = streams
 
 
+@dataclass
+class Passage:
+    """What the seams of a stage read: where the patch at work enters the stage and leaves it.
+
+    Attributes:
+        owned: The blocks of the stage.
+        first: Whether it is the first stage.
+        context: The patch at work.
+        survey: Looks at what blocks are given, while the shapes of a call are found out.
+    """
+
+    owned: StageBlocks
+    first: bool
+    context: CallContext | None = None
+    survey: Survey | None = None
+
+    @property
+    def at_work(self) -> CallContext:
+        """The patch at work."""
+        assert self.context is not None, "a block was called outside a call of the transformer"
+        return self.context
+
+    @property
+    def now(self) -> range:
+        """The blocks that run in its turn."""
+        turn = self.at_work.turn
+        return self.owned.whole if turn is None else self.owned.of(*turn)
+
+    @property
+    def trails(self) -> bool:
+        """Whether the block after these is the next stage's in this step, but its keys and values are kept here too."""
+        shared = self.owned.stop.share > 0 and not self.owned.halves
+        return shared and self.at_work.turn is None and self.at_work.stores is not None
+
+
 class Seam:
     """Stands in for the ``forward`` of one block.
 
     Args:
-        stage: The stage of this rank.
+        passage: The stage's.
         place: The block.
         index: Its place among all blocks.
         last: Whether it is the last one of its list.
     """
 
-    def __init__(self, stage: Stage, place: BlockPlace, index: int, *, last: bool) -> None:
-        self.stage, self.listing, self.index = stage, place.listing, index
+    def __init__(self, passage: Passage, place: BlockPlace, index: int, *, last: bool) -> None:
+        self.passage, self.listing, self.index = passage, place.listing, index
         self.first, self.last = place.index == 0, last
         self.compute: Callable[..., Any] = place.block.forward
         self.names = [name for name in inspect.signature(type(place.block).forward).parameters if name != "self"]
@@ -49,13 +84,13 @@ class Seam:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's streams; of blocks that other stages run, what they were given."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.stage.survey is not None:
-            self.stage.survey.see(self.listing, arguments)
+        if self.passage.survey is not None:
+            self.passage.survey.see(self.listing, arguments)
             return self._through(arguments)
-        context, now = self.stage.at_work
+        context, now = self.passage.at_work, self.passage.now
         if self.index < now.start:
             return self._through(arguments)
-        if self.index == now.start and not self.stage.first:
+        if self.index == now.start and not self.passage.first:
             self._receive(arguments, context)
         elif self.first and context.cutter is not None:
             arguments |= {
@@ -82,7 +117,7 @@ class Seam:
 
     def _leave(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
-        if self.stage.trails:
+        if self.passage.trails:
             context.trailing = partial(self._run, arguments, context)
         raise StageDone({name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None})
 

@@ -22,7 +22,7 @@ from patchpipe.stage.attention import Attending, attend_through, override
 from patchpipe.stage.balance import StageBlocks
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.rows import Rows
-from patchpipe.stage.seam import Seam, StageDone
+from patchpipe.stage.seam import Passage, Seam, StageDone
 from patchpipe.stage.store import LayerStore
 from patchpipe.stage.survey import CallShapes, Survey
 
@@ -52,9 +52,6 @@ class Stage:
         first: Whether this is the first stage.
         last: Whether this is the last stage.
         kernels: Looks at what torch's attention kernels are given; ``None`` where there is but one.
-
-    Attributes:
-        survey: Looks at what blocks are given, while the shapes of a call are found out.
     """
 
     def __init__(
@@ -70,8 +67,7 @@ class Stage:
         self.model, self.plan, self.owned = model, plan, owned
         self.first, self.last = first, last
         self.kernels = kernels
-        self.context: CallContext | None = None
-        self.survey: Survey | None = None
+        self.passage = Passage(owned, first)
         self.places = plan.blocks_of(model)
         self._kept: Kept | None = None
         self._undo: list[Callable[[], None]] = []
@@ -102,7 +98,7 @@ class Stage:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
         for index, place in enumerate(self.places):
             last = index + 1 == len(self.places) or self.places[index + 1].listing is not place.listing
-            self._seams.append(override(place.block, Seam(self, place, index, last=last)))
+            self._seams.append(override(place.block, Seam(self.passage, place, index, last=last)))
 
     def unsew(self) -> None:
         """Takes the seams off."""
@@ -129,13 +125,13 @@ class Stage:
             The streams for the next stage, or on the last stage the patch of the noise prediction.
         """
         context.inputs = inputs
-        self.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
+        self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
         try:
             prediction = self._root(inputs, self._whole(inputs[self.plan.latent], latent, context))
         except StageDone as done:
             return done.streams
         finally:
-            self.context = self._kept = None
+            self.passage.context = self._kept = None
         if context.patch.uncut:
             return prediction
         start, stop = context.patch.units
@@ -144,11 +140,11 @@ class Stage:
     def trail(self, context: CallContext) -> None:
         """Runs the block that the next stage has begun to run, so that this one knows its keys and values too."""
         assert context.trailing is not None
-        self.context, self._kept = context, Kept(context.memo, context.request_memo, context.inputs)
+        self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, context.inputs)
         try:
             context.trailing()
         finally:
-            self.context = self._kept = None
+            self.passage.context = self._kept = None
 
     def look(self, inputs: Mapping[str, Any], raster: Raster, memo: dict[tuple[Any, ...], Any]) -> CallShapes:
         """Finds out the shapes inside a call, with no block run.
@@ -164,11 +160,12 @@ class Stage:
         latent = inputs[self.plan.latent]
         blank = torch.zeros((), dtype=latent.dtype, device=latent.device).expand(latent.shape)
         inputs = {**inputs, self.plan.latent: blank}
-        self.survey, self._kept = Survey(self.plan, raster), Kept({}, memo, inputs)
+        survey = Survey(self.plan, raster)
+        self.passage.survey, self._kept = survey, Kept({}, memo, inputs)
         try:
-            return self.survey.shapes(self._root(inputs, blank))
+            return survey.shapes(self._root(inputs, blank))
         finally:
-            self.survey = self._kept = None
+            self.passage.survey = self._kept = None
 
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
@@ -187,22 +184,6 @@ class Stage:
         start, stop = context.patch.units
         whole.narrow(self.plan.grid.dim, start, stop - start).copy_(latent)
         return whole
-
-    # -- where it is -----------------------------------------------------------------------------
-
-    @property
-    def at_work(self) -> tuple[CallContext, range]:
-        """The patch at work, and the blocks that run in its turn."""
-        assert self.context is not None
-        turn = self.context.turn
-        return self.context, self.owned.whole if turn is None else self.owned.of(*turn)
-
-    @property
-    def trails(self) -> bool:
-        """Whether the block after these is the next stage's in this step, but its keys and values are kept here too."""
-        assert self.context is not None
-        shared = self.owned.stop.share > 0 and not self.owned.halves
-        return shared and self.context.turn is None and self.context.stores is not None
 
     # -- hooks -----------------------------------------------------------------------------------
 
@@ -246,8 +227,7 @@ class Stage:
 
     def _attending(self, name: str, segments: tuple[str, ...]) -> Attending | None:
         """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
-        assert self.context is not None
-        context = self.context
+        context = self.passage.at_work
         if context.stores is None and context.sharing is None:
             return None
         rows, store = Rows.of(segments, context.shapes.sizes, context.shapes.raster), None
