@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -34,7 +35,6 @@ from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.schedule import MERGE_BYTES, MERGE_OPERATIONS
 from patchpipe.planner.work.workload import Block, Workload
 from patchpipe.stage.balance import StageBlocks
-from patchpipe.stage.stage import argument_positions
 
 BEFORE = 0.3  # of a block's other work that comes before its attention: queries, keys and values of twelve products
 SHORT_WAIT = 1e-3  # undilated seconds that a wait may take on a busy host although its data are there
@@ -172,14 +172,10 @@ class EmulatedBlock:
     ) -> None:  # fmt: skip
         self.place, self.block, self.costs, self.device = place, block, costs, device
         self.outside = costs.outside if first else 0.0
-        self.heads, self.text_first = heads, place.listing.text_first
+        self.heads = heads
         self.sums = [(split.linear, _stream(place, split)) for split in sums]
-        self.positions = argument_positions(place.block)
-        self.layers = [
-            (getattr(place.block, path), kind == "joint")
-            for path, kind in place.listing.attention.items()
-            if kind != "cross" and getattr(place.block, path, None) is not None
-        ]
+        self.names = [name for name in signature(type(place.block).forward).parameters if name != "self"]
+        self.layers = [(place.block.get_submodule(path), segments) for path, segments in place.self_attention.items()]
         self.kernels = _Kernels(self)
         for layer, _ in self.layers:
             layer.forward = self._attention(layer)
@@ -189,21 +185,22 @@ class EmulatedBlock:
         """Takes a block's time and hands its streams through."""
         device = self.device
         device.aside()
-        streams = {n: kwargs[n] if n in kwargs else args[self.positions[n]] for n in self.place.listing.streams}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        streams = {name: given[name] for name in self.place.listing.streams}
         image, text = streams["hidden_states"], streams.get("encoder_hidden_states")
         other = self.costs.other(self.block, image.shape[0], image.shape[1], 0 if text is None else text.shape[1])
         device.compute(self.outside + BEFORE * other)
-        for layer, joint in self.layers:
-            rows = self._rows(image, text if joint else None)
+        for layer, segments in self.layers:
+            rows = self._rows(image, text, segments)
             with self.kernels:
                 device.back()
                 layer(rows)
                 device.aside()
         for linear, stream in self.sums:
-            rows = {"image": image, "text": text, "both": self._rows(image, text)}[stream]
-            given = rows.new_zeros(*rows.shape[:2], linear.weight.shape[1])
+            rows = {"image": image, "text": text, "both": self._rows(image, text, ("text", "image"))}[stream]
+            blank = rows.new_zeros(*rows.shape[:2], linear.weight.shape[1])
             device.back()
-            linear(given)
+            linear(blank)
             device.aside()
         device.compute((1 - BEFORE) * other)
         if getattr(self.place.block, "context_pre_only", False):
@@ -212,10 +209,9 @@ class EmulatedBlock:
         device.back()
         return found if len(found) > 1 else found[0]
 
-    def _rows(self, image: Tensor, text: Tensor | None) -> Tensor:
-        if text is None:
-            return image.clone()
-        return torch.cat([text, image] if self.text_first else [image, text], dim=1)
+    def _rows(self, image: Tensor, text: Tensor | None, segments: tuple[str, ...]) -> Tensor:
+        streams = [{"image": image, "text": text}[name] for name in segments]
+        return torch.cat([rows for rows in streams if rows is not None], dim=1)
 
     def _attention(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         """Queries, keys and values of the right shape, to the call that patchpipe looks for."""

@@ -152,7 +152,7 @@ def formula(model: Any, layout: Layout, stage: int) -> int:
     """Parameters of a stage: split matrices and the biases of their columns divided by T, the others whole."""
     config, plan = ParallelConfig(**layout, warmup="all"), plan_for(model)
     owned = split_blocks(model, plan, config)[stage].held
-    names = owned_names(model, plan, owned, last=stage == config.pipefusion - 1)
+    names = owned_names(model, plan, owned)
     norms = ("norm", "time_text", "context_embedder", "x_embedder", "pos_embed", "adaln", "caption", "scale_shift")
     whole, split = 0, 0
     for name in (name for name, _ in model.named_parameters() if name in names):
