@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel")
 Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
 
 
@@ -67,7 +69,7 @@ def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branc
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
     """
     model = pipe.transformer
-    packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
+    packed = type(model).__name__ in PACKED
     text_first = packed
     whole_forward = model.forward
     tables: list[Table] = [{} for _ in range(branches)]
@@ -79,7 +81,7 @@ def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branc
         rows = sum(patch_rows)
         units = hidden_states.shape[dim] // rows  # of the latent, per row of tokens
         assert units * rows == hidden_states.shape[dim]
-        tokens_per_row = units if packed else hidden_states.shape[3] // 2
+        tokens_per_row = units if packed else prod(size // 2 for size in hidden_states.shape[3:])
         step, branch = divmod(calls, branches)
         calls += 1
         patches = [rows] if step < warmup else list(patch_rows)

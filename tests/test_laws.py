@@ -31,7 +31,7 @@ from tests.threads import run_threads
 
 MODELS = tiny.MODELS
 THOROUGH = ("flux", "sd3", "pixart")  # of each way text enters one, through every layout; the others through some
-RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen")
+RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen", "flux2", "wan")
 PLACES = ("text_rank", "output_rank", "stage_blocks")  # one process has no choice of these
 BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
@@ -72,11 +72,13 @@ def paint(pipe: Any, name: str, call: Call, seed: int = 3) -> np.ndarray | None:
     arguments = {**tiny.call_arguments(name, **settings), "output_type": "latent", **call}
     if isinstance(arguments["prompt"], list) and "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(arguments["prompt"])
+    if name == "wan" and "num_images_per_prompt" in arguments:
+        arguments["num_videos_per_prompt"] = arguments.pop("num_images_per_prompt")
     pipe.set_progress_bar_config(disable=True)
     output = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
     if output is None:
         return None
-    images = output.images
+    images = tiny.painted(output)
     return images.float().numpy() if isinstance(images, Tensor) else images
 
 

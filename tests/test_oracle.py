@@ -18,8 +18,10 @@ from tests.ranks import quieten
 
 # In float64: matrix products over other numbers of rows may sum in another order.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
-PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen", "qwen-padded")
-SEPARATE = ("flux", "qwen")  # guide by two calls a step
+ROUNDED = {"rtol": 1e-5, "atol": 1e-5}  # of models that compute norms in float32 whatever their own dtype is
+PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen", "qwen-padded", "flux2", "wan")
+SEPARATE = ("flux", "qwen", "wan")  # guide by two calls a step
+ROWS = {"wan": 5}  # frames of its clip
 
 
 def setup_module() -> None:
@@ -29,7 +31,7 @@ def setup_module() -> None:
 def paint(pipe: Any, name: str, **options: Any) -> Tensor:
     arguments = tiny.call_arguments(name, guided=options.pop("guided", True)) | options
     generator = torch.Generator().manual_seed(7)
-    return pipe(**arguments, generator=generator, output_type="latent").images
+    return tiny.painted(pipe(**arguments, generator=generator, output_type="latent"))
 
 
 def compare(name: str, config: ParallelConfig, change: Callable | None = None, **options: Any) -> tuple[int, ...]:
@@ -45,7 +47,7 @@ def compare(name: str, config: ParallelConfig, change: Callable | None = None, *
     with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1):
         naive = paint(pipe, name, **options)
     scale = plain.std()
-    torch.testing.assert_close(ours / scale, naive / scale, **TOLERANCE)
+    torch.testing.assert_close(ours / scale, naive / scale, **(ROUNDED if name == "wan" else TOLERANCE))
     stale = (naive - plain).abs().max() / scale
     assert stale > 1e-3, f"staleness moves the result by {stale} only: nothing was tested"
     return rows
@@ -56,7 +58,7 @@ def compare(name: str, config: ParallelConfig, change: Callable | None = None, *
 def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> None:
     for patches in (2, 3, 4):
         rows = compare(name, ParallelConfig(patches=patches, warmup=warmup))
-        assert (len(rows), sum(rows)) == (patches, 4)
+        assert (len(rows), sum(rows)) == (patches, ROWS.get(name, 4))
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)

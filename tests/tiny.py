@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -23,6 +27,9 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, trainers
 from transformers import (
@@ -33,8 +40,12 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from patchpipe.demo import MODEL_DIR
@@ -53,7 +64,7 @@ and background:<|im_end|>
 
 
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """``flux``, ``flux-guided``, ``sd3``, ``sd35``, ``sd3-16``, ``pixart``, ``pixart-sigma`` or ``qwen``, tiny."""
+    """``flux``, ``flux2``, ``sd3``, ``pixart``, ``qwen``, ``wan`` or a relative of theirs, tiny."""
     with _BUILDING:
         return _pipeline(name, blocks, dtype, seed)
 
@@ -63,7 +74,7 @@ def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
-        "qwen": _qwen, "qwen-padded": _qwen,
+        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "wan": _wan,
     }[name]  # fmt: skip
     pipe = build(blocks)
     for part in pipe.components.values():
@@ -94,7 +105,13 @@ def call_arguments(
         "width": width,
         "num_inference_steps": steps,
     }
-    if name.startswith("flux"):
+    if name == "flux2":
+        arguments |= {"max_sequence_length": 24, "text_encoder_out_layers": (1,)}
+        arguments["guidance_scale"] = 3.0 if guided else 1.0
+    elif name == "wan":
+        arguments |= {"max_sequence_length": 8, "num_frames": 17, "guidance_scale": 3.0 if guided else 1.0}
+        arguments["negative_prompt"] = OTHER_PROMPT
+    elif name.startswith("flux"):
         arguments["max_sequence_length"] = 8
         if guided:
             arguments |= {"negative_prompt": OTHER_PROMPT, "true_cfg_scale": 3.0}
@@ -112,6 +129,11 @@ def call_arguments(
             "use_resolution_binning": False, "clean_caption": False,
         }  # fmt: skip
     return arguments
+
+
+def painted(output: Any) -> Any:
+    """The pictures of what a pipeline returned, or the frames of its clip."""
+    return output.frames if hasattr(output, "frames") else output.images
 
 
 def _stir(module: torch.nn.Module) -> None:
@@ -256,3 +278,40 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     learned = json.loads(learner.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
     return Qwen2Tokenizer(learned["vocab"], merges, additional_special_tokens=special[1:])
+
+
+def _flux2(blocks: int) -> Flux2KleinPipeline:
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=blocks // 2, num_single_layers=blocks - blocks // 2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH, timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    encoder = Qwen3ForCausalLM(config).eval()
+    return Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, transformer)
+
+
+def _wan(blocks: int) -> WanPipeline:
+    """Five frames of the latent for a clip of 17."""
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=32,
+        ffn_dim=48, num_layers=blocks, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.1, 0.2, 0.0], latents_std=[1.0, 1.5, 0.8, 1.2],
+    )  # fmt: skip
+    config = UMT5Config(vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
+    encoder = UMT5EncoderModel(config).eval()
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return WanPipeline(_t5_tokenizer(), encoder, vae, scheduler, transformer)

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import transformers
 from accelerate import init_empty_weights
 
 from patchpipe.errors import UnsupportedModel
+from patchpipe.loading.absent import without_weights
+from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.choice import choose_class, named
 from patchpipe.loading.dtypes import dtype_of
 from patchpipe.loading.options import HUB, Options, read_options
@@ -110,12 +113,16 @@ class PipelineFolder:
             kind = getattr(transformers, name)
             return kind(kind.config_class.from_pretrained(self.path / part))
 
-    def other_parts(self, elsewhere: Callable[[str], bool], dtype: Any) -> dict[str, Any]:
+    def other_parts(self, elsewhere: Callable[[str], bool], dtype: Any, device: torch.device) -> dict[str, Any]:
         """Stand-ins for text encoders and VAE that are not wanted here.
 
         Args:
             elsewhere: Whether a part of a name is held somewhere else.
             dtype: What they are to be, or a dtype for each component.
+            device: Where this rank computes.
+
+        Raises:
+            FileNotFoundError: A stand-in needs values that its part's checkpoint lacks.
         """
         parts: dict[str, Any] = {}
         taken = inspect.signature(self.pipeline_class.__init__).parameters
@@ -125,7 +132,8 @@ class PipelineFolder:
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             if (encodes or part == "vae") and elsewhere(part):
                 own = dtype_of(part, dtype)
-                parts[part] = self.build(part, own).to("meta", own)
+                weights = partial(Checkpoint, self.path / part, self.variant) if part == "vae" else None
+                parts[part] = without_weights(self.build(part, own), own, device, weights)
         if self.variant and len(parts) < self._weighted():
             parts["variant"] = self.variant
         return parts

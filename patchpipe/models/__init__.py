@@ -6,12 +6,14 @@ from torch import nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models.families.flux import FLUX
+from patchpipe.models.families.flux2 import FLUX2
 from patchpipe.models.families.pixart import PIXART
 from patchpipe.models.families.qwen import QWEN_IMAGE
 from patchpipe.models.families.sd3 import SD3
+from patchpipe.models.families.wan import WAN
 from patchpipe.models.plan import ModelPlan
 
-PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE)
+PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN)
 
 
 def supported() -> list[str]:

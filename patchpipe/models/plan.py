@@ -218,3 +218,8 @@ def first_tensor(value: Any) -> Tensor | None:
         return value
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return next((each for each in values if isinstance(each, Tensor)), None)
+
+
+def attention_width(layer: Any) -> int:
+    """Channels of all heads of an attention module, whether its projections are apart or fused with others."""
+    return layer.to_q.out_features if hasattr(layer, "to_q") else layer.inner_dim

@@ -50,9 +50,10 @@ def check_guidance(
 
 def guided(given: Mapping[str, Any], plan: ModelPlan) -> bool:
     """Whether a call with these arguments, defaults among them, has two branches of guidance, as far as they tell."""
-    scale = given.get("true_cfg_scale" if plan.guidance == "calls" else "guidance_scale")
+    true = plan.guidance == "calls" and "true_cfg_scale" in given  # a scale of its own, beside a distilled one
+    scale = given.get("true_cfg_scale" if true else "guidance_scale")
     negative = [given[name] for name in ("negative_prompt", "negative_prompt_embeds") if name in given]
-    lacks_negative = plan.guidance == "calls" and negative and all(value is None for value in negative)
+    lacks_negative = true and negative and all(value is None for value in negative)
     return not (lacks_negative or (isinstance(scale, (int, float)) and scale <= 1))
 
 

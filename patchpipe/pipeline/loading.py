@@ -109,7 +109,7 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     if found.checkpoint is not None:
         _read(found, found.checkpoint, group, {} if part is None else part.slices)
         _finish(transformer, group.device)
-    others = source.other_parts(partial(_elsewhere, config, group), found.dtype)
+    others = source.other_parts(partial(_elsewhere, config, group), found.dtype, group.device)
     parts = {**others, **found.options, "transformer": transformer}
     with BUILDING:
         pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)

@@ -11,7 +11,7 @@ from math import inf
 from torch import nn
 
 from patchpipe.config import ALL_STEPS, ParallelConfig
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width
 from patchpipe.stage.patches import PatchCosts
 
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
@@ -259,7 +259,7 @@ def block_cost(place: BlockPlace) -> float:
         layer = getattr(place.block, path, None)
         if layer is not None:
             pairs = image * text if not mixed else (image + (text if len(mixed) > 1 else 0)) ** 2
-            cost += 2 * pairs * layer.to_q.out_features
+            cost += 2 * pairs * attention_width(layer)
     return cost
 
 

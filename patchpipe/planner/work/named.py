@@ -17,7 +17,7 @@ from patchpipe.loading.dtypes import as_torch, dtype_name
 from patchpipe.loading.folder import PipelineFolder
 from patchpipe.loading.source import resolve_source
 from patchpipe.models.latent import IMAGE, PACKED, Raster
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width
 from patchpipe.parallel.tensor import INPUTS, split_linears, tensor_plan
 from patchpipe.planner.work.describe import component_parameters
 from patchpipe.planner.work.presets import PRESETS, Preset, preset_named
@@ -223,7 +223,7 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
             sizes = module.in_features, module.out_features
             matrices.append(Matrix(*sizes, stream, summed=split.get(name) == INPUTS, split=name in split))
     attentions = [
-        Attention(_kind(mixed), layer.to_q.out_features)
+        Attention(_kind(mixed), attention_width(layer))
         for path, mixed in place.listing.attention.items()
         if (layer := getattr(place.block, path, None)) is not None
     ]
