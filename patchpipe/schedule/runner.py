@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,35 +26,13 @@ from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.hops import Crossing, Hops
+from patchpipe.schedule.parts import Part
 from patchpipe.schedule.request import Branch, Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import Where, span
-
-
-@dataclass(frozen=True)
-class Part:
-    """What goes through a stage at once: some rows of a patch, for some entries of the batch.
-
-    Attributes:
-        share: The entries.
-        patch: The patch, whole.
-        pieces: Each sharing rank's rows of it.
-        piece: This rank's own.
-        inputs: The call's arguments for those entries.
-        memo: Results shared by the patches of those entries.
-        completes: Whether the patch's other entries have run before.
-    """
-
-    share: BatchShare
-    patch: Patch
-    pieces: tuple[Patch, ...]
-    piece: Patch
-    inputs: dict[str, Any]
-    memo: dict[str, Any]
-    completes: bool
 
 
 class Runner:
@@ -262,7 +240,7 @@ class Runner:
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
         """
-        crossings = [self._crossing(call, part) for part in parts]
+        crossings = [part.crossing(call, self.stage, self.group) for part in parts]
         expected = self._hops.begin((call.where.request, call.where.branch), crossings)
         for keys in call.shared:
             keys.begin(call.patches)
@@ -312,35 +290,7 @@ class Runner:
                 if call.shared or not self.points.fail_inside(error, mates):
                     raise
                 failure = error
-        return self._blank(call, part, crossing), failure
-
-    def _crossing(self, call: Call, part: Part) -> Crossing:
-        """What a part is as it enters and as it leaves this stage."""
-        turn = self._turn(call, part)
-        now = self.stage.owned.whole if turn is None else self.stage.owned.of(*turn)
-        sides = (None if self.group.first else now.start), (None if self.group.last else now.stop)
-        entering, leaving = (
-            {} if index is None
-            else call.shapes.hop(self.stage.places[index].listing, part.share.size, part.piece)
-            for index in sides
-        )  # fmt: skip
-        return Crossing(entering, leaving, large=part.patch.whole)
-
-    def _turn(self, call: Call, part: Part) -> tuple[int, int] | None:
-        """Which turn it is, of how many, where stages share blocks."""
-        if self._halves:
-            return part.share.half or 0, 2
-        return None if part.patch.whole else (part.patch.index, len(call.patches))
-
-    def _blank(self, call: Call, part: Part, crossing: Crossing) -> Streams | Tensor:
-        """Zeros of the shapes that a part leaves this stage in."""
-        device = call.inputs[self.plan.latent].device
-        if not self.group.last:
-            leaving = crossing.leaving.items()
-            return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in leaving}
-        shape = list(call.shapes.output)
-        shape[0], shape[self.plan.grid.dim] = part.share.size, part.piece.units[1] - part.piece.units[0]
-        return torch.zeros(shape, dtype=call.shapes.dtype, device=device)
+        return part.blank(call, crossing, self.plan.grid.dim, call.inputs[self.plan.latent].device), failure
 
     def _parts(self, call: Call, share: BatchShare) -> list[Part]:
         """What this rank runs one after the other: the patches, each in halves of the batch if so configured.
@@ -361,7 +311,10 @@ class Runner:
             pieces = call.pieces(patch, self.group.mesh.parts)
             for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
                 last, own = entries is shares[-1], pieces[self.group.mesh.part]
-                parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last))
+                turn = None if patch.whole else (patch.index, len(call.patches))
+                if self._halves:
+                    turn = entries.half or 0, 2
+                parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last, turn))
         return parts
 
     def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
@@ -371,7 +324,7 @@ class Runner:
         context = CallContext(part.piece, call.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
         context.entries = part.share.entries
-        context.turn = self._turn(call, part)
+        context.turn = part.turn
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
