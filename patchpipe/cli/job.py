@@ -251,7 +251,24 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
         return plain
 
 
+def check_paints_pictures(engine: Engine) -> None:
+    """Refuses a model whose clips no command writes yet, before it works for minutes.
+
+    Raises:
+        ValueError: The model makes clips.
+    """
+    from patchpipe.models import PLANS
+
+    kind = engine.ranks[0].transformer_class
+    if any(plan.model == kind and plan.makes_clips for plan in PLANS):
+        raise ValueError(
+            f"{engine.ranks[0].pipeline_class} makes clips, which the command line cannot write yet: use "
+            f"patchpipe.from_pretrained in Python, and diffusers.utils.export_to_video"
+        )
+
+
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
+    check_paints_pictures(engine)
     asked = list(job.requests())
     if job.in_flight > 1:
         sets = [asked[at : at + job.in_flight] for at in range(0, len(asked), job.in_flight)]

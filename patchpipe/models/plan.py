@@ -127,6 +127,11 @@ class ModelPlan:
         """Whether text takes part in self-attention."""
         return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
 
+    @property
+    def makes_clips(self) -> bool:
+        """Whether it makes clips of several frames."""
+        return "f" in self.grid.axes
+
     def width(self, model: nn.Module) -> int:
         """Channels of the tokens between blocks."""
         place = self.blocks_of(model)[0]
