@@ -93,6 +93,8 @@ class ModelPlan:
         unbatched_inputs: Inputs without a batch dim.
         text: The input that identifies the prompt, which tells guidance branches apart.
         embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
+        tail: Last module after the blocks up to which the root's code treats every row by itself; only then are the
+            patch's rows put back into the whole.
         per_call: Modules whose result is the same for every patch of a call.
         per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
         refused_settings: Fields of the configuration that must be off, since nothing tests them.
@@ -110,6 +112,7 @@ class ModelPlan:
     unbatched_inputs: tuple[str, ...] = ()
     text: str = "encoder_hidden_states"
     embed: str = ""
+    tail: str = ""
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     refused_settings: tuple[str, ...] = ()

@@ -72,12 +72,12 @@ class Seam:
         passage: The stage's.
         place: The block.
         index: Its place among all blocks.
-        last: Whether it is the last one of its list.
+        widens: Whether its rows are put back into the whole after it.
     """
 
-    def __init__(self, passage: Passage, place: BlockPlace, index: int, *, last: bool) -> None:
+    def __init__(self, passage: Passage, place: BlockPlace, index: int, *, widens: bool) -> None:
         self.passage, self.listing, self.index = passage, place.listing, index
-        self.first, self.last = place.index == 0, last
+        self.first, self.widens = place.index == 0, widens
         self.compute: Callable[..., Any] = place.block.forward
         self.names = [name for name in inspect.signature(type(place.block).forward).parameters if name != "self"]
 
@@ -129,7 +129,7 @@ class Seam:
         context.before(self.index)
         result = self.compute(**arguments)
         context.after(self.index)
-        if not self.last or context.cutter is None:
+        if not self.widens or context.cutter is None:
             return result
         values = result if isinstance(result, tuple) else (result,)
         return self._returned(

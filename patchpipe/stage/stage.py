@@ -97,8 +97,11 @@ class Stage:
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
         for index, place in enumerate(self.places):
-            last = index + 1 == len(self.places) or self.places[index + 1].listing is not place.listing
-            self._seams.append(override(place.block, Seam(self.passage, place, index, last=last)))
+            following = self.places[index + 1 :]
+            widens = following[0].listing is not place.listing if following else not self.plan.tail
+            self._seams.append(override(place.block, Seam(self.passage, place, index, widens=widens)))
+        if self.plan.tail and self.last:
+            self._seams.append(self._widen_after(self.plan.tail))
 
     def unsew(self) -> None:
         """Takes the seams off."""
@@ -184,6 +187,18 @@ class Stage:
         start, stop = context.patch.units
         whole.narrow(self.plan.grid.dim, start, stop - start).copy_(latent)
         return whole
+
+    def _widen_after(self, path: str) -> Callable[[], None]:
+        """Puts the patch's rows into the whole after a module of the head, where they have few channels."""
+        module = self.model.get_submodule(path)
+        compute, held = module.forward, self.places[-1].listing.stream_rows(self.plan.blocks[-1].streams[-1])
+
+        def widened(*args: Any, **kwargs: Any) -> Any:
+            result = compute(*args, **kwargs)
+            context = self.passage.context
+            return result if context is None or context.cutter is None else context.cutter.widen(result, held)
+
+        return override(module, widened)
 
     # -- hooks -----------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ FLUX = ModelPlan(
     guidance="calls",
     tensor="class",
     embed="x_embedder",
+    tail="proj_out",
     per_call=("time_text_embed", "norm_out.linear"),
     per_request={"pos_embed": ("img_ids", "txt_ids"), "context_embedder": ("encoder_hidden_states",)},
 )

@@ -20,6 +20,7 @@ PIXART = ModelPlan(
     inputs=("encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
     ignored_inputs=("cross_attention_kwargs",),
     embed="pos_embed",
+    tail="proj_out",
     per_call=("adaln_single",),
     per_request={"caption_projection": ("encoder_hidden_states",)},
     tensor={

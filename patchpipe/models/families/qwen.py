@@ -30,6 +30,7 @@ QWEN_IMAGE = ModelPlan(
     guidance="calls",
     tensor="class",
     embed="img_in",
+    tail="proj_out",
     per_call=("time_text_embed", "norm_out.linear"),
     per_request={"txt_in": ("encoder_hidden_states",), "pos_embed": ("img_shapes", "encoder_hidden_states")},
     refused_settings=("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"),

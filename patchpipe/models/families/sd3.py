@@ -21,6 +21,7 @@ SD3 = ModelPlan(
     inputs=("encoder_hidden_states", "pooled_projections", "timestep"),
     ignored_inputs=("joint_attention_kwargs",),
     embed="pos_embed",
+    tail="proj_out",
     per_call=("time_text_embed", "norm_out.linear"),
     per_request={"context_embedder": ("encoder_hidden_states",)},
     tensor={

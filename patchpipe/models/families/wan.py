@@ -23,6 +23,7 @@ WAN = ModelPlan(
     ignored_inputs=("attention_kwargs",),
     guidance="calls",
     embed="patch_embedding",
+    tail="proj_out",
     per_call=("condition_embedder",),
     per_request={"rope": ("hidden_states",)},
 )
