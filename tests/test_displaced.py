@@ -23,6 +23,7 @@ from patchpipe.stage.attention import Attend, Attending
 from patchpipe.stage.patches import Cut
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks
+from tests.sequences import sequence_of
 
 MODELS = ("flux", "sd35", "pixart")
 WARMUPS: dict[int, tuple[Any, ...]] = {2: (0, 1, 2, "all"), 3: (0, 1, 2, "all"), 4: (1, "all")}
@@ -258,7 +259,7 @@ def attend_three_times(place: Place) -> list[float]:
     group, layers, seconds = place.join(config), list[PartStore](), []
     cut = Cut.of(Raster(4, 1, 1), config)
     rows = torch.full((1, 1, 2, 8), float(place.rank))
-    layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, 0, True)
+    layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, sequence_of(cut.rows))
     for call in range(3):
         if call == 1 and place.rank == 1:
             time.sleep(1.5)

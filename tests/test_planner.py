@@ -275,7 +275,7 @@ def test_store_and_matrices_divide_as_documented() -> None:
     assert held(ulysses=4) == 0
     layout = Layout(workload, ParallelConfig(tensor=2), NOTHING_LOST)
     block = workload.blocks[0]
-    assert stage_parameters(layout, layout.held(0), True) == 8 * (block.parameters - block.split_parameters // 2)
+    assert stage_parameters(layout, layout.held(0)) == 8 * (block.parameters - block.split_parameters // 2)
 
 
 def test_fresh_shares() -> None:
