@@ -20,7 +20,7 @@ from tests.ranks import Place, quieten
 FIRST_CAUSE_SECONDS = 15  # for the others to end, once one has failed
 
 
-def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout: float = 270) -> list[Any]:
     """Calls ``target(place, *args)`` on every rank and returns what each returned.
 
     Args:
