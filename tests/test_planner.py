@@ -11,8 +11,9 @@ import pytest
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
 
+import patchpipe
 from bench.planner import PATCHES, choices, compare, read_rows
-from patchpipe import ParallelConfig
+from patchpipe import ParallelConfig, UnsupportedModel
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.planner import (
@@ -37,7 +38,7 @@ from patchpipe.planner.machine.measure import fit_products
 from patchpipe.planner.memory import stage_parameters, stored
 from patchpipe.planner.schedule import Unit, total
 from patchpipe.planner.work.describe import describe_model, volume_of
-from patchpipe.planner.work.named import Asked, _blocks, workload_for
+from patchpipe.planner.work.named import Asked, _blocks, workload_for, workload_of
 from patchpipe.planner.work.presets import PRESETS, crossed, dual, single
 from patchpipe.stage.balance import patch_costs
 from tests import tiny
@@ -382,3 +383,11 @@ def test_published_runs_are_predicted_without_their_own_numbers() -> None:
     after = {(one.row.group, one.row.config, one.row.devices): one.predicted for one in compare(changed)}
     assert before == after
     assert max(PATCHES) == 32
+
+
+def test_clips_are_refused_by_the_planner_and_run_on_one_device_unless_a_layout_is_given() -> None:
+    pipe = tiny.pipeline("wan")
+    with pytest.raises(UnsupportedModel, match="makes clips, which the planner does not know yet: give a layout"):
+        workload_of("wan", plan_for(pipe.transformer), pipe.transformer, 8, {}, {}, Asked())
+    patchpipe.parallelize(pipe)
+    assert pipe.patchpipe.config.world_size == 1

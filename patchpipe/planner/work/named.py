@@ -148,7 +148,15 @@ def workload_of(
         components: Bytes of the text encoders and the VAE.
         advised: Its usual call.
         asked: The request.
+
+    Raises:
+        UnsupportedModel: The model makes clips.
+        ValueError: The size is no whole number of tokens.
     """
+    if plan.makes_clips:
+        raise UnsupportedModel(
+            f"{plan.model} makes clips, which the planner does not know yet: give a layout, such as pipefusion=2"
+        )
     height = asked.height or advised.get("height") or USUAL_SIZE
     width = asked.width or advised.get("width") or USUAL_SIZE
     blocks = _blocks(transformer, plan)
