@@ -55,18 +55,14 @@ class Latent:
             order.
         cut: The axis that is cut.
         sizes: Tokens along f, h and w, of those there are, for a model and the inputs of a call; where the latent is
-            not packed they follow from its shape and ``token``.
-        token: Entries of the latent that one token spans along f, h and w, by the model's configuration.
+            not packed they follow from its shape.
         name: The input.
-        listed: Whether the model takes and returns a list with the latent of each entry of the batch.
     """
 
     axes: str
     cut: str = "h"
     sizes: Callable[[nn.Module, Mapping[str, Any]], Sizes] | None = None
-    token: Callable[[Any], Sizes] | None = None
     name: str = "hidden_states"
-    listed: bool = False
 
     @property
     def dim(self) -> int:
@@ -100,8 +96,7 @@ class Latent:
         return found
 
     def _spans(self, model: nn.Module) -> dict[str, int]:
-        config: Any = model.config
-        return {"f": 1, "h": 1, "w": 1, **(self.token or patch_sizes)(config)}
+        return {"f": 1, "h": 1, "w": 1, **patch_sizes(model.config)}
 
 
 def patch_sizes(config: Any) -> Sizes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models.latent import IMAGE, Latent
@@ -218,14 +218,6 @@ class BlockPlace:
     def layer(self, path: str) -> str:
         """The name in the model of one of its layers."""
         return f"{self.name}.{path}"
-
-
-def first_tensor(value: Any) -> Tensor | None:
-    """The tensor, or the first one of a tuple, a list or a dict of them."""
-    if isinstance(value, Tensor):
-        return value
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
-    return next((each for each in values if isinstance(each, Tensor)), None)
 
 
 def attention_width(layer: Any) -> int:

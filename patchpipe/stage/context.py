@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +56,7 @@ class CallContext:
     masked: bool = False
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def cutter(self) -> Cutter | None:
         """Cuts whole arguments to the patch; ``None`` where the patch is the whole."""
         if self.patch.uncut:

@@ -173,9 +173,8 @@ class Stage:
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name != "return_dict"}
-        given[self.plan.latent] = list(latent.unbind(0)) if self.plan.grid.listed else latent
-        result = self._forward(**given, return_dict=False)[0]
-        return torch.stack(result) if self.plan.grid.listed else result
+        given[self.plan.latent] = latent
+        return self._forward(**given, return_dict=False)[0]
 
     def _whole(self, shape: Tensor, latent: Tensor | None, context: CallContext) -> Tensor:
         """The latent uncut, with zeros wherever this stage does not know it."""

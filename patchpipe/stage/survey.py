@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.models.latent import IMAGE, Raster
-from patchpipe.models.plan import BlockList, Holds, ModelPlan, first_tensor
+from patchpipe.models.plan import BlockList, Holds, ModelPlan
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows, has_rows
 
@@ -139,8 +139,16 @@ def _pairs(held: Holds | tuple[Holds, ...], value: Any) -> Sequence[tuple[Holds,
     if isinstance(held, tuple):
         values = value if isinstance(value, (tuple, list)) else (None,) * len(held)
         return [(own, each) for own, each in zip(held, values, strict=True) if isinstance(each, Tensor)]
-    found = first_tensor(value)
+    found = _first_tensor(value)
     return [] if found is None else [(held, found)]
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The tensor, or the first one of a tuple, a list or a dict of them."""
+    if isinstance(value, Tensor):
+        return value
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return next((each for each in values if isinstance(each, Tensor)), None)
 
 
 def shapes_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
