@@ -2,12 +2,13 @@
 
 A stand-in has the structure and the configuration of the part, but no weights. Pipelines ask such a part for the device
 its inputs must be on, and some read the statistics it keeps in buffers, such as the mean of FLUX.2's latents: both are
-those of the part itself.
+those of the part itself. Its class is the part's own, for ``from_pipe`` compares classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,24 @@ def without_weights(
     buffers = [name for name, _ in part.named_buffers() if name in kept]
     if buffers and weights is not None:
         weights().fill(part, buffers, {name: kept[name].dtype for name in buffers}, device, {})
-    kind: Any = type(part)
-    part.__class__ = type(kind.__name__, (kind,), {"device": property(lambda _: device), "__module__": kind.__module__})
+    name, first = next(part.named_parameters())  # the one that is asked for its device
+    owner, _, leaf = name.rpartition(".")
+    one = torch.zeros((), dtype=first.dtype, device=device).expand(first.shape)
+    setattr(part.get_submodule(owner), leaf, nn.Parameter(one, requires_grad=False))
+    part.__dict__["_apply"] = partial(_apply, part)
     return part
+
+
+def _apply(part: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``to`` and its like on a stand-in: no parameter gets memory by it."""
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor.to(dtype=change(torch.empty(0, dtype=tensor.dtype)).dtype)
+        if tensor.numel() > 1 and not any(tensor.stride()):  # one element, as often as the shape says
+            return change(tensor[(0,) * tensor.dim()]).expand(tensor.shape)
+        return change(tensor)
+
+    kind: Any = type(part)
+    applied: nn.Module = kind._apply(part, changed, recurse)
+    return applied
