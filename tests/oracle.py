@@ -10,7 +10,7 @@ are NaN: to read one would show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel")
+LISTED = ("ZImageTransformer2DModel",)  # whose latent is a list
 Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
 
 
@@ -31,10 +32,10 @@ class _Pass(TorchFunctionMode):
         super().__init__()
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.with_text, self.text_first = with_text, text_first
-        self.layer = -1
+        self.layer, self.idle = -1, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not scaled_dot_product_attention:
+        if func is not scaled_dot_product_attention or self.idle:
             return func(*args, **(kwargs or {}))
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
@@ -58,6 +59,56 @@ class _Pass(TorchFunctionMode):
         return [kept[:, :, seen] for kept in table], seen
 
 
+class _Naive:
+    """What stands in for one transformer's ``forward``."""
+
+    def __init__(self, model: Any, patch_rows: Sequence[int], warmup: int, branches: int) -> None:
+        self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
+        self.packed, self.listed = (type(model).__name__ in names for names in (PACKED, LISTED))
+        self.tables: list[Table] = [{} for _ in range(branches)]
+        self.calls = 0
+        self.attention: _Pass | None = None
+        for part in getattr(model, "context_refiner", ()):  # attention among text alone, whole in every pass
+            part.forward = self._aside(part.forward)
+
+    def _aside(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def aside(*args: Any, **kwargs: Any) -> Any:
+            assert self.attention is not None
+            self.attention.idle = True
+            result = forward(*args, **kwargs)
+            self.attention.idle = False
+            return result
+
+        return aside
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any]:
+        if "hidden_states" in kwargs:
+            args = (kwargs.pop("hidden_states"), *args)
+        latent = torch.stack(args[0]) if self.listed else args[0]
+        dim = 1 if self.packed else 3 if self.listed else 2
+        rows = sum(self.patch_rows)
+        units = latent.shape[dim] // rows  # of the latent, per row of tokens
+        assert units * rows == latent.shape[dim]
+        tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
+        step, branch = divmod(self.calls, len(self.tables))
+        self.calls += 1
+        patches = [rows] if step < self.warmup else list(self.patch_rows)
+        results, start = [], 0
+        for index, count in enumerate(patches):
+            stop = start + count
+            fresh = range(start * tokens_per_row, stop * tokens_per_row)
+            exist = rows if step > 0 else stop  # no earlier step has computed the rest
+            sizes = rows * tokens_per_row, fresh, exist * tokens_per_row
+            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.packed)
+            with self.attention:
+                result = self.forward(*args, **{**kwargs, "return_dict": False})[0]
+            whole = torch.stack(result) if self.listed else result
+            results.append(whole.narrow(dim, start * units, count * units))
+            start = stop
+        prediction = torch.cat(results, dim=dim)
+        return (list(prediction) if self.listed else prediction,)
+
+
 @contextmanager
 def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
@@ -65,42 +116,16 @@ def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branc
     Args:
         pipe: A plain diffusers pipeline.
         patch_rows: Token rows of each patch.
-        warmup: Calls per guidance branch that run the latent whole.
+        warmup: Calls per transformer and guidance branch that run the latent whole.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
     """
-    model = pipe.transformer
-    packed = type(model).__name__ in PACKED
-    text_first = packed
-    whole_forward = model.forward
-    tables: list[Table] = [{} for _ in range(branches)]
-    calls = 0
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
-        nonlocal calls
-        dim = 1 if packed else 2
-        rows = sum(patch_rows)
-        units = hidden_states.shape[dim] // rows  # of the latent, per row of tokens
-        assert units * rows == hidden_states.shape[dim]
-        tokens_per_row = units if packed else prod(size // 2 for size in hidden_states.shape[3:])
-        step, branch = divmod(calls, branches)
-        calls += 1
-        patches = [rows] if step < warmup else list(patch_rows)
-        results, start = [], 0
-        for index, count in enumerate(patches):
-            stop = start + count
-            fresh = range(start * tokens_per_row, stop * tokens_per_row)
-            exist = rows if step > 0 else stop  # no earlier step has computed the rest
-            attention = _Pass(
-                tables[branch], rows * tokens_per_row, fresh, exist * tokens_per_row, index == 0, text_first
-            )
-            with attention:
-                result = whole_forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
-            results.append(result.narrow(dim, start * units, count * units))
-            start = stop
-        return (torch.cat(results, dim=dim),)
-
-    model.forward = forward
+    models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
+    for model in models:
+        model.forward = _Naive(model, patch_rows, warmup, branches)
     try:
         yield
     finally:
-        del model.forward
+        for model in models:
+            del model.forward
+            for part in getattr(model, "context_refiner", ()):
+                del part.forward

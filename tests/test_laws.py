@@ -31,7 +31,8 @@ from tests.threads import run_threads
 
 MODELS = tiny.MODELS
 THOROUGH = ("flux", "sd3", "pixart")  # of each way text enters one, through every layout; the others through some
-RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen", "flux2", "wan")
+RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen", "flux2", "wan", "wan-i2v", "wan-a14b", "zimage")
+STAGES = (2, 3, 4)
 PLACES = ("text_rank", "output_rank", "stage_blocks")  # one process has no choice of these
 BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]
 
@@ -72,8 +73,10 @@ def paint(pipe: Any, name: str, call: Call, seed: int = 3) -> np.ndarray | None:
     arguments = {**tiny.call_arguments(name, **settings), "output_type": "latent", **call}
     if isinstance(arguments["prompt"], list) and "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(arguments["prompt"])
-    if name == "wan" and "num_images_per_prompt" in arguments:
-        arguments["num_videos_per_prompt"] = arguments.pop("num_images_per_prompt")
+    if name.startswith("wan") and "num_images_per_prompt" in arguments:
+        count = arguments.pop("num_images_per_prompt")
+        if name != "wan-i2v":  # whose pipeline repeats the latents for it, but not what it sees of the picture
+            arguments["num_videos_per_prompt"] = count
     pipe.set_progress_bar_config(disable=True)
     output = pipe(**arguments, generator=torch.Generator().manual_seed(seed))
     if output is None:
@@ -165,7 +168,7 @@ def must_equal(ranks: list[Results], expected: Results, number: str) -> None:
 
 SYNCHRONOUS: list[Layout] = [
     {"patches": 1, "warmup": 0},
-    *({"patches": patches, "warmup": "all"} for patches in (2, 3, 4, 8)),
+    *({"patches": patches, "warmup": "all"} for patches in (2, 4, 8)),
     {"patches": 1, "warmup": "all", "dtype": "bfloat16"},
     {"patches": 3, "warmup": "all", "dtype": "bfloat16"},
     {"patches": 3, "warmup": "all", "dtype": "float16"},
@@ -176,7 +179,7 @@ SYNCHRONOUS: list[Layout] = [
 def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) -> None:
     expected = plain(folder(name), name, SYNCHRONOUS, CALLS)
     must_equal([alone(folder(name), name, SYNCHRONOUS, CALLS)], expected, "N=1")
-    for stages in (2, 3, 4):
+    for stages in STAGES:
         ranks = ranks_of(stages, serve, folder(name), name, SYNCHRONOUS, CALLS)
         must_equal(ranks, expected, f"N={stages}")
 
@@ -190,23 +193,23 @@ def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[s
 
 # ------------------------------------------------------------------------------------------------ law 2
 
-# Of 4 × 3 pairs of patches and warm-up each number of stages takes another 8, the oracle all of them; every pair
-# of stages and patches and every pair of stages and warm-up is among them.
+# Of 4 × 3 pairs of patches and warm-up each number of stages takes another 4, so that every pair of stages and patches
+# and every pair of stages and warm-up is among them.
 PAIRS = [(patches, warmup) for patches in (2, 3, 4, 8) for warmup in (0, 1, 2)]
-COMMON: list[Layout] = [
-    {"patches": 1, "warmup": 1},
-    {"patches": 3, "warmup": 1, "split_batch": False, "dtype": "bfloat16"},
-    {"patches": 3, "warmup": 1, "split_batch": True, "dtype": "float16"},
-]
+OTHERS: dict[int, Layout] = {
+    2: {"patches": 1, "warmup": 1},
+    3: {"patches": 3, "warmup": 1, "split_batch": False, "dtype": "bfloat16"},
+    4: {"patches": 3, "warmup": 1, "split_batch": True, "dtype": "float16"},
+}
 
 
 def patched(stages: int) -> list[Layout]:
     """Guided batches of every second pair go in halves, which on three stages have blocks of their own."""
-    taken = [pair for index, pair in enumerate(PAIRS) if stages == 1 or (index // 3 + pair[1] + stages) % 3]
+    taken = [pair for index, pair in enumerate(PAIRS) if (index // 3 + pair[1] + stages) % 3 == 0]
     layouts = [
         {"patches": patches, "warmup": warmup, "split_batch": (patches + warmup) % 2 == 0} for patches, warmup in taken
     ]
-    return layouts + COMMON
+    return [*layouts, OTHERS[stages]]
 
 
 UNEVEN: Mapping[str, Call] = {"11 rows": {"guided": True, "height": 176, "prompt": BATCH}}
@@ -219,8 +222,8 @@ PLACED: dict[int, list[Layout]] = {
 
 @pytest.mark.parametrize("name", THOROUGH)
 def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]) -> None:
-    oracle = alone(folder(name), name, patched(1), CALLS)
-    for stages in (2, 3, 4):
+    oracle = alone(folder(name), name, [layout for stages in STAGES for layout in patched(stages)], CALLS)
+    for stages in STAGES:
         layouts = patched(stages)
         ranks = ranks_of(stages, serve, folder(name), name, layouts, CALLS)
         must_equal(ranks, {title: oracle[title] for title in labels(layouts, CALLS)}, f"N={stages}")
@@ -314,10 +317,15 @@ def real_parts(place: Place, folder: Path, name: str, layout: Layout) -> dict[st
     config = ParallelConfig(pipefusion=place.world_size, timeout=60.0, **layout)
     pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
     return {
-        part: {title: p.numel() for title, p in module.named_parameters() if not p.is_meta}
+        part: {title: p.numel() for title, p in module.named_parameters() if in_memory(p)}
         for part, module in pipe.components.items()
         if isinstance(module, nn.Module)
     }
+
+
+def in_memory(parameter: Tensor) -> bool:
+    """Whether all its elements are: in a stand-in one may be in the place of all."""
+    return not parameter.is_meta and parameter.untyped_storage().nbytes() >= parameter.nbytes
 
 
 SPREAD_OUT = {"text_encoder": 2, "text_encoder_2": 1, "text_encoder_3": 0}  # rank 0 has the VAE

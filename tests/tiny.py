@@ -28,15 +28,22 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, trainers
 from transformers import (
     AutoTokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -74,7 +81,8 @@ def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
-        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "wan": _wan,
+        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage,
+        "wan": _wan, "wan-i2v": _wan_i2v, "wan-a14b": _wan_a14b, "wan-5b": _wan_5b,
     }[name]  # fmt: skip
     pipe = build(blocks)
     for part in pipe.components.values():
@@ -108,8 +116,13 @@ def call_arguments(
     if name == "flux2":
         arguments |= {"max_sequence_length": 24, "text_encoder_out_layers": (1,)}
         arguments["guidance_scale"] = 3.0 if guided else 1.0
-    elif name == "wan":
+    elif name.startswith("wan"):
         arguments |= {"max_sequence_length": 8, "num_frames": 17, "guidance_scale": 3.0 if guided else 1.0}
+        arguments["negative_prompt"] = OTHER_PROMPT
+        if name in ("wan-i2v", "wan-5b"):
+            arguments["image"] = Image.linear_gradient("L").convert("RGB").resize((width, height))
+    elif name == "zimage":
+        arguments |= {"max_sequence_length": 40, "guidance_scale": 3.0 if guided else 0.0}
         arguments["negative_prompt"] = OTHER_PROMPT
     elif name.startswith("flux"):
         arguments["max_sequence_length"] = 8
@@ -280,6 +293,26 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     return Qwen2Tokenizer(learned["vocab"], merges, additional_special_tokens=special[1:])
 
 
+def _qwen3() -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
+    tokenizer = _qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval(), tokenizer
+
+
+def _zimage(blocks: int) -> ZImagePipeline:
+    """With two refiners of the picture among its blocks."""
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=WIDTH, n_layers=blocks - 2, n_refiner_layers=2, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=WIDTH, axes_dims=[4, 6, 6], axes_lens=[256, 64, 64],
+    )  # fmt: skip
+    encoder, tokenizer = _qwen3()
+    return ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), _vae(4), encoder.model, tokenizer, transformer)
+
+
 def _flux2(blocks: int) -> Flux2KleinPipeline:
     transformer = Flux2Transformer2DModel(
         patch_size=1, in_channels=16, num_layers=blocks // 2, num_single_layers=blocks - blocks // 2,
@@ -291,27 +324,52 @@ def _flux2(blocks: int) -> Flux2KleinPipeline:
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
-    tokenizer = _qwen_tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    encoder = Qwen3ForCausalLM(config).eval()
+    encoder, tokenizer = _qwen3()
     return Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, transformer)
 
 
-def _wan(blocks: int) -> WanPipeline:
-    """Five frames of the latent for a clip of 17."""
-    transformer = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=32,
-        ffn_dim=48, num_layers=blocks, cross_attn_norm=True, rope_max_seq_len=32,
+def _wan_transformer(blocks: int, channels: int = 4, image_dim: int | None = None) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, text_dim=WIDTH, freq_dim=32,
+        ffn_dim=48, num_layers=blocks, cross_attn_norm=True, rope_max_seq_len=32, image_dim=image_dim,
+        added_kv_proj_dim=None if image_dim is None else WIDTH,
     )  # fmt: skip
+
+
+def _wan_parts() -> dict[str, Any]:
+    """Five frames of the latent for a clip of 17."""
     vae = AutoencoderKLWan(
         base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
         latents_mean=[0.1, -0.1, 0.2, 0.0], latents_std=[1.0, 1.5, 0.8, 1.2],
     )  # fmt: skip
     config = UMT5Config(vocab_size=3656, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0)
-    encoder = UMT5EncoderModel(config).eval()
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return WanPipeline(_t5_tokenizer(), encoder, vae, scheduler, transformer)
+    encoder = UMT5EncoderModel(config).eval()
+    return {"tokenizer": _t5_tokenizer(), "text_encoder": encoder, "vae": vae, "scheduler": scheduler}
+
+
+def _wan(blocks: int) -> WanPipeline:
+    return WanPipeline(**_wan_parts(), transformer=_wan_transformer(blocks))
+
+
+def _wan_a14b(blocks: int) -> WanPipeline:
+    """Wan 2.2: one transformer for the first steps, another one for the others."""
+    both = {"transformer": _wan_transformer(blocks), "transformer_2": _wan_transformer(blocks)}
+    return WanPipeline(**_wan_parts(), **both, boundary_ratio=0.875)
+
+
+def _wan_i2v(blocks: int) -> WanImageToVideoPipeline:
+    """Wan 2.1 from a picture, which joins the latent's channels and the text."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return WanImageToVideoPipeline(
+        **_wan_parts(), transformer=_wan_transformer(blocks, channels=12, image_dim=16),
+        image_encoder=CLIPVisionModel(vision).eval(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    )  # fmt: skip
+
+
+def _wan_5b(blocks: int) -> WanImageToVideoPipeline:
+    """Wan 2.2 5B: the picture is the first frame, and every token has a time of its own."""
+    return WanImageToVideoPipeline(**_wan_parts(), transformer=_wan_transformer(blocks), expand_timesteps=True)

@@ -40,7 +40,8 @@ def without_weights(
     name, first = next(part.named_parameters())  # the one that is asked for its device
     owner, _, leaf = name.rpartition(".")
     one = torch.zeros((), dtype=first.dtype, device=device).expand(first.shape)
-    setattr(part.get_submodule(owner), leaf, nn.Parameter(one, requires_grad=False))
+    # Not by setattr: while another thread makes parts without weights, that puts parameters on meta too.
+    part.get_submodule(owner)._parameters[leaf] = nn.Parameter(one, requires_grad=False)
     part.__dict__["_apply"] = partial(_apply, part)
     return part
 

@@ -84,11 +84,16 @@ class PipelineFolder:
             raise UnsupportedModel(
                 f"{self.index['_class_name']} has no transformer: patchpipe spreads diffusion transformers only"
             )
-        if self.index.get("transformer_2", [None, None])[1]:
-            raise UnsupportedModel(f"{self.index['_class_name']} has two transformers, which no plan covers yet")
         plan = plan_for(self.index["transformer"][1])
-        plan.check_settings(self.config("transformer"))
+        for name in self.transformers:
+            plan.check_settings(self.config(name))
         return plan
+
+    @property
+    def transformers(self) -> list[str]:
+        """Names of its transformers: one, or several that take turns over the steps."""
+        entries = {name: entry for name, entry in self.index.items() if isinstance(entry, list) and entry[1]}
+        return [name for name in entries if name == "transformer" or name.startswith("transformer_")]
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of one part."""

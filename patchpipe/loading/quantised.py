@@ -24,16 +24,17 @@ _INSTEAD = {
     "bitsandbytes": "use TorchAoConfig(Int8WeightOnlyConfig()), which takes the same memory",
     "gguf": "load it with from_single_file and give it as from_pretrained(…, transformer=…), or use TorchAoConfig",
 }
-_PART = "transformer"
+PART = "transformer"
 
 
-def check_recipe(settings: Mapping[str, Any], asked: Any, config: ParallelConfig) -> str | None:
+def check_recipe(settings: Mapping[str, Any], asked: Any, config: ParallelConfig, part: str = PART) -> str | None:
     """Refuses a quantisation that is not served, by configurations alone.
 
     Args:
         settings: The transformer's ``config.json``.
         asked: What was given as ``quantization_config``.
         config: The layout.
+        part: The transformer's name in the pipeline.
 
     Returns:
         The transformer's recipe, such as ``"torchao"``; ``None`` where its weights are whole.
@@ -41,7 +42,7 @@ def check_recipe(settings: Mapping[str, Any], asked: Any, config: ParallelConfig
     Raises:
         ValueError: It is no ``PipelineQuantizationConfig``, the recipe is not served, or not in this layout.
     """
-    stored, wanted = settings.get("quantization_config"), of_component(asked, _PART)
+    stored, wanted = settings.get("quantization_config"), of_component(asked, part)
     recipe = _method(stored) if stored is not None else _method(wanted) if wanted is not None else None
     if recipe is not None and recipe not in SERVED:
         advice = _INSTEAD.get(recipe, "use TorchAoConfig")
@@ -152,10 +153,10 @@ class Quantiser:
         ValueError: The recipe's library is missing, or it cannot be used here.
     """
 
-    def __init__(self, settings: Mapping[str, Any], asked: Any, dtype: torch.dtype) -> None:
+    def __init__(self, settings: Mapping[str, Any], asked: Any, dtype: torch.dtype, part: str = PART) -> None:
         from diffusers.quantizers import DiffusersAutoQuantizer
 
-        stored, wanted = settings.get("quantization_config"), of_component(asked, _PART)
+        stored, wanted = settings.get("quantization_config"), of_component(asked, part)
         recipe = wanted if stored is None else DiffusersAutoQuantizer.merge_quantization_configs(dict(stored), wanted)
         try:
             self._quantiser: Any = DiffusersAutoQuantizer.from_config(recipe, pre_quantized=stored is not None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from patchpipe.errors import UnsupportedModel
@@ -11,14 +13,42 @@ from patchpipe.models.families.pixart import PIXART
 from patchpipe.models.families.qwen import QWEN_IMAGE
 from patchpipe.models.families.sd3 import SD3
 from patchpipe.models.families.wan import WAN
+from patchpipe.models.families.zimage import Z_IMAGE
 from patchpipe.models.plan import ModelPlan
 
-PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN)
+PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE)
 
 
 def supported() -> list[str]:
     """Names of the transformer classes that have a plan."""
     return [plan.model for plan in PLANS]
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by name: one, or several that take turns over the steps, as in Wan 2.2.
+
+    Those that ``torch.compile`` has wrapped come without its wrapper.
+
+    Raises:
+        ValueError: They differ in more than their weights.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, part in vars(pipe).items():
+        if isinstance(part, nn.Module) and (name == "transformer" or name.startswith("transformer_")):
+            found[name] = getattr(part, "_orig_mod", part)
+    first = found["transformer"]
+    for name, model in found.items():
+        if type(model) is not type(first) or settings_of(model) != settings_of(first):
+            raise ValueError(
+                f"{name} of {type(pipe).__name__} is not made like its transformer: several transformers of a pipeline "
+                f"must be of one class and alike in their configuration"
+            )
+    return found
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """A model's configuration without diffusers' own notes, whose order differs from process to process."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
 def plan_for(model: nn.Module | str) -> ModelPlan:

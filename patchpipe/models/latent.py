@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 IMAGE = "image"
 SPACE = "fhw"  # frames, rows and columns, the order in which every model numbers its tokens
@@ -57,17 +57,41 @@ class Latent:
         sizes: Tokens along f, h and w, of those there are, for a model and the inputs of a call; where the latent is
             not packed they follow from its shape.
         name: The input.
+        spans: Entries of the latent's f, h and w that a token spans, for a model's configuration.
+        listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
+            wherever patchpipe holds it.
     """
 
     axes: str
     cut: str = "h"
     sizes: Callable[[nn.Module, Mapping[str, Any]], Sizes] | None = None
     name: str = "hidden_states"
+    spans: Callable[[Any], Sizes] | None = None
+    listed: bool = False
 
     @property
     def dim(self) -> int:
         """The latent's dim that is cut."""
         return self.axes.index(PACKED if PACKED in self.axes else self.cut)
+
+    def joined(self, given: Any) -> Tensor:
+        """The latent as one tensor, of what the model takes or gives.
+
+        Raises:
+            ValueError: It is a list of latents that differ in size, or of several for each entry of the batch.
+        """
+        if not self.listed:
+            return given
+        if any(not isinstance(each, Tensor) or each.shape != given[0].shape for each in given):
+            raise ValueError(
+                f"{self.name} is a list of latents that differ in size, or of several latents for one picture: only "
+                f"pictures of one size, each by itself, are supported"
+            )
+        return torch.stack(list(given))
+
+    def given(self, latent: Tensor) -> Any:
+        """The reverse: as the model takes or gives it."""
+        return list(latent.unbind()) if self.listed else latent
 
     def rows(self, model: nn.Module, shape: torch.Size, inputs: Mapping[str, Any]) -> Raster:
         """Token rows of a latent of this shape.
@@ -96,7 +120,7 @@ class Latent:
         return found
 
     def _spans(self, model: nn.Module) -> dict[str, int]:
-        return {"f": 1, "h": 1, "w": 1, **patch_sizes(model.config)}
+        return {"f": 1, "h": 1, "w": 1, **(self.spans or patch_sizes)(model.config)}
 
 
 def patch_sizes(config: Any) -> Sizes:

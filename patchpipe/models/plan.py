@@ -95,8 +95,10 @@ class ModelPlan:
         embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
         tail: Last module after the blocks up to which the root's code treats every row by itself; only then are the
             patch's rows put back into the whole.
+        tail_dims: Inputs that must have so many dims for that; with more, they have values for each row.
         per_call: Modules whose result is the same for every patch of a call.
         per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
+            ``refiner.*`` is every module of a list.
         refused_settings: Fields of the configuration that must be off, since nothing tests them.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
@@ -113,6 +115,7 @@ class ModelPlan:
     text: str = "encoder_hidden_states"
     embed: str = ""
     tail: str = ""
+    tail_dims: Mapping[str, int] = field(default_factory=dict)
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     refused_settings: tuple[str, ...] = ()
@@ -161,7 +164,11 @@ class ModelPlan:
                     f"{self.model} was called with {name}, which patchpipe has not been tested with and "
                     f"refuses rather than risk a wrong picture: leave it out, or run the pipeline on one device"
                 )
-        return inputs
+        return {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
+
+    def has_tail(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call's rows are put back into the whole only after ``tail``."""
+        return bool(self.tail) and all(inputs[name].ndim == ndim for name, ndim in self.tail_dims.items())
 
     def _ignorable(self, name: str, value: Any) -> bool:
         if value is None or value is False:

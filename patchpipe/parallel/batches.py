@@ -95,6 +95,15 @@ def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig
     )
 
 
+def ragged(inputs: Mapping[str, Any]) -> bool:
+    """Whether entries of the batch differ in shape, as prompts in a list may: some of them have other rows than all.
+
+    Keys and values of such entries are kept together, and they go through the stages as one.
+    """
+    lists = [value for value in inputs.values() if isinstance(value, list)]
+    return any(len({each.shape for each in value if isinstance(each, Tensor)}) > 1 for value in lists)
+
+
 def slice_inputs(
     inputs: Mapping[str, Any], plan: ModelPlan, batch: int, share: BatchShare, kept: dict[tuple[Any, ...], Any]
 ) -> dict[str, Any]:
@@ -119,6 +128,8 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
+    if isinstance(value, list) and len(value) == batch:
+        return value[part[0] : part[1]]
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch:
         return value
     key = ("batch", name, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,9 +15,9 @@ from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory
-from patchpipe.models import plan_for
+from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.tensor import check_tensor, tensor_part
+from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.recipes.checks import check_recipes
 from patchpipe.stage.balance import StageBlocks, split_blocks
@@ -43,23 +44,31 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
         ValueError: The layout does not fit the model or the ranks, or the ranks disagree.
     """
     held: Attachment | None = getattr(pipe, "patchpipe", None)
-    if held is not None and held.runner.model is getattr(pipe, "transformer", None):
+    if held is not None and getattr(pipe, "transformer", None) in held.runner.models:
         raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
     if getattr(pipe, "transformer", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
     check_served(pipe)
     if held is not None:
         held.release()  # it only shares an encoder or the VAE with another
-    model: nn.Module = getattr(pipe.transformer, "_orig_mod", pipe.transformer)  # what torch.compile wraps
+    models = transformers_of(pipe)
+    first = models["transformer"]
     layout, store = settle(config, group, partial(_choose, pipe))
-    fitted, problem = attempt(lambda: fit(pipe, model, layout))
-    about = {"model": type(model).__name__, "model_config": _settings(model)}
+    fitted, problem = attempt(lambda: fit(pipe, models.values(), layout))
+    about = {"model": type(first).__name__, "model_config": settings_of(first), "transformers": sorted(models)}
     group = meet(layout, group, _device_of(pipe), about, problem, store)
     assert fitted is not None
     plan, split = fitted
-    part = tensor_part(model, plan, split[group.stage].held, group.mesh.at("tensor"), layout.tensor)
-    Attachment(pipe, layout, group, split, part).attach()
+    Attachment(pipe, layout, group, split, parts_of(models.values(), plan, split, group)).attach()
     return pipe
+
+
+def parts_of(
+    models: Iterable[nn.Module], plan: ModelPlan, split: Sequence[StageBlocks], group: Group
+) -> list[TensorPart | None]:
+    """This rank's part of the matrices of each transformer; ``None`` where they are not split."""
+    held, at = split[group.stage].held, group.mesh.at("tensor")
+    return [tensor_part(model, plan, held, at, group.config.tensor) for model in models]
 
 
 def _choose(pipe: Any, auto: AutoLayout, ranks: int) -> ParallelConfig:
@@ -69,19 +78,15 @@ def _choose(pipe: Any, auto: AutoLayout, ranks: int) -> ParallelConfig:
     return layout_for_ranks(auto, workload_of_pipeline(pipe, auto), _device_of(pipe).type, ranks)
 
 
-def fit(pipe: Any, model: nn.Module, config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
-    """The plan of a model in memory and each stage's blocks, if the layout fits the model and what was done to it."""
-    plan = plan_for(model)
-    check_recipes(pipe, config)
-    check_in_memory(model, config)
-    stages = split_blocks(model, plan, config)
-    check_tensor(model, plan, config.tensor)
+def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple[ModelPlan, list[StageBlocks]]:
+    """The plan of models in memory and each stage's blocks, if the layout fits them and what was done to them."""
+    for model in models:
+        plan = plan_for(model)
+        check_recipes(pipe, config, model)
+        check_in_memory(model, config)
+        stages = split_blocks(model, plan, config)
+        check_tensor(model, plan, config.tensor)
     return plan, stages
-
-
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """A model's configuration without diffusers' own notes, whose order differs from process to process."""
-    return {name: value for name, value in model.config.items() if not name.startswith("_")}
 
 
 def restore(pipe: Any) -> Any:

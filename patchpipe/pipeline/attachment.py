@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from patchpipe.kernels.choice import watch_kernels
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.board import say_goodbye
-from patchpipe.models import plan_for
+from patchpipe.models import plan_for, transformers_of
 from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.pipeline.callbacks import Callbacks
@@ -49,7 +50,7 @@ class Attachment:
         config: The layout.
         group: The ranks.
         split: The blocks of every stage.
-        part: This rank's part of their matrices, where they are split.
+        parts: This rank's part of the matrices of each transformer, where they are split.
 
     Attributes:
         config: The layout.
@@ -63,17 +64,19 @@ class Attachment:
         config: ParallelConfig,
         group: Group,
         split: Sequence[StageBlocks],
-        part: TensorPart | None = None,
+        parts: Sequence[TensorPart | None],
     ) -> None:
         self.config, self.group = config, group
-        model: nn.Module = pipe.transformer
-        plan = plan_for(model)
+        plan, owned = plan_for(pipe.transformer), split[group.stage]
         kernels = watch_kernels(group.device, group.output)
-        stage = Stage(model, plan, split[group.stage], first=group.first, last=group.last, kernels=kernels)
+        stages = [
+            Stage(model, plan, owned, first=group.first, last=group.last, kernels=kernels)
+            for model in transformers_of(pipe).values()
+        ]
         group.open_keys(sharing_stages(split))
-        shared = shared_with_neighbours(split[group.stage], plan.blocks_of(model), group)
-        self.runner = Runner(model, plan, config, group, stage, halves=goes_in_halves(config, split), shared=shared)
-        self._blocks = Blocks(stage, part, config, group)
+        shared = shared_with_neighbours(owned, stages[0].places, group)
+        self.runner = Runner(plan, config, group, stages, halves=goes_in_halves(config, split), shared=shared)
+        self._blocks = [Blocks(stage, part, config, group) for stage, part in zip(stages, parts, strict=True)]
         self._adapters = Adapters(pipe, self._blocks, self.runner)
         self._pipe = pipe
         self._hooks = Hooks()
@@ -196,34 +199,41 @@ class Attachment:
         }
 
     def attach(self) -> None:
-        """Hooks the pipeline: its call, its transformer, its text encoding and its VAE."""
-        pipe, model = self._pipe, self._pipe.transformer
-        try:
-            self._blocks.attach()
-        except ValueError:
-            self.group.close()
-            raise
-        self._hooks.undone_by(self._blocks.detach)
-        self._hooks.set(model, "forward", self.runner.forward)
-        self._hooks.set(model, "save_pretrained", self.refuse_saving)
-        for name, method in self._adapters.model_methods().items():
-            self._hooks.set(model, name, method)
-        if hasattr(model, "cache_context"):
-            original = model.cache_context
-            self._hooks.set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
+        """Hooks the pipeline: its call, its transformers, its text encoding and its VAE."""
+        pipe = self._pipe
+        for stage, blocks in zip(self.runner.stages, self._blocks, strict=True):
+            self._hook_transformer(stage, blocks)
         if self.config.text_rank == SPREAD:
             self._parts.hook_encoders(pipe, self._hooks)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             strips = self.config.parallel_vae and self.group.world_size > 1
             self._parts.hook_vae(pipe.vae, self._hooks, strips=strips)
         self._serve()
-        parts = modules_of(pipe).items()
-        shared = [model, *(part for name, part in parts if name == "vae" or name.startswith("text_encoder"))]
+        others = modules_of(pipe).items()
+        shared = [part for name, part in others if name == "vae" or name.startswith("text_encoder")]
+        shared += self.runner.models
         self._hooks.undone_by(mark(shared, self._adopt_new))
         for other in pipelines_with(shared):
             self.adopt(other)
         if self.group.store is not None:
             self._hooks.undone_by(weakref.finalize(self, say_goodbye, self.group.store, self.group.rank))
+
+    def _hook_transformer(self, stage: Stage, blocks: Blocks) -> None:
+        model: Any = stage.model
+        try:
+            blocks.attach()
+        except ValueError:
+            self._hooks.undo()
+            self.group.close()
+            raise
+        self._hooks.undone_by(blocks.detach)
+        self._hooks.set(model, "forward", partial(self.runner.forward, stage))
+        self._hooks.set(model, "save_pretrained", self.refuse_saving)
+        for name, method in self._adapters.model_methods(model).items():
+            self._hooks.set(model, name, method)
+        if hasattr(model, "cache_context"):
+            original = model.cache_context
+            self._hooks.set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
 
     def adopt(self, pipe: Any) -> Attachment:
         """Serves another pipeline that shares modules with this one: on the same ranks, each call a request of its own.
@@ -259,7 +269,7 @@ class Attachment:
 
     def refuse_saving(self, *_: Any, **__: Any) -> NoReturn:
         """Stands in for ``save_pretrained``."""
-        raise no_saving([*modules_of(self._pipe).values(), self.runner.model], split=self.config.tensor > 1)
+        raise no_saving([*modules_of(self._pipe).values(), *self.runner.models], split=self.config.tensor > 1)
 
     def _serve(self) -> None:
         """Hooks what a pipeline has for itself: its call, its progress bar and its text encoding."""
@@ -276,7 +286,10 @@ class Attachment:
     @property
     def graphs(self) -> Mapping[str, int]:
         """Graphs that were compiled so far, by kind of block."""
-        return self._blocks.graphs
+        found: Counter[str] = Counter()
+        for blocks in self._blocks:
+            found.update(blocks.graphs)
+        return found
 
     def change_adapters(self, name: str, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Runs one of diffusers' methods for LoRA; see ``recipes.adapters``."""

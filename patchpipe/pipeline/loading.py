@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -23,9 +24,10 @@ from patchpipe.loading.options import HUB
 from patchpipe.loading.owned import dtypes_of, needs, owned_names
 from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
 from patchpipe.loading.schedulers import build_scheduler
+from patchpipe.models import transformers_of
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.tensor import Slice, check_tensor, tensor_part
-from patchpipe.pipeline.apply import fit
+from patchpipe.parallel.tensor import Slice, check_tensor
+from patchpipe.pipeline.apply import fit, parts_of
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.stage.balance import StageBlocks, split_blocks
 
@@ -104,17 +106,18 @@ def _choose(
 
 def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     """Reads this rank's part and attaches it to the pipeline."""
-    source, transformer, owned = found.source, found.transformer, found.stages[group.stage]
-    part = tensor_part(transformer, found.plan, owned.held, group.mesh.at("tensor"), config.tensor)
-    if found.checkpoint is not None:
-        _read(found, found.checkpoint, group, {} if part is None else part.slices)
-        _finish(transformer, group.device)
+    source, models = found.source, [one.model for one in found.transformers]
+    parts_held = parts_of(models, found.plan, found.stages, group)
+    for transformer, part in zip(found.transformers, parts_held, strict=True):
+        if transformer.checkpoint is not None:
+            _read(found, transformer, transformer.checkpoint, group, {} if part is None else part.slices)
+            _finish(transformer.model, group.device)
     others = source.other_parts(partial(_elsewhere, config, group), found.dtype, group.device)
-    parts = {**others, **found.options, "transformer": transformer}
+    parts = {**others, **found.options, **{one.name: one.model for one in found.transformers}}
     with BUILDING:
         pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)
     _place(pipe, group)
-    Attachment(pipe, config, group, found.stages, part).attach()
+    Attachment(pipe, config, group, found.stages, parts_held).attach()
     return pipe
 
 
@@ -125,17 +128,52 @@ def _elsewhere(config: ParallelConfig, group: Group, part: str) -> bool:
     return group.rank != config.encoder_rank(part)
 
 
-def _read(found: _Found, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]) -> None:
-    transformer, plan, owned = found.transformer, found.plan, found.stages[group.stage].held
-    if found.quantiser is not None:
-        needed = needs(transformer, plan, owned)
-        blocks = [place.name for place in plan.blocks_of(transformer)]
+def _read(
+    found: _Found, transformer: _Transformer, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]
+) -> None:
+    model, plan, owned = transformer.model, found.plan, found.stages[group.stage].held
+    if transformer.quantiser is not None:
+        needed = needs(model, plan, owned)
+        blocks = [place.name for place in plan.blocks_of(model)]
         with BUILDING:
-            found.quantiser.fill(transformer, checkpoint, needed, blocks, group.device)
+            transformer.quantiser.fill(model, checkpoint, needed, blocks, group.device)
         return
-    names = owned_names(transformer, plan, owned)
-    dtypes = dtypes_of(transformer, dtype_of("transformer", found.dtype))
-    checkpoint.fill(transformer, names, dtypes, group.device, slices)
+    dtypes = dtypes_of(model, dtype_of(transformer.name, found.dtype))
+    checkpoint.fill(model, owned_names(model, plan, owned), dtypes, group.device, slices)
+
+
+@dataclass(frozen=True)
+class _Transformer:
+    """A transformer, and where its weights are.
+
+    Attributes:
+        name: Its name in the pipeline.
+        model: The transformer, without weights unless it was given.
+        checkpoint: Its weights; ``None`` where it was given.
+        quantiser: Reads them where they are to be quantised.
+    """
+
+    name: str
+    model: Any
+    checkpoint: Checkpoint | None = None
+    quantiser: Quantiser | None = None
+
+    @classmethod
+    def at(
+        cls, name: str, source: PipelineFolder, dtype: torch.dtype, asked: Any, config: ParallelConfig
+    ) -> _Transformer:
+        """Finds one on disk."""
+        settings, checkpoint = source.config(name), Checkpoint(source.path / name, source.variant)
+        recipe = check_recipe(settings, asked, config, name)
+        quantiser = Quantiser(settings, asked, dtype, name) if recipe else None
+        model = source.build(name, quantiser.dtype if quantiser else dtype)
+        return cls(name, model, checkpoint, quantiser)
+
+    def prepare(self) -> None:
+        """Readies it for weights that are to be quantised."""
+        if self.quantiser is not None and self.checkpoint is not None:
+            with BUILDING:
+                self.quantiser.prepare(self.model, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -144,21 +182,17 @@ class _Found:
 
     Attributes:
         source: The pipeline on disk.
-        plan: The plan of its transformer.
-        transformer: The transformer, without weights unless it was given.
+        plan: The plan of its transformers.
+        transformers: One, or several that take turns.
         stages: The blocks of every stage.
-        checkpoint: Its weights; ``None`` where it was given.
-        quantiser: Reads them where they are to be quantised.
         dtype: What they are to be, or a dtype for each component.
         options: What the pipeline's own ``from_pretrained`` is to get.
     """
 
     source: PipelineFolder
     plan: ModelPlan
-    transformer: Any
+    transformers: tuple[_Transformer, ...]
     stages: list[StageBlocks]
-    checkpoint: Checkpoint | None
-    quantiser: Quantiser | None
     dtype: Any
     options: dict[str, Any]
 
@@ -178,25 +212,27 @@ class _Found:
         wanted, rest = as_torch(told), read.for_pipeline
         if isinstance(rest.get("scheduler"), str):
             rest["scheduler"] = build_scheduler(rest["scheduler"], source.scheduler_settings(), source.pipeline_class)
-        given = rest.pop("transformer", None)
-        if given is not None:
-            plan, stages = fit(SimpleNamespace(transformer=given, components={}), given, config)
-            return cls(source, plan, given, stages, None, None, wanted, rest)
-        plan, settings, own = source.plan(), source.config("transformer"), dtype_of("transformer", wanted)
-        asked, checkpoint = rest.get("quantization_config"), Checkpoint(source.path / "transformer", variant)
-        quantiser = Quantiser(settings, asked, own) if check_recipe(settings, asked, config) else None
-        transformer = source.build("transformer", quantiser.dtype if quantiser else own)
-        stages = split_blocks(transformer, plan, config)
-        check_tensor(transformer, plan, config.tensor)
-        if quantiser is not None:
-            with BUILDING:
-                quantiser.prepare(transformer, checkpoint)
-        return cls(source, plan, transformer, stages, checkpoint, quantiser, wanted, rest)
+        given = {name: rest.pop(name) for name in source.transformers if rest.get(name) is not None}
+        if given:
+            missing = sorted(set(source.transformers) - set(given))
+            if missing:
+                raise ValueError(f"from_pretrained was given {', '.join(given)} but not {', '.join(missing)}: give all")
+            pipe = SimpleNamespace(**given, components={})
+            plan, stages = fit(pipe, transformers_of(pipe).values(), config)
+            return cls(source, plan, tuple(starmap(_Transformer, given.items())), stages, wanted, rest)
+        plan, asked = source.plan(), rest.get("quantization_config")
+        found = [_Transformer.at(name, source, dtype_of(name, wanted), asked, config) for name in source.transformers]
+        transformers_of(SimpleNamespace(**{one.name: one.model for one in found}))
+        stages = split_blocks(found[0].model, plan, config)
+        check_tensor(found[0].model, plan, config.tensor)
+        for one in found:
+            one.prepare()
+        return cls(source, plan, tuple(found), stages, wanted, rest)
 
     @property
     def about(self) -> dict[str, Any]:
         """What all ranks must have alike."""
-        settings = self.source.config("transformer")
+        settings = {name: self.source.config(name) for name in self.source.transformers}
         return {"dtype": str(self.dtype), "model": self.plan.model, "model_config": settings}
 
 

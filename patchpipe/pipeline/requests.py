@@ -130,7 +130,7 @@ class Requests:
 
     def use_transformer(self, pipe: Any) -> bool:
         """Whether a pipeline's requests go through the stages."""
-        return any(part is self._runner.model for part in vars(pipe).values())
+        return any(part is model for part in vars(pipe).values() for model in self._runner.models)
 
     def _paint(self, pipe: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         try:

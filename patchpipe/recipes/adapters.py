@@ -8,7 +8,8 @@ alone: the others' are on ``meta``, and what is beside them goes there too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial, wraps
 from typing import Any
 
@@ -37,14 +38,14 @@ class Adapters:
 
     Args:
         pipe: The pipeline.
-        blocks: The hooks on this rank's part of its transformer.
+        blocks: The hooks on this rank's part of each of its transformers.
         runner: Runs the transformer's calls.
     """
 
-    def __init__(self, pipe: Any, blocks: Blocks, runner: Runner) -> None:
+    def __init__(self, pipe: Any, blocks: Sequence[Blocks], runner: Runner) -> None:
         self._pipe, self._blocks, self._runner = pipe, blocks, runner
         self._changing = False
-        self.state = adapters_of(runner.model)
+        self.state = self._told()
 
     def change(self, name: str, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Runs one of diffusers' methods on the transformer without hooks; every rank calls it alike.
@@ -68,24 +69,29 @@ class Adapters:
         modules, runner = modules_of(self._pipe), self._runner
         self._changing = True
         try:
-            with self._blocks.open(merging=name in MERGING):
+            with ExitStack() as opened:
+                for blocks in self._blocks:
+                    opened.enter_context(blocks.open(merging=name in MERGING))
                 try:
                     if name not in LOADING:
                         return method(*args, **kwargs)
                     return load(method, modules, args, kwargs, self._check_layout)
                 finally:
                     drop_absent(modules.values())
-                    self.state = adapters_of(runner.model)
+                    self.state = self._told()
         finally:
             self._changing = False
             if runner.request is not None:
                 runner.request.memo.clear()  # results of layers as they were
 
-    def model_methods(self) -> dict[str, Callable[..., Any]]:
-        """The transformer's own methods that change adapters or other things in its layers, to be set on it."""
+    def _told(self) -> str:
+        return "; ".join(map(adapters_of, self._runner.models))
+
+    def model_methods(self, model: nn.Module) -> dict[str, Callable[..., Any]]:
+        """A transformer's own methods that change adapters or other things in its layers, to be set on it."""
         return {
             name: wraps(original)(partial(self._bound, name, original))
-            for name, original in ((name, getattr(self._runner.model, name, None)) for name in (*METHODS, *HOOKING))
+            for name, original in ((name, getattr(model, name, None)) for name in (*METHODS, *HOOKING))
             if callable(original)
         }
 
@@ -97,7 +103,8 @@ class Adapters:
             raise RuntimeError(f"{name} would change the adapters of all requests in flight together: call it before")
 
     def _check_layout(self) -> None:
-        check_tensor(self._runner.model, self._runner.plan, self._runner.config.tensor)
+        for model in self._runner.models:
+            check_tensor(model, self._runner.plan, self._runner.config.tensor)
 
 
 def adapter_members(kind: type) -> dict[str, Any]:

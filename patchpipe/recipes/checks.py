@@ -274,13 +274,14 @@ def check_surroundings(pipe: Any, runner: Runner, *, own: bool) -> None:
     Raises:
         ValueError: Names what was done, and what to do instead.
     """
-    check_recipes(pipe, runner.config, runner.model)
-    if own and pipe.transformer is not runner.model:
+    for model in runner.models:
+        check_recipes(pipe, runner.config, model)
+    if own and not all(any(part is model for part in vars(pipe).values()) for model in runner.models):
         raise ValueError(
             "pipe.transformer is another model than when the pipeline was made parallel: call patchpipe.restore(pipe) "
             "before it is replaced, and parallelize afterwards"
         )
-    now = matrix_dtype(runner.model)
+    now = next((dtype for dtype in map(matrix_dtype, runner.models) if dtype != runner.dtype), runner.dtype)
     if now != runner.dtype:
         raise ValueError(
             f"the transformer was {runner.dtype} when the pipeline was made parallel, and is {now} now: change its "

@@ -20,6 +20,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.stage import Stage
 from patchpipe.stage.store import LayerStores
 from patchpipe.stage.survey import CallShapes
 from patchpipe.tracing.recorder import Where
@@ -30,6 +31,7 @@ class Call:
     """One call of the transformer, the same on every rank.
 
     Attributes:
+        stage: This rank's part of the transformer.
         inputs: Its arguments by name.
         cut: The cut of its latent.
         patches: The patches to run, or the whole latent as one.
@@ -41,6 +43,7 @@ class Call:
         where: Which call it is, for the timeline.
     """
 
+    stage: Stage
     inputs: Mapping[str, Any]
     cut: Cut
     patches: tuple[Patch, ...]

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,9 +177,9 @@ class Flights:
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
         """In the block, the transformer's calls pass the baton on."""
-        model, forward = self._runner.model, self._runner.model.forward
+        forwards = {model: model.forward for model in self._runner.models}
 
-        def in_turn(*args: Any, **kwargs: Any) -> Any:
+        def in_turn(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flight = self._flights[self._baton.holder]
             if not flight.prepared:
                 self._runner.check(*args, **kwargs)
@@ -189,11 +190,13 @@ class Flights:
             self._let_others_go_on(flight)
             return result
 
-        object.__setattr__(model, "forward", in_turn)
+        for model, forward in forwards.items():
+            object.__setattr__(model, "forward", partial(in_turn, forward))
         try:
             yield
         finally:
-            object.__setattr__(model, "forward", forward)
+            for model, forward in forwards.items():
+                object.__setattr__(model, "forward", forward)
 
     def _let_others_go_on(self, flight: Flight) -> None:
         self._pause(flight)

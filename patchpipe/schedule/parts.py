@@ -14,7 +14,7 @@ from patchpipe.schedule.answers import Call
 from patchpipe.schedule.hops import Crossing, Shapes
 from patchpipe.stage.context import Streams
 from patchpipe.stage.patches import Patch
-from patchpipe.stage.stage import Stage
+from patchpipe.stage.survey import CallShapes
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Part:
         pieces: Each sharing rank's rows of it.
         piece: This rank's own.
         inputs: The call's arguments for those entries.
+        shapes: The shapes inside the call for those entries.
         memo: Results shared by the patches of those entries.
         completes: Whether the patch's other entries have run before.
         turn: Which turn it is, of how many, where stages share blocks; see ``balance.Boundary``.
@@ -37,19 +38,21 @@ class Part:
     pieces: tuple[Patch, ...]
     piece: Patch
     inputs: dict[str, Any]
+    shapes: CallShapes
     memo: dict[str, Any]
     completes: bool
     turn: tuple[int, int] | None
 
-    def crossing(self, call: Call, stage: Stage, group: Group) -> Crossing:
+    def crossing(self, call: Call, group: Group) -> Crossing:
         """What it is as it enters and as it leaves this rank's stage."""
-        now = stage.owned.whole if self.turn is None else stage.owned.of(*self.turn)
-        entering = {} if group.first else self._hop(call, stage, now.start)
-        leaving = {} if group.last else self._hop(call, stage, now.stop)
+        owned = call.stage.owned
+        now = owned.whole if self.turn is None else owned.of(*self.turn)
+        entering = {} if group.first else self._hop(call, now.start)
+        leaving = {} if group.last else self._hop(call, now.stop)
         return Crossing(entering, leaving, large=self.patch.whole)
 
-    def _hop(self, call: Call, stage: Stage, index: int) -> Shapes:
-        return call.shapes.hop(stage.places[index].listing, self.share.size, self.piece)
+    def _hop(self, call: Call, index: int) -> Shapes:
+        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lockstep.points import Points
-from patchpipe.models.latent import Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import share_batch
 from patchpipe.parallel.displaced import PartStore
 from patchpipe.parallel.refusals import no_guidance
+from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
 from patchpipe.stage.patches import Cut
+from patchpipe.stage.stage import Stage
 from patchpipe.stage.store import LayerStores
 from patchpipe.stage.survey import CallShapes, shapes_key
 
 BranchKey = tuple[str | None, int, int]
-Look = Callable[[Mapping[str, Any], Raster, dict[tuple[Any, ...], Any]], CallShapes]
 
 
 @dataclass
@@ -136,38 +136,39 @@ class Request:
     Args:
         config: The layout.
         plan: The model's plan.
-        model: The transformer.
         group: The ranks.
         number: Its place among the requests in flight together.
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
         points: What all ranks pass in the same order.
-        look: Finds out the shapes inside a call.
+        stage: This rank's part of the transformer.
+
+    Attributes:
+        stage: That of the transformer whose turn it is, where several take turns.
     """
 
     def __init__(
         self,
         config: ParallelConfig,
         plan: ModelPlan,
-        model: nn.Module,
         group: Group,
         number: int = 0,
         *,
         halves: bool = False,
         shared: Sequence[SharedBlock] = (),
         points: Points | None = None,
-        look: Look,
+        stage: Stage,
     ) -> None:
         self.points = points or Points(None)
-        self.config, self.plan, self.model, self.group, self.number = config, plan, model, group, number
-        self._halves, self._shared, self._look = halves, shared, look
+        self.config, self.plan, self.group, self.number, self.stage = config, plan, group, number, stage
+        self._halves, self._shared = halves, shared
         self.traffic = Traffic(group)
         self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
         self.holder = group.first  # whether this rank holds the values of the lazy latent
         self.stats = RequestStats(stages=config.pipefusion)
         self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
         self._branches: dict[BranchKey, Branch] = {}
-        self._texts: list[Tensor] = []
+        self._prompts = Prompts()
         self._cut: Cut | None = None
         self._latent_shape: torch.Size | None = None
         self._shapes: dict[tuple[Any, ...], CallShapes] = {}
@@ -223,6 +224,12 @@ class Request:
         finally:
             self.context = outer
 
+    def turn_to(self, stage: Stage) -> None:
+        """The calls from here on are another transformer's, whose keys and values no patch has yet."""
+        if stage is not self.stage:
+            self.stage, self._last = stage, None
+            self._branches.clear()
+
     def count(self, synchronous: bool) -> None:
         """Counts a call of the transformer."""
         if synchronous:
@@ -234,8 +241,8 @@ class Request:
         """The shapes inside a call."""
         key = shapes_key(inputs)
         if key not in self._shapes:
-            raster = self.plan.grid.rows(self.model, inputs[self.plan.latent].shape, inputs)
-            self._shapes[key] = self._look(inputs, raster, self.memo)
+            raster = self.plan.grid.rows(self.stage.model, inputs[self.plan.latent].shape, inputs)
+            self._shapes[key] = self.stage.look(inputs, raster, self.memo)
         return self._shapes[key]
 
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
@@ -244,8 +251,7 @@ class Request:
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
             shapes = self.shapes_of(inputs)
-            width, blocks = shapes.width, len(self.plan.blocks_of(self.model))
-            costs = patch_costs(width, blocks, self.config, self.group.backend)
+            costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
             entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
             halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
             self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries))
@@ -277,7 +283,7 @@ class Request:
             ValueError: Ranks are set aside for a second branch, but the pipeline makes no such call.
         """
         latent = inputs[self.plan.latent]
-        key: BranchKey = (context, self._text_index(inputs.get(self.plan.text)), 0)
+        key: BranchKey = (context, self._prompts.number(inputs.get(self.plan.text)), 0)
         if self._last is not None:
             last_latent, last_key = self._last
             if last_latent is latent and last_key[:2] == key[:2]:
@@ -299,34 +305,12 @@ class Request:
         """Whether keys and values will ever be read again."""
         return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
 
-    def _text_index(self, text: Tensor | None) -> int:
-        if text is None:
-            return -1
-        for index, known in enumerate(self._texts):
-            if _same(known, text):  # asked first: to compare values a device must have done all it was given
-                return index
-        for index, known in enumerate(self._texts):
-            if known.shape == text.shape and torch.equal(known, text):
-                return index
-        self._texts.append(text)
-        return len(self._texts) - 1
-
     def finish(self) -> None:
         """Ends the request: keys, values and lazy tensors are let go, the figures stay."""
         self.stats.store_bytes = sum(branch.bytes for branch in self._branches.values())
         self.stats.seconds = perf_counter() - self._started
         self.stats.sent_bytes, self.stats.waited_seconds = self.traffic.sent_bytes, self.traffic.waited_seconds
         self._branches.clear()
-        self._texts.clear()
+        self._prompts.clear()
         self.memo.clear()
         self._last = None
-
-
-def _same(known: Tensor, text: Tensor) -> bool:
-    """Whether two tensors are the same memory, unchanged; the first one still holds it."""
-    if known is text:
-        return True
-    if known.is_inference() or text.is_inference() or known._version != text._version:
-        return False
-    shape = (known.shape, known.stride(), known.dtype)
-    return shape == (text.shape, text.stride(), text.dtype) and known.data_ptr() == text.data_ptr()

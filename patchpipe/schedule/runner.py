@@ -21,7 +21,7 @@ from patchpipe.lockstep.points import Points
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.batches import BatchShare, share_batch, slice_inputs
+from patchpipe.parallel.batches import BatchShare, ragged, share_batch, slice_inputs
 from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
@@ -43,11 +43,10 @@ class Runner:
     once with a lazy noise prediction, of which only the first stage ever holds values.
 
     Args:
-        model: The transformer.
-        plan: Its plan.
+        plan: The transformer's plan.
         config: The layout.
         group: The ranks.
-        stage: This rank's part of the model.
+        stages: This rank's part of the transformer, or of each of those that take turns.
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
 
@@ -57,24 +56,33 @@ class Runner:
 
     def __init__(
         self,
-        model: nn.Module,
         plan: ModelPlan,
         config: ParallelConfig,
         group: Group,
-        stage: Stage,
+        stages: Sequence[Stage],
         *,
         halves: bool,
         shared: Sequence[SharedBlock] = (),
     ) -> None:
-        self.model, self.plan, self.config, self.group, self.stage = model, plan, config, group, stage
+        self.plan, self.config, self.group, self.stages = plan, config, group, stages
         self._halves, self._shared = halves, shared
         self.request: Request | None = None
         self.points = Points(None)  # of the requests being served
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
-        self.dtype = matrix_dtype(model)
+        self.dtype = matrix_dtype(self.model)
         self._hops = Hops(group)
-        self._signature = inspect.signature(type(model).forward)
+        self._signature = inspect.signature(type(self.model).forward)
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformer; of several the first, which the others are like."""
+        return self.stages[0].model
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All of them."""
+        return [stage.model for stage in self.stages]
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -136,8 +144,8 @@ class Runner:
     def serving_one(self, number: int = 0) -> Iterator[Request]:
         """The extent of one of the requests; whatever it kept is gone afterwards."""
         request = self.request = Request(
-            self.config, self.plan, self.model, self.group, number, halves=self._halves, shared=self._shared,
-            points=self.points, look=self.stage.look,
+            self.config, self.plan, self.group, number, halves=self._halves, shared=self._shared,
+            points=self.points, stage=self.stages[0],
         )  # fmt: skip
         self.stats[number] = request.stats
         request.traffic.resume()
@@ -163,8 +171,13 @@ class Runner:
     # -- one call --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The transformer's ``forward``: same arguments, a lazy result.
+    def forward(self, stage: Stage, *args: Any, **kwargs: Any) -> Any:
+        """A transformer's ``forward``: same arguments, a lazy result.
+
+        Args:
+            stage: This rank's part of that transformer.
+            args: Its arguments by position.
+            kwargs: Its arguments by name.
 
         Raises:
             ValueError: An input the plan does not cover, or a latent that cannot be cut as configured.
@@ -175,12 +188,13 @@ class Runner:
                 "own loop in `with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
             )
         inputs = self.plan.bind(self._signature, args, kwargs)
+        self.request.turn_to(stage)
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self.request.context)
         plain, scale = split_scale(inputs, self.plan.ignored_inputs)
-        with scaled(self.model, scale):
-            prediction = self._call(plain, cut, branch)
+        with scaled(stage.model, scale):
+            prediction = self.plan.grid.given(self._call(plain, cut, branch))
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
@@ -207,6 +221,7 @@ class Runner:
         synchronous, keeps = self.request.synchronous(branch, cut), self.request.keeps_stores(cut)
         latent = inputs[self.plan.latent]
         call = Call(
+            stage=self.request.stage,
             inputs=inputs,
             cut=cut,
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
@@ -240,7 +255,7 @@ class Runner:
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
         """
-        crossings = [part.crossing(call, self.stage, self.group) for part in parts]
+        crossings = [part.crossing(call, self.group) for part in parts]
         expected = self._hops.begin((call.where.request, call.where.branch), crossings)
         for keys in call.shared:
             keys.begin(call.patches)
@@ -269,7 +284,7 @@ class Runner:
             raise failure
         for context in trailing:  # when the next stage has all it waits for
             with span(self.group.recorder, "compute"):
-                self.stage.trail(context)
+                call.stage.trail(context)
         self._catch_up(call.inputs[self.plan.latent])
 
     def _try(
@@ -299,13 +314,14 @@ class Runner:
         branch of guidance, or the second picture, while the next one is still busy with the first.
         """
         assert self.request is not None
-        streams_later = call.stores is not None and not self._displaced
+        streams_later = call.stores is not None and not self._displaced and not ragged(call.inputs)
         shares = share.halves() if streams_later and self._halves else (share,)
         if streams_later and call.patches[0].whole:
             shares = tuple(entry for half in shares for entry in half.one_by_one())
         batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo
         inputs = [slice_inputs(call.inputs, self.plan, batch, entries, kept) for entries in shares]
         memos: list[dict[str, Any]] = [{} for _ in shares]
+        shapes = self.request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
         parts = []
         for patch in call.patches:
             pieces = call.pieces(patch, self.group.mesh.parts)
@@ -314,14 +330,14 @@ class Runner:
                 turn = None if patch.whole else (patch.index, len(call.patches))
                 if self._halves:
                     turn = entries.half or 0, 2
-                parts.append(Part(entries, patch, pieces, own, own_inputs, memo, last, turn))
+                parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn))
         return parts
 
     def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
         assert self.request is not None
         half, patch = part.share.half, part.patch
         stores = None if call.stores is None else call.stores[half or 0]
-        context = CallContext(part.piece, call.shapes, stores, memo=part.memo, request_memo=self.request.memo)
+        context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
         context.entries = part.share.entries
         context.turn = part.turn
@@ -347,7 +363,7 @@ class Runner:
             latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
         context.received = {name: receive.take() for name, receive in receives.items()}
         with span(recorder, "compute"):
-            return self.stage.run(part.inputs, latent, context)
+            return call.stage.run(part.inputs, latent, context)
 
     def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
         """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""

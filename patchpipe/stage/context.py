@@ -37,6 +37,7 @@ class CallContext:
         entering: What to do before a shared block runs, by its place.
         leaving: What to do after it.
         trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
+        tail: Whether what follows the last block takes the patch's rows as they are.
         masked: Whether the block at work masks some keys, on whatever rank.
     """
 
@@ -53,6 +54,7 @@ class CallContext:
     entering: dict[int, Callable[[], None]] = field(default_factory=dict)
     leaving: dict[int, Callable[[], None]] = field(default_factory=dict)
     trailing: Callable[[], Any] | None = None
+    tail: bool = False
     masked: bool = False
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 

@@ -72,12 +72,13 @@ class Seam:
         passage: The stage's.
         place: The block.
         index: Its place among all blocks.
-        widens: Whether its rows are put back into the whole after it.
+        last: Whether the next block is of another list, or there is none: its rows are then put back into the whole.
+        ends: Whether there is none: what follows may then take the rows as they are, see ``ModelPlan.tail``.
     """
 
-    def __init__(self, passage: Passage, place: BlockPlace, index: int, *, widens: bool) -> None:
+    def __init__(self, passage: Passage, place: BlockPlace, index: int, *, last: bool, ends: bool) -> None:
         self.passage, self.listing, self.index = passage, place.listing, index
-        self.first, self.widens = place.index == 0, widens
+        self.first, self.last, self.ends = place.index == 0, last, ends
         self.compute: Callable[..., Any] = place.block.forward
         self.names = [name for name in inspect.signature(type(place.block).forward).parameters if name != "self"]
 
@@ -129,7 +130,7 @@ class Seam:
         context.before(self.index)
         result = self.compute(**arguments)
         context.after(self.index)
-        if not self.widens or context.cutter is None:
+        if context.cutter is None or not self.last or (self.ends and context.tail):
             return result
         values = result if isinstance(result, tuple) else (result,)
         return self._returned(

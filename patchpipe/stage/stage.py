@@ -89,17 +89,18 @@ class Stage:
                 self._share_between_calls(place.layer(path), names)
         for path in self.plan.per_call:
             self._share_between_patches(path)
-        for path, names in self.plan.per_request.items():
-            self._share_between_calls(path, names)
+        for pattern, names in self.plan.per_request.items():
+            for path in self._matching(pattern):
+                self._share_between_calls(path, names)
         if not self.first and self.plan.embed:
             self._share_between_calls(self.plan.embed, (self.plan.latent,))
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
         for index, place in enumerate(self.places):
-            following = self.places[index + 1 :]
-            widens = following[0].listing is not place.listing if following else not self.plan.tail
-            self._seams.append(override(place.block, Seam(self.passage, place, index, widens=widens)))
+            ends = index + 1 == len(self.places)
+            last = ends or self.places[index + 1].listing is not place.listing
+            self._seams.append(override(place.block, Seam(self.passage, place, index, last=last, ends=ends)))
         if self.plan.tail and self.last:
             self._seams.append(self._widen_after(self.plan.tail))
 
@@ -127,7 +128,7 @@ class Stage:
         Returns:
             The streams for the next stage, or on the last stage the patch of the noise prediction.
         """
-        context.inputs = inputs
+        context.inputs, context.tail = inputs, self.plan.has_tail(inputs)
         self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
         try:
             prediction = self._root(inputs, self._whole(inputs[self.plan.latent], latent, context))
@@ -173,8 +174,8 @@ class Stage:
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name != "return_dict"}
-        given[self.plan.latent] = latent
-        return self._forward(**given, return_dict=False)[0]
+        given[self.plan.latent] = self.plan.grid.given(latent)
+        return self.plan.grid.joined(self._forward(**given, return_dict=False)[0])
 
     def _whole(self, shape: Tensor, latent: Tensor | None, context: CallContext) -> Tensor:
         """The latent uncut, with zeros wherever this stage does not know it."""
@@ -195,7 +196,9 @@ class Stage:
         def widened(*args: Any, **kwargs: Any) -> Any:
             result = compute(*args, **kwargs)
             context = self.passage.context
-            return result if context is None or context.cutter is None else context.cutter.widen(result, held)
+            if context is None or context.cutter is None or not context.tail:
+                return result
+            return context.cutter.widen(result, held)
 
         return override(module, widened)
 
@@ -227,7 +230,7 @@ class Stage:
             memo, inputs = self._kept.request, self._kept.inputs
             sources = tuple(inputs.get(name) for name in names)
             latent = inputs[self.plan.latent]
-            key = (path, *(tuple(each.shape) if each is latent else _identity(each) for each in sources))
+            key = (self, path, *(tuple(each.shape) if each is latent else _identity(each) for each in sources))
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
                 memo[key] = (sources, compute(*args, **kwargs))
             return memo[key][1]
@@ -250,6 +253,12 @@ class Stage:
         masked = context.masked and len(segments) > 1
         return Attending(context.patch, store, context.sharing, rows, masked, context.entries, self.kernels)
 
+    def _matching(self, pattern: str) -> list[str]:
+        """A path, or those of all modules of a list: ``refiner.*``."""
+        if not pattern.endswith(".*"):
+            return [pattern]
+        return [f"{pattern[:-2]}.{name}" for name, _ in self.model.get_submodule(pattern[:-2]).named_children()]
+
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf, None)
@@ -259,5 +268,7 @@ def _identity(value: Any) -> Any:
     """Tells a tensor from another one, and from itself after an in-place change; a number is its own identity."""
     if isinstance(value, int):
         return value
+    if isinstance(value, list):
+        return tuple(map(_identity, value))
     versioned = isinstance(value, Tensor) and not value.is_inference()
     return id(value), value._version if versioned else 0

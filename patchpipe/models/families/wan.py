@@ -7,7 +7,7 @@ CONTEXT = ("encoder_hidden_states", "encoder_hidden_states_image")
 
 WAN = ModelPlan(
     model="WanTransformer3DModel",
-    pipelines=("WanPipeline",),
+    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     grid=Latent("bcfhw", cut="f"),
     blocks=(
         BlockList(
@@ -16,7 +16,7 @@ WAN = ModelPlan(
             streams=("hidden_states",),
             rows={"hidden_states": of("image"), "rotary_emb": of("image"), "temb": of("image", ndim=4)},
             attention={"attn1": ("image",), "attn2": CROSS},
-            per_request={"attn2.to_k": CONTEXT, "attn2.to_v": CONTEXT},
+            per_request=dict.fromkeys(("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"), CONTEXT),
         ),
     ),
     inputs=("timestep", *CONTEXT),
@@ -24,6 +24,7 @@ WAN = ModelPlan(
     guidance="calls",
     embed="patch_embedding",
     tail="proj_out",
+    tail_dims={"timestep": 1},
     per_call=("condition_embedder",),
     per_request={"rope": ("hidden_states",)},
 )
