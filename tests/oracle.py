@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel")
+PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
+          "LTXVideoTransformer3DModel")  # fmt: skip
+TEXT_FIRST = (*PACKED, "CogView4Transformer2DModel")  # in attention
 LISTED = ("ZImageTransformer2DModel",)  # whose latent is a list
 Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
 
@@ -64,7 +66,8 @@ class _Naive:
 
     def __init__(self, model: Any, patch_rows: Sequence[int], warmup: int, branches: int) -> None:
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
-        self.packed, self.listed = (type(model).__name__ in names for names in (PACKED, LISTED))
+        kind = type(model).__name__
+        self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.calls = 0
         self.attention: _Pass | None = None
@@ -99,7 +102,7 @@ class _Naive:
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
             exist = rows if step > 0 else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, exist * tokens_per_row
-            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.packed)
+            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.text_first)
             with self.attention:
                 result = self.forward(*args, **{**kwargs, "return_dict": False})[0]
             whole = torch.stack(result) if self.listed else result

@@ -114,7 +114,7 @@ def by_layout(
     """Latents and graphs of every layout on this rank."""
     pipe, found = tiny.pipeline(name, blocks=blocks, dtype=torch.float64 if double else torch.float32), []
     for layout in layouts:
-        schedule = {"warmup": 1} if "distrifusion" in layout else pinned({"patches": 3}, HEIGHT)
+        schedule = {"warmup": 1} if "distrifusion" in layout else pinned({"patches": 3}, HEIGHT // 16)
         config = ParallelConfig(**layout, **schedule, timeout=60)
         patchpipe.parallelize(pipe, config, group=place.join(config))
         with traced(backend):

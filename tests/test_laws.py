@@ -31,7 +31,7 @@ from tests.threads import run_threads
 
 MODELS = tiny.MODELS
 THOROUGH = ("flux", "sd3", "pixart")  # of each way text enters one, through every layout; the others through some
-RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen", "flux2", "wan", "wan-i2v", "wan-a14b", "zimage")
+RELATIVES = ("flux-guided", "sd35", "pixart-sigma", "qwen", "flux2", "wan", "wan-a14b", "zimage")
 STAGES = (2, 3, 4)
 PLACES = ("text_rank", "output_rank", "stage_blocks")  # one process has no choice of these
 BATCH = [tiny.PROMPT, tiny.OTHER_PROMPT]

@@ -286,7 +286,7 @@ def afflicted(place: Place, affliction: str, timeout: float) -> tuple[str, float
     config = ParallelConfig(pipefusion=3, patches=4, timeout=timeout)
     with under_nccl_rules():
         pipe = patchpipe.parallelize(tiny.pipeline("flux"), config, group=place.join(config))
-        stage_run, calls = pipe.patchpipe.runner.stage.run, Counter[str]()
+        stage_run, calls = pipe.patchpipe.runner.stages[0].run, Counter[str]()
 
         def run(*args: Any) -> Any:
             calls["patches"] += 1
@@ -294,7 +294,7 @@ def afflicted(place: Place, affliction: str, timeout: float) -> tuple[str, float
                 _suffer(affliction)
             return stage_run(*args)
 
-        pipe.patchpipe.runner.stage.run = run
+        pipe.patchpipe.runner.stages[0].run = run
         began = time.monotonic()
         try:
             parity.call_pipeline(pipe, tiny.call_arguments("flux", height=112, steps=8))

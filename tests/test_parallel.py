@@ -6,6 +6,7 @@ stream, with those of the naive PipeFusion of `tests/oracle.py`, which knows not
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -20,38 +21,63 @@ from tests.threads import run_threads
 MODELS = ("flux", "sd3", "pixart")  # Qwen-Image, whose text is masked, is in test_masks.py
 SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0, "split_batch": True}]
 # Rows of three tokens, odd in number, and of PixArt three heads: few of these degrees divide them.
-LAYOUTS: dict[int, list[dict[str, int]]] = {
-    2: [{degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring", "tensor")],
-    3: [{"pipefusion": 3}, {"ulysses": 3}, {"ring": 3}],
-    4: [
-        {"pipefusion": 2, "ulysses": 2},
-        {"pipefusion": 2, "ring": 2},
-        {"pipefusion": 2, "tensor": 2},
-        {"cfg": 2, "pipefusion": 2},
-        {"cfg": 2, "ulysses": 2},
-        {"cfg": 2, "ring": 2},
-        {"data": 2, "pipefusion": 2},
-        {"ulysses": 2, "ring": 2},
-        {"ulysses": 2, "tensor": 2},
-        {"ring": 4},
-    ],
-    6: [{"pipefusion": 3, other: 2} for other in ("ulysses", "ring", "tensor")],  # stages of 4 blocks differ by half
-    8: [{"cfg": 2, "pipefusion": 2, "ulysses": 2}, {"pipefusion": 2, "ring": 2, "ulysses": 2}],
-}
+LAYOUTS: list[dict[str, int]] = [
+    *({degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring", "tensor")),
+    *({degree: 3} for degree in ("pipefusion", "ulysses", "ring")),
+    {"pipefusion": 2, "ulysses": 2},
+    {"pipefusion": 2, "ring": 2},
+    {"pipefusion": 2, "tensor": 2},
+    {"cfg": 2, "pipefusion": 2},
+    {"cfg": 2, "ulysses": 2},
+    {"cfg": 2, "ring": 2},
+    {"data": 2, "pipefusion": 2},
+    {"ulysses": 2, "ring": 2},
+    {"ulysses": 2, "tensor": 2},
+    {"ring": 4},
+    *({"pipefusion": 3, other: 2} for other in ("ulysses", "ring", "tensor")),  # stages of 4 blocks differ by half
+    {"cfg": 2, "pipefusion": 2, "ulysses": 2},
+    {"pipefusion": 2, "ring": 2, "ulysses": 2},
+]
 
+
+def ranks_of(layout: dict[str, int]) -> int:
+    return prod(layout.values())
+
+
+# Of every other family fewer: what is special to it is how its rows are cut, which all methods do alike.
+FAMILIES = ("sd35", "flux2", "zimage", "cogview4", "wan", "wan-i2v", "wan-a14b", "wan-5b", "ltx")
+FAMILY_LAYOUTS: list[dict[str, int]] = [
+    *({degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring")),
+    {"pipefusion": 3},
+    {"pipefusion": 2, "ulysses": 2},
+    {"pipefusion": 2, "ring": 2},
+    {"cfg": 2, "pipefusion": 2},
+]
 
 # Under NCCL's rules all of them; over gloo, which `test_combinations.py` has between processes, some.
-EACH = [(name, ranks, "nccl") for name in (*MODELS, "sd35") for ranks in LAYOUTS] + [("pixart", 4, "gloo")]
+EACH = [(name, layout, "nccl") for layout in LAYOUTS for name in MODELS]
+EACH += [("pixart", layout, "gloo") for layout in LAYOUTS if ranks_of(layout) == 4]
 
 
-@pytest.mark.parametrize(("name", "ranks", "transport"), EACH)
-def test_layouts_paint_what_one_device_paints(name: str, ranks: int, transport: str) -> None:
+@pytest.mark.parametrize(("name", "layout", "transport"), EACH, ids=str)
+def test_layouts_paint_what_one_device_paints(name: str, layout: dict[str, int], transport: str) -> None:
     call: dict[str, Any] = {}
-    if ranks > 3:  # patches of rows enough for four ranks, and pictures to share
+    if ranks_of(layout) > 3:  # patches of rows enough for four ranks, and pictures to share
         call = {"height": 16 * 9, "num_images_per_prompt": 2, "num_inference_steps": 3}
     with over(transport):
-        errors = parity.differences(name, LAYOUTS[ranks], SCHEDULES, run=run_threads, **call)
+        errors = parity.differences(name, [layout], SCHEDULES, run=run_threads, **call)
     assert max(errors.values()) <= parity.TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("layout", FAMILY_LAYOUTS, ids=str)
+def test_every_family_paints_what_one_device_paints(name: str, layout: dict[str, int]) -> None:
+    call: dict[str, Any] = {"num_inference_steps": 6} if name == "wan-a14b" else {}  # each transformer warms up
+    if ranks_of(layout) > 3:  # frames or rows enough for four ranks
+        call |= {"num_frames": 65 if name == "ltx" else 33} if name.startswith(("wan", "ltx")) else {"height": 16 * 9}
+    with over("nccl"):
+        errors = parity.differences(name, [layout], SCHEDULES[:2], run=run_threads, **call)
+    assert max(errors.values()) <= parity.tolerance(name), errors
 
 
 @pytest.mark.parametrize("name", MODELS)

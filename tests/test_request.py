@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -164,7 +165,9 @@ def request() -> tuple[Request, Any]:
     model = tiny.pipeline("sd3").transformer
     config = ParallelConfig(patches=2)
     group = join(config, rank=0, world_size=1, device="cpu")
-    return Request(config, plan_for(model), model, group, look=look), model
+    plan = plan_for(model)
+    stage: Any = SimpleNamespace(model=model, places=plan.blocks_of(model), look=look)
+    return Request(config, plan, group, stage=stage), model
 
 
 def look(inputs: Any, raster: Raster, _memo: Any) -> CallShapes:

@@ -12,14 +12,19 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLLTXVideo,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -44,6 +49,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GlmConfig,
+    GlmModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -81,7 +88,7 @@ def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
     build = {
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
-        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage,
+        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
         "wan": _wan, "wan-i2v": _wan_i2v, "wan-a14b": _wan_a14b, "wan-5b": _wan_5b,
     }[name]  # fmt: skip
     pipe = build(blocks)
@@ -121,6 +128,11 @@ def call_arguments(
         arguments["negative_prompt"] = OTHER_PROMPT
         if name in ("wan-i2v", "wan-5b"):
             arguments["image"] = Image.linear_gradient("L").convert("RGB").resize((width, height))
+    elif name == "ltx":
+        arguments |= {"height": 64, "width": 32, "max_sequence_length": 8, "num_frames": 33}
+        arguments |= {"guidance_scale": 3.0 if guided else 1.0, "negative_prompt": OTHER_PROMPT}
+    elif name == "cogview4":
+        arguments |= {"guidance_scale": 3.0 if guided else 1.0, "negative_prompt": OTHER_PROMPT}
     elif name == "zimage":
         arguments |= {"max_sequence_length": 40, "guidance_scale": 3.0 if guided else 0.0}
         arguments["negative_prompt"] = OTHER_PROMPT
@@ -326,6 +338,34 @@ def _flux2(blocks: int) -> Flux2KleinPipeline:
     )  # fmt: skip
     encoder, tokenizer = _qwen3()
     return Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, encoder, tokenizer, transformer)
+
+
+def _cogview4(blocks: int) -> CogView4Pipeline:
+    transformer = CogView4Transformer2DModel(
+        patch_size=2, in_channels=4, num_layers=blocks, attention_head_dim=16, num_attention_heads=2, out_channels=4,
+        text_embed_dim=WIDTH, time_embed_dim=16, condition_dim=4, sample_size=16, rope_axes_dim=(32, 32),
+    )  # fmt: skip
+    tokenizer = _qwen_tokenizer()
+    config = GlmConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True)
+    return CogView4Pipeline(tokenizer, GlmModel(config).eval(), _vae(4), transformer, scheduler)
+
+
+def _ltx(blocks: int) -> LTXPipeline:
+    """Five frames of the latent for a clip of 33."""
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=WIDTH,
+        num_layers=blocks, caption_channels=WIDTH,
+    )  # fmt: skip
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=2,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return LTXPipeline(scheduler, vae, _t5(), _t5_tokenizer(), transformer)
 
 
 def _wan_transformer(blocks: int, channels: int = 4, image_dim: int | None = None) -> WanTransformer3DModel:

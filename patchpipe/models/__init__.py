@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from patchpipe.errors import UnsupportedModel
+from patchpipe.models.families.cogview4 import COGVIEW4
 from patchpipe.models.families.flux import FLUX
 from patchpipe.models.families.flux2 import FLUX2
+from patchpipe.models.families.ltx import LTX
 from patchpipe.models.families.pixart import PIXART
 from patchpipe.models.families.qwen import QWEN_IMAGE
 from patchpipe.models.families.sd3 import SD3
@@ -16,7 +18,7 @@ from patchpipe.models.families.wan import WAN
 from patchpipe.models.families.zimage import Z_IMAGE
 from patchpipe.models.plan import ModelPlan
 
-PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE)
+PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX)
 
 
 def supported() -> list[str]:

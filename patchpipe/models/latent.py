@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IMAGE = "image"
+IMAGE, TEXT = "image", "text"
 SPACE = "fhw"  # frames, rows and columns, the order in which every model numbers its tokens
 PACKED = "n"  # a dim that holds the tokens of all of them
 NAMES = {"f": "frames", "h": "rows", "w": "columns"}
@@ -51,13 +51,12 @@ class Latent:
     """Where the image tokens lie in the latent a transformer takes.
 
     Args:
-        axes: A letter for each of its dims: b batch, c channels, f frames, h rows, w columns, or n for tokens in raster
-            order.
+        axes: A letter for each of its dims: b batch, c channels, f frames, h rows, w columns, 1 for a dim of one, or n
+            for tokens in raster order.
         cut: The axis that is cut.
         sizes: Tokens along f, h and w, of those there are, for a model and the inputs of a call; where the latent is
             not packed they follow from its shape.
         name: The input.
-        spans: Entries of the latent's f, h and w that a token spans, for a model's configuration.
         listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
             wherever patchpipe holds it.
     """
@@ -66,7 +65,6 @@ class Latent:
     cut: str = "h"
     sizes: Callable[[nn.Module, Mapping[str, Any]], Sizes] | None = None
     name: str = "hidden_states"
-    spans: Callable[[Any], Sizes] | None = None
     listed: bool = False
 
     @property
@@ -104,12 +102,12 @@ class Latent:
         at = axes.index(self.cut)
         outer, inner = (prod(sizes[axis] for axis in some) for some in (axes[:at], axes[at + 1 :]))
         if PACKED not in self.axes:
-            return Raster(sizes[self.cut], outer * inner, self._spans(model)[self.cut], outer)
+            return Raster(sizes[self.cut], outer * inner, self.spans_of(model)[self.cut], outer)
         assert outer == 1, "a packed latent is cut along its first axis"
         return Raster(sizes[self.cut], inner, inner)
 
     def _from_shape(self, model: nn.Module, shape: torch.Size) -> dict[str, int]:
-        spans, found = self._spans(model), {}
+        spans, found = self.spans_of(model), {}
         for axis in (axis for axis in SPACE if axis in self.axes):
             size = shape[self.axes.index(axis)]
             if size % spans[axis]:
@@ -119,13 +117,17 @@ class Latent:
             found[axis] = size // spans[axis]
         return found
 
-    def _spans(self, model: nn.Module) -> dict[str, int]:
-        return {"f": 1, "h": 1, "w": 1, **(self.spans or patch_sizes)(model.config)}
+    def spans_of(self, model: nn.Module) -> dict[str, int]:
+        """Entries of the latent's f, h and w that a token spans."""
+        return {"f": 1, "h": 1, "w": 1, **patch_sizes(model.config)}
 
 
 def patch_sizes(config: Any) -> Sizes:
-    """Entries of the latent that a token spans, as most models name them: ``patch_size`` and ``patch_size_t``."""
-    size = config.patch_size
+    """Entries of the latent that a token spans, as most models name them: ``patch_size`` and ``patch_size_t``.
+
+    Of a model that lists several (``all_patch_size``) it is the first one, which pipelines take.
+    """
+    size = getattr(config, "patch_size", None) or config.all_patch_size[0]
     if isinstance(size, (tuple, list)):
         return dict(zip(SPACE[-len(size) :], size, strict=True))
     return {"f": getattr(config, "patch_size_t", None) or 1, "h": size, "w": size}

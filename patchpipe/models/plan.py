@@ -144,6 +144,11 @@ class ModelPlan:
         layer = place.block.get_submodule(next(iter(place.self_attention)))
         return next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
 
+    def heads(self, model: nn.Module) -> int:
+        """Attention heads."""
+        place = self.blocks_of(model)[0]
+        return int(place.block.get_submodule(next(iter(place.self_attention))).heads)
+
     def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, refusing what the plan does not cover.
 

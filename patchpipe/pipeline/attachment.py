@@ -26,7 +26,7 @@ from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
-from patchpipe.pipeline.parts import Hooks, Parts, quieten
+from patchpipe.pipeline.parts import Hooks, Parts, hook_transformer, quieten
 from patchpipe.pipeline.preview import Previews, Show
 from patchpipe.pipeline.relatives import mark, pipelines_with
 from patchpipe.pipeline.requests import Requests, copy_for
@@ -202,7 +202,15 @@ class Attachment:
         """Hooks the pipeline: its call, its transformers, its text encoding and its VAE."""
         pipe = self._pipe
         for stage, blocks in zip(self.runner.stages, self._blocks, strict=True):
-            self._hook_transformer(stage, blocks)
+            try:
+                blocks.attach()
+            except ValueError:
+                self._hooks.undo()
+                self.group.close()
+                raise
+            self._hooks.undone_by(blocks.detach)
+            methods = {"save_pretrained": self.refuse_saving, **self._adapters.model_methods(stage.model)}
+            hook_transformer(stage, self.runner, methods, self._hooks)
         if self.config.text_rank == SPREAD:
             self._parts.hook_encoders(pipe, self._hooks)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
@@ -217,23 +225,6 @@ class Attachment:
             self.adopt(other)
         if self.group.store is not None:
             self._hooks.undone_by(weakref.finalize(self, say_goodbye, self.group.store, self.group.rank))
-
-    def _hook_transformer(self, stage: Stage, blocks: Blocks) -> None:
-        model: Any = stage.model
-        try:
-            blocks.attach()
-        except ValueError:
-            self._hooks.undo()
-            self.group.close()
-            raise
-        self._hooks.undone_by(blocks.detach)
-        self._hooks.set(model, "forward", partial(self.runner.forward, stage))
-        self._hooks.set(model, "save_pretrained", self.refuse_saving)
-        for name, method in self._adapters.model_methods(model).items():
-            self._hooks.set(model, name, method)
-        if hasattr(model, "cache_context"):
-            original = model.cache_context
-            self._hooks.set(model, "cache_context", lambda name, **kw: self.runner.branch(name, original(name, **kw)))
 
     def adopt(self, pipe: Any) -> Attachment:
         """Serves another pipeline that shares modules with this one: on the same ranks, each call a request of its own.

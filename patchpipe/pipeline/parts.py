@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from patchpipe.lazy.latent import materialise_tree
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.recipes.adapters import modules_of
 from patchpipe.schedule.runner import Runner
+from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import span
 from patchpipe.vae import spread_vae
 
@@ -49,6 +50,24 @@ def quieten(pipe: Any, hooks: Hooks) -> None:
     kept = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**kept, "disable": True})
     hooks.undone_by(lambda: pipe.set_progress_bar_config(**kept))
+
+
+def hook_transformer(stage: Stage, runner: Runner, methods: Mapping[str, Any], hooks: Hooks) -> None:
+    """Has a transformer's calls run through the stages.
+
+    Args:
+        stage: This rank's part of it.
+        runner: Runs its calls.
+        methods: What else stands in for methods of it.
+        hooks: Puts them back.
+    """
+    model: Any = stage.model
+    hooks.set(model, "forward", partial(runner.forward, stage))
+    for name, method in methods.items():
+        hooks.set(model, name, method)
+    if hasattr(model, "cache_context"):
+        original = model.cache_context
+        hooks.set(model, "cache_context", lambda name, **options: runner.branch(name, original(name, **options)))
 
 
 class Parts:

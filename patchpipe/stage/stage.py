@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.kernels.choice import KernelWatch
-from patchpipe.models.latent import Raster
+from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.stage.attention import Attending, attend_through, override
 from patchpipe.stage.balance import StageBlocks
@@ -191,7 +191,8 @@ class Stage:
     def _widen_after(self, path: str) -> Callable[[], None]:
         """Puts the patch's rows into the whole after a module of the head, where they have few channels."""
         module = self.model.get_submodule(path)
-        compute, held = module.forward, self.places[-1].listing.stream_rows(self.plan.blocks[-1].streams[-1])
+        streams = map(self.plan.blocks[-1].stream_rows, self.plan.blocks[-1].streams)
+        compute, held = module.forward, next(rows for rows in streams if IMAGE in rows.segments)
 
         def widened(*args: Any, **kwargs: Any) -> Any:
             result = compute(*args, **kwargs)

@@ -9,12 +9,7 @@ ALL = (*PICTURE, "text")
 Z_IMAGE = ModelPlan(
     model="ZImageTransformer2DModel",
     pipelines=("ZImagePipeline",),
-    grid=Latent(
-        "bcfhw",
-        name="x",
-        listed=True,
-        spans=lambda config: {"h": config.all_patch_size[0], "w": config.all_patch_size[0]},
-    ),
+    grid=Latent("bc1hw", name="x", listed=True),
     blocks=tuple(
         BlockList(
             path=path,

@@ -16,7 +16,7 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.loading.dtypes import as_torch, dtype_name
 from patchpipe.loading.folder import PipelineFolder
 from patchpipe.loading.source import resolve_source
-from patchpipe.models.latent import IMAGE, PACKED, Raster
+from patchpipe.models.latent import PACKED, TEXT, Raster
 from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width
 from patchpipe.parallel.tensor import INPUTS, split_linears, tensor_plan
 from patchpipe.planner.work.describe import component_parameters
@@ -164,7 +164,7 @@ def workload_of(
     return Workload(
         model=name,
         blocks=blocks,
-        heads=transformer.config.num_attention_heads,
+        heads=plan.heads(transformer),
         rows=_rows(scale, plan, transformer, height, width),
         text=asked.text_tokens or _text(plan, advised),
         joint=plan.joint,
@@ -197,7 +197,7 @@ def _guided(plan: ModelPlan, advised: Mapping[str, Any], asked: Asked) -> bool:
 
 
 def _rows(scale: int, plan: ModelPlan, transformer: Any, height: int, width: int) -> Raster:
-    patch = TOKEN if PACKED in plan.grid.axes else transformer.config.patch_size
+    patch = TOKEN if PACKED in plan.grid.axes else plan.grid.spans_of(transformer)["h"]
     pixels = scale * patch
     if height % pixels or width % pixels:
         raise ValueError(f"{height}×{width} pixels are no multiple of the {pixels} that make a token of {plan.model}")
@@ -227,7 +227,7 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
     for name, module in place.block.named_modules():
         once = name.startswith((*place.listing.per_call, *place.listing.per_request))
         if isinstance(module, nn.Linear) and not once:
-            stream = _stream(plan, place, name)
+            stream = _stream(place, name)
             sizes = module.in_features, module.out_features
             matrices.append(Matrix(*sizes, stream, summed=split.get(name) == INPUTS, split=name in split))
     attentions = [
@@ -240,11 +240,12 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
 
 
 def _kind(mixed: tuple[str, ...]) -> AttentionKind:
-    return "cross" if not mixed else "image" if mixed == (IMAGE,) else "joint"
+    return "cross" if not mixed else "joint" if TEXT in mixed else "image"
 
 
-def _stream(plan: ModelPlan, place: BlockPlace, name: str) -> Stream:
-    if plan.text not in place.listing.streams:
+def _stream(place: BlockPlace, name: str) -> Stream:
+    rows = [place.listing.stream_rows(stream).segments for stream in place.listing.streams]
+    if not any(TEXT in segments for segments in rows):
         return "image"
     if not place.listing.text_parameters:
         return "both"
