@@ -45,6 +45,8 @@ def _text(name: str) -> str | None:
         return patches_of_one(figures)
     if "layouts" in figures:
         return compiled(figures)
+    if "around" in figures:
+        return around(figures)
     return predictions(figures) if "choices" in figures else table(figures)
 
 
@@ -72,6 +74,20 @@ def patches_of_one(figures: dict[str, Any]) -> str:
     lines += ["| patches | tokens | ms a step | beside plain diffusers | spread | ms a patch |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(cells(one))} |" for one in figures["patches_of_one"]]
+    return "\n".join(lines) + "\n"
+
+
+def around(figures: dict[str, Any]) -> str:
+    """What surrounds the blocks, beside all of a patch's work on a stage, in Markdown."""
+    lines = ["```bash", figures["command"], "```", "", f"Seconds are those of one {figures['card'].upper()}.", ""]
+    lines += [
+        "| model | stage | GFLOP of its blocks | around: FLOPs | bytes | seconds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in figures["around"]:
+        shares = [f"{row[name]:.2%}" for name in ("flops", "bytes", "seconds")]
+        cells = [row["model"], f"{row['stage']} of {figures['stages']}", f"{row['gigaflops']:.0f}", *shares]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
