@@ -541,7 +541,7 @@ def afflicted(place: Place, folder: Path, name: str, affliction: str) -> tuple[s
 
 
 def _afflict(runner: Any, affliction: str) -> None:
-    run, calls = runner.stage.run, 0
+    run, calls = runner.stages[0].run, 0
 
     def ill(*args: Any) -> Any:
         nonlocal calls
@@ -556,7 +556,7 @@ def _afflict(runner: Any, affliction: str) -> None:
             time.sleep(DEADLINE + 4)
         return run(*args)
 
-    runner.stage.run = ill
+    runner.stages[0].run = ill
 
 
 @pytest.mark.parametrize("affliction", ["raise", "exit", "kill", "sleep"])

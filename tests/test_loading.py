@@ -218,7 +218,6 @@ def test_a_folder_that_is_no_pipeline_is_refused(folder: Path) -> None:
     [
         ("transformer", ["diffusers", "HunyuanDiT2DModel"], "HunyuanDiT2DModel has no plan.*adding-a-model"),
         ("transformer", [None, None], "has no transformer"),
-        ("transformer_2", ["diffusers", "SD3Transformer2DModel"], "has two transformers"),
         ("_class_name", "PipelineOfTomorrow", "has no pipeline class PipelineOfTomorrow: upgrade it"),
     ],
 )

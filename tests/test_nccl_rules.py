@@ -229,7 +229,7 @@ def _is_plain_number(args: Any) -> bool:
 def reads(place: Place, name: str, layout: dict[str, Any]) -> Counter[str]:
     config, pipe, counter = ParallelConfig(**layout), tiny.pipeline(name), HostReads()
     patchpipe.parallelize(pipe, config, group=place.join(config))
-    forward, calls = pipe.patchpipe.runner.forward, Counter[str]()
+    forward, calls = pipe.transformer.forward, Counter[str]()
     arguments = tiny.call_arguments(name, height=112, steps=6)
     per_step = 2 if name == "flux" else 1
 

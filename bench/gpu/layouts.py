@@ -122,7 +122,7 @@ def afflicted(spot: Spot, case: Case, affliction: str) -> dict[str, Any]:
 
 
 def _afflict(runner: Any, affliction: str) -> None:
-    work, calls = runner.stage.run, 0
+    work, calls = runner.stages[0].run, 0
 
     def ill(*args: Any) -> Any:
         nonlocal calls
@@ -133,7 +133,7 @@ def _afflict(runner: Any, affliction: str) -> None:
             raise ArithmeticError("the block is on fire")
         return work(*args)
 
-    runner.stage.run = ill
+    runner.stages[0].run = ill
 
 
 def _told(affliction: str, answers: list[Answer], left: list[int]) -> tuple[str, bool, dict[str, Any]]:

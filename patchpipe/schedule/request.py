@@ -250,6 +250,8 @@ class Request:
         shape = inputs[self.plan.latent].shape
         spatial = shape[1:]
         if self._cut is None or self._latent_shape != spatial:
+            self._branches.clear()
+            self.memo.clear()
             shapes = self.shapes_of(inputs)
             costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
             entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
@@ -257,8 +259,6 @@ class Request:
             self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries))
             self._latent_shape = spatial
             self._check_shares(self._cut)
-            self._branches.clear()
-            self.memo.clear()
             self.stats.patches = len(self._cut.patches)
             self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
         return self._cut
