@@ -36,7 +36,7 @@ demo: setup ## paint a sheet of pictures in one process and in several, with sec
 	$(BIN)/patchpipe demo --output out/demo.png --force
 
 test: setup ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 15 $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 60 $(ARGS)
 
 quantised: setup ## run the tests of quantised weights, whose libraries are put beside the virtual environment
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantised --constraint constraints.txt \
