@@ -22,6 +22,19 @@ DOCUMENTS = tuple(Path(__file__).parent.parent / "docs" / name for name in ("ben
 _TABLE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+LINKS = {
+    "loopback": "loopback-flux-wide-2", "as slow as NVLink": "links-flux-nvlink", "as PCIe": "links-flux-pcie",
+    "as 25 GbE": "links-flux-25gbe",
+}  # fmt: skip
+METHODS = {
+    "pipefusion": "PipeFusion",
+    "ulysses": "Ulysses",
+    "ring": "Ring",
+    "tensor": "tensor",
+    "distrifusion": "DistriFusion",
+}
+
+
 def main() -> None:
     """Renders every table whose results are there; the others stay as they are."""
     for document in DOCUMENTS:
@@ -34,6 +47,8 @@ def _rendered(found: re.Match[str]) -> str:
 
 
 def _text(name: str) -> str | None:
+    if name == "summary":
+        return summary()
     if name == emulated_report.SUMMARY:
         return emulated_report.summary_table()
     figures = load(name)
@@ -74,6 +89,17 @@ def patches_of_one(figures: dict[str, Any]) -> str:
     lines += ["| patches | tokens | ms a step | beside plain diffusers | spread | ms a patch |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {' | '.join(cells(one))} |" for one in figures["patches_of_one"]]
+    return "\n".join(lines) + "\n"
+
+
+def summary() -> str:
+    """FLUX-shaped models on two ranks: each method's speed-up over one rank, by link, in Markdown."""
+    found = {title: load(name) for title, name in LINKS.items()}
+    columns = {title: {row["name"]: row for row in figures["rows"]} for title, figures in found.items() if figures}
+    lines = [f"| | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for method, title in METHODS.items():
+        cells = [f"{rows[method]['speedup']:.2f}×" if method in rows else "–" for rows in columns.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
