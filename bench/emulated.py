@@ -38,12 +38,13 @@ from bench.emulated_models import MODELS
 from bench.rounds import load, meet, save
 from patchpipe import ParallelConfig
 from patchpipe.layout.axes import Mesh
+from patchpipe.layout.patching import fewest_patches
+from patchpipe.layout.split import sizes_of
 from patchpipe.models import plan_for
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import predict
-from patchpipe.stage.balance import sizes_of, split_blocks
-from patchpipe.stage.patches import fewest_patches
+from patchpipe.stage.balance import split_blocks
 from patchpipe.tracing.busy import Stretch, busy
 from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks

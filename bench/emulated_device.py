@@ -28,13 +28,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.distributed.transport import Wire
+from patchpipe.layout.split import StageBlocks
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.parallel.tensor import INPUTS, SplitLinear, split_linears
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, Tokens, block_parts
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.schedule import MERGE_BYTES, MERGE_OPERATIONS
 from patchpipe.planner.work.workload import Block, Workload
-from patchpipe.stage.balance import StageBlocks
 
 BEFORE = 0.3  # of a block's other work that comes before its attention: queries, keys and values of twelve products
 SHORT_WAIT = 1e-3  # undilated seconds that a wait may take on a busy host although its data are there

@@ -11,7 +11,7 @@ from patchpipe.version import __version__
 if TYPE_CHECKING:
     from patchpipe.engine import Engine
     from patchpipe.pipeline.apply import parallelize, restore
-    from patchpipe.pipeline.loading import from_pretrained
+    from patchpipe.pipeline.pretrained import from_pretrained
 
 __all__ = [
     "AutoLayout",
@@ -30,7 +30,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "patchpipe.engine",
-    "from_pretrained": "patchpipe.pipeline.loading",
+    "from_pretrained": "patchpipe.pipeline.pretrained",
     "parallelize": "patchpipe.pipeline.apply",
     "restore": "patchpipe.pipeline.apply",
 }

@@ -10,17 +10,20 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.combinations import check_combination, check_compiled
+from patchpipe.layout.patching import PatchCosts, quickest
+from patchpipe.layout.words import describe_ranks
 
 if TYPE_CHECKING:
     from patchpipe.planner.machine.profiles import Profile
-    from patchpipe.stage.patches import PatchCosts
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 SPREAD: Literal["spread"] = "spread"
-DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")
+# More than these no pipeline of diffusers has.
+ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class ParallelConfig:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
         patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
             shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.stage.patches.quickest``); never so many that one has fewer rows than ranks.
+            ``patchpipe.layout.patching.quickest``); never so many that one has fewer rows than ranks.
         split_batch: Whether a batch of an even number of entries, such as both branches of guidance, goes through
             the stages in halves. Half as many patches, which see fresher keys, then keep the stages busy, and blocks
             that do not divide by the stages are evened out between the halves; a patch costs as much as two.
@@ -215,6 +218,12 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
+    @property
+    def may_share(self) -> bool | None:
+        """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS) and self.patches != 1
+        return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
+
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
         """Number of patches for a picture of ``rows`` token rows and ``tokens`` tokens in all.
 
@@ -230,8 +239,6 @@ class ParallelConfig:
         if self.patch_rows is not None:
             return len(self.patch_rows)
         if self.patches is None:
-            from patchpipe.stage.patches import quickest
-
             wanted = quickest(self.pipefusion, tokens / (self.ulysses * self.ring), costs, halves)
             return max(1, min(rows // (self.ulysses * self.ring), wanted))
         if self.patches > rows:
@@ -258,9 +265,30 @@ class ParallelConfig:
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
-        from patchpipe.planner.explain import describe_ranks
+        holdings = [self.holdings(rank) for rank in range(self.world_size)]
+        return describe_ranks(self.describe(), self.mesh_shape, holdings, share=self.may_share)
 
-        return describe_ranks(self)
+    def holdings(self, rank: int) -> str:
+        """What a rank holds, in words."""
+        mesh = Mesh(self.mesh_shape, rank)
+        held = [f"stage {mesh.at('pipe') + 1}/{self.pipefusion}" if self.pipefusion > 1 else "every block"]
+        if self.tensor > 1:
+            held.append(f"slice {mesh.at('tensor') + 1}/{self.tensor} of its matrices")
+        if mesh.parts > 1:
+            held.append(f"rows {mesh.part + 1}/{mesh.parts} of each patch")
+        if self.cfg > 1:
+            held.append(f"guidance branch {mesh.at('cfg') + 1}")
+        if self.data > 1:
+            held.append(f"pictures {mesh.at('data') + 1}/{self.data}")
+        if self.text_rank == SPREAD:
+            held += [f"{title}, if any" for name, title in ENCODERS.items() if self.encoder_rank(name) == mesh.rank]
+        elif mesh.rank == self.encoder_rank():
+            held.append("text encoders")
+        if self.parallel_vae:
+            held.append(f"VAE for strip {mesh.rank + 1}/{self.world_size} of the picture")
+        if mesh.rank == self.output_rank:
+            held.append("gets the images" if self.parallel_vae else "VAE, gets the images")
+        return ", ".join(held)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""

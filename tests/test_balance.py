@@ -10,18 +10,10 @@ import pytest
 import torch
 
 from patchpipe import ParallelConfig
+from patchpipe.layout.split import balanced, shared_blocks, sizes_of, split_costs, stages_of
 from patchpipe.loading.precheck import check_folder
 from patchpipe.models import plan_for
-from patchpipe.stage.balance import (
-    balanced,
-    block_cost,
-    patch_costs,
-    shared_blocks,
-    sizes_of,
-    split_blocks,
-    split_costs,
-    stages_of,
-)
+from patchpipe.stage.balance import block_cost, patch_costs, split_blocks
 from tests import tiny
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from patchpipe import ParallelConfig
 from patchpipe.layout.combinations import TESTED, check_combination
-from patchpipe.planner.explain import Volume, kept, traffic
+from patchpipe.layout.volume import Volume, kept, traffic
 from patchpipe.planner.work.describe import volume_of
 from tests import parity, tiny
 
@@ -48,14 +48,14 @@ def expected_traffic(name: str, layout: dict[str, int]) -> dict[str, float]:
     """Bytes all ranks send in a request, by method; no last stage sends anything on."""
     config = ParallelConfig(**layout)
     stages = {"pipefusion": (config.pipefusion - 1) / config.pipefusion}
-    sent = traffic(config, VOLUMES[name])
+    sent = traffic(config.mesh_shape, VOLUMES[name])
     return {method: STEPS * on_all_ranks(config) * size * stages.get(method, 1) for method, size in sent.items()}
 
 
 def expected_stores(name: str, layout: dict[str, int]) -> float:
     """Bytes of keys and values on all ranks."""
     config = ParallelConfig(**layout)
-    return on_all_ranks(config) * kept(config, VOLUMES[name])
+    return on_all_ranks(config) * kept(config.mesh_shape, VOLUMES[name])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -14,7 +14,7 @@ import torch
 import patchpipe
 from patchpipe import ParallelConfig
 from patchpipe.models.lora import adapted_layers
-from patchpipe.pipeline.loading import from_pretrained
+from patchpipe.pipeline.pretrained import from_pretrained
 from patchpipe.stage import compiling
 from tests import loras, tiny
 from tests.ranks import Place, quieten, run_ranks

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from patchpipe import ParallelConfig
+from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.models.latent import Raster
-from patchpipe.stage.patches import Cut, PatchCosts, balanced_rows, quickest
+from patchpipe.stage.patches import Cut, balanced_rows
 
 
 @pytest.mark.parametrize("rows", range(1, 20))

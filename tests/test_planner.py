@@ -14,6 +14,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Trans
 import patchpipe
 from bench.planner import PATCHES, choices, compare, read_rows
 from patchpipe import ParallelConfig, UnsupportedModel
+from patchpipe.layout.volume import traffic
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.planner import (
@@ -30,7 +31,6 @@ from patchpipe.planner import (
     predict,
     preset_named,
 )
-from patchpipe.planner.explain import traffic
 from patchpipe.planner.layout import balanced_stages
 from patchpipe.planner.machine.cards import DEVICES
 from patchpipe.planner.machine.links import LINKS
@@ -258,7 +258,7 @@ def test_workload_of_a_folder_equals_what_info_and_explain_tell(name: str, tmp_p
         assert [rank.parameters + rank.components for rank in memory] == [stage.bytes for stage in told.stages]
         volume = volume_of(folder, config, workload.image, 8)
         once = predict(dataclasses.replace(workload, branches=1), config, NOTHING_LOST).traffic
-        assert once == pytest.approx(traffic(config, volume))
+        assert once == pytest.approx(traffic(config.mesh_shape, volume))
 
 
 def test_store_and_matrices_divide_as_documented() -> None:

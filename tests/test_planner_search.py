@@ -14,8 +14,9 @@ import pytest
 import patchpipe.cli.commands.generate
 from patchpipe import ParallelConfig
 from patchpipe.cli import app
-from patchpipe.config import DEGREES
+from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.combinations import check_combination
+from patchpipe.layout.split import shared_blocks, stages_of
 from patchpipe.models.latent import Raster
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.layout import balanced_stages
@@ -23,7 +24,6 @@ from patchpipe.planner.report import command, layout_words, reasons
 from patchpipe.planner.search import Choice, Wishes, search
 from patchpipe.planner.work.named import Asked, workload_for
 from patchpipe.planner.work.presets import crossed, preset_named
-from patchpipe.stage.balance import shared_blocks, stages_of
 from tests import tiny
 
 PCIE = Profile.named("l40", "pcie4")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import patchpipe
 from patchpipe import ParallelConfig, models
+from patchpipe.layout.patching import PatchCosts
 from patchpipe.models.latent import Raster
-from patchpipe.stage.patches import Cut, PatchCosts
+from patchpipe.stage.patches import Cut
 from tests import tiny
 from tests.ranks import Place, run_ranks
 

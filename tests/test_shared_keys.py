@@ -11,7 +11,7 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.planner.explain import kept, traffic
+from patchpipe.layout.volume import kept, traffic
 from patchpipe.planner.work.describe import describe_model
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
@@ -55,9 +55,9 @@ def test_what_is_sent_and_held_is_what_explain_says(name: str) -> None:
     config, entries = ParallelConfig(**layout), 2 * IMAGES
     made = parity.compare(name, [layout], [{"patches": 2, "warmup": 1}], height=128, num_images_per_prompt=IMAGES)
     (found,) = made.values()
-    alone, both = (traffic(config, one)["pipefusion"] for one in (volume, shared))
+    alone, both = (traffic(config.mesh_shape, one)["pipefusion"] for one in (volume, shared))
     assert found.sent["pipefusion"] == entries * (alone + (STEPS - 1) * both)  # none goes over in the synchronous step
-    assert found.kept == config.world_size * entries * kept(config, shared)
+    assert found.kept == config.world_size * entries * kept(config.mesh_shape, shared)
 
 
 def left_under_way(place: Place, name: str) -> list[int]:

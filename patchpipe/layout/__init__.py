@@ -1,4 +1,4 @@
-"""What follows from a layout's degrees alone: axes, lines of ranks, communicators, and which methods go together.
+"""What follows from a layout's degrees alone: who is where, which methods go together, stages, patches, traffic.
 
 Plain arithmetic, without torch: ``config`` is checked by it.
 """

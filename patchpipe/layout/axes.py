@@ -8,6 +8,7 @@ from typing import Literal
 
 Axis = Literal["data", "cfg", "pipe", "displaced", "ring", "ulysses", "tensor"]
 AXES: tuple[Axis, ...] = ("data", "cfg", "pipe", "displaced", "ring", "ulysses", "tensor")
+DEGREES = ("data", "cfg", "pipefusion", "distrifusion", "ring", "ulysses", "tensor")  # what users call their sizes
 SEQUENCE_AXES: tuple[Axis, ...] = ("displaced", "ring", "ulysses")  # ranks along these share the rows of a patch
 
 

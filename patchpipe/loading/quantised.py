@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from patchpipe.config import DEGREES, AutoLayout, ParallelConfig
+from patchpipe.config import AutoLayout, ParallelConfig
+from patchpipe.layout.axes import DEGREES
 
 if TYPE_CHECKING:
     import torch

@@ -13,6 +13,7 @@ from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
+from patchpipe.layout.split import StageBlocks
 from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
@@ -20,7 +21,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.recipes.checks import check_recipes
-from patchpipe.stage.balance import StageBlocks, split_blocks
+from patchpipe.stage.balance import split_blocks
 
 
 def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *, group: Group | None = None) -> Any:

@@ -18,6 +18,7 @@ from torch import nn
 from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.kernels.choice import watch_kernels
+from patchpipe.layout.split import StageBlocks, sharing_stages
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.board import say_goodbye
@@ -37,7 +38,7 @@ from patchpipe.recipes.saving import no_saving
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.runner import Runner
 from patchpipe.schedule.shared_keys import shared_with_neighbours
-from patchpipe.stage.balance import StageBlocks, goes_in_halves, sharing_stages
+from patchpipe.stage.balance import goes_in_halves
 from patchpipe.stage.stage import Stage
 from patchpipe.tracing.timeline import check_target
 

@@ -7,22 +7,15 @@ from functools import cached_property
 from math import ceil
 
 from patchpipe.config import ParallelConfig
+from patchpipe.layout.patching import PatchCosts
+from patchpipe.layout.split import StageBlocks, balanced, split_costs, stages_of
 from patchpipe.planner.cost import Tokens, block_parts
 from patchpipe.planner.machine.links import Line
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.machine.system import PATCHPIPE, System
 from patchpipe.planner.work.workload import Block, Workload
-from patchpipe.stage.balance import (
-    StageBlocks,
-    balanced,
-    goes_in_halves,
-    may_go_apart,
-    may_share,
-    patch_costs,
-    split_costs,
-    stages_of,
-)
-from patchpipe.stage.patches import Cut, PatchCosts, balanced_rows
+from patchpipe.stage.balance import goes_in_halves, may_go_apart, patch_costs
+from patchpipe.stage.patches import Cut, balanced_rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Layout:
             return tuple(stages_of(tuple(max(0, min(size, count - stage * size)) for stage in range(stages))))
         halved = self.system.entries_overlap and may_go_apart(self.workload.guidance, self.config)
         costs = block_seconds(self.workload, self.profile)
-        return tuple(split_costs(costs, stages, halved=halved, shared=may_share(self.config)))
+        return tuple(split_costs(costs, stages, halved=halved, shared=self.config.may_share))
 
     def held(self, stage: int) -> tuple[Block, ...]:
         """All blocks of a stage."""

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchpipe.config import ParallelConfig
-from patchpipe.planner.explain import Volume, traffic
+from patchpipe.layout.split import shared_blocks
+from patchpipe.layout.volume import Volume, traffic
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.machine.system import PATCHPIPE, System
 from patchpipe.planner.memory import RankMemory, rank_memory
 from patchpipe.planner.schedule import Schedule, Timing
 from patchpipe.planner.work.workload import Workload
-from patchpipe.stage.balance import shared_blocks
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
 
 def _traffic(layout: Layout) -> dict[str, float]:
     entries = layout.batch * layout.calls
-    return {method: size * entries for method, size in traffic(layout.config, _volume(layout)).items()}
+    return {method: size * entries for method, size in traffic(layout.config.mesh_shape, _volume(layout)).items()}
 
 
 def _volume(layout: Layout) -> Volume:

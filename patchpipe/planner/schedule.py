@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from patchpipe.layout.split import shared_blocks
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.work.workload import Block
-from patchpipe.stage.balance import shared_blocks
 
 PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
 MERGE_BYTES = 40  # read and written per element and hop to merge two parts of an attention in float32

@@ -8,14 +8,15 @@ from itertools import product
 from math import prod
 from typing import Any, Literal, cast
 
-from patchpipe.config import ALL_STEPS, DEGREES, ParallelConfig
+from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.layout.axes import DEGREES
+from patchpipe.layout.patching import fewest_patches
+from patchpipe.layout.split import balanced, shared_blocks, sizes_of
 from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import Prediction, predict
 from patchpipe.planner.work.workload import Workload
-from patchpipe.stage.balance import balanced, shared_blocks, sizes_of
-from patchpipe.stage.patches import fewest_patches
 
 FRESH = (
     0.5  # DistriFusion at 1/8: FID against the one-device pictures 19.8; PipeFusion, over 1/2: 3.1 (arXiv 2405.14430)

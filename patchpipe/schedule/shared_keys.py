@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Channel, Receive
+from patchpipe.layout.split import Boundary, StageBlocks
 from patchpipe.models.plan import BlockPlace
-from patchpipe.stage.balance import Boundary, StageBlocks
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.store import LayerStore
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from patchpipe.layout.split import StageBlocks
 from patchpipe.models.plan import BlockPlace
-from patchpipe.stage.balance import StageBlocks
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.survey import Survey
 

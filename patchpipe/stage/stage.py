@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.kernels.choice import KernelWatch
+from patchpipe.layout.split import StageBlocks
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.stage.attention import Attending, attend_through, override
-from patchpipe.stage.balance import StageBlocks
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Seam, StageDone

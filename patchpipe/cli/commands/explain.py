@@ -54,24 +54,25 @@ def explain(
     config = options.read_config(given)
     source = resolve_source(model or MODEL_DIR, revision=revision)
     revision = revision if source.folder is None else None
-    from patchpipe.planner.explain import communicators, kept, ranks_table, traffic
+    from patchpipe.layout.volume import kept, traffic
+    from patchpipe.layout.words import communicators, ranks_table
     from patchpipe.planner.work.describe import volume_of  # heavy, and not needed to refuse bad input
 
     tokens = (height or 1024) // PIXELS_PER_TOKEN * ((width or 1024) // PIXELS_PER_TOKEN)
     console = Console(highlight=False)
     console.print(f"[bold]{config.describe()}[/] · {config.world_size} ranks")
-    header, *rows = ranks_table(config)
+    header, *rows = ranks_table(config.mesh_shape, [config.holdings(rank) for rank in range(config.world_size)])
     table = Table(*header, box=box.SIMPLE_HEAD)
     for row in rows:
         table.add_row(*row)
     console.print(table)
     volume = volume_of(source.path, config, tokens, text_tokens, revision)
-    sent = traffic(config, volume)
+    sent = traffic(config.mesh_shape, volume)
     title = f"A rank sends per step, {height}×{width} pixels, one branch"
     console.print(title if sent else "One device: nothing travels.")
     for method, sent_bytes in sent.items():
         console.print(f"  {method:14}{size(int(sent_bytes))}")
     if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
-        console.print(f"and holds {size(int(kept(config, volume)))} of keys and values")
-    for line in communicators(config):
+        console.print(f"and holds {size(int(kept(config.mesh_shape, volume)))} of keys and values")
+    for line in communicators(config.mesh_shape):
         console.print(line)

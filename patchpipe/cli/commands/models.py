@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from patchpipe.config import DEGREES
+from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.combinations import TESTED
 
 EPILOG = """

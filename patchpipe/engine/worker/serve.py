@@ -255,7 +255,7 @@ class Server:
         from torch.distributed import TCPStore
 
         from patchpipe.distributed.joining import join
-        from patchpipe.pipeline.loading import from_pretrained
+        from patchpipe.pipeline.pretrained import from_pretrained
 
         start = self._start
         assert start.config is not None

@@ -12,14 +12,15 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
+from patchpipe.layout.split import StageBlocks, shared_blocks
+from patchpipe.layout.volume import Volume
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.folder import PipelineFolder
 from patchpipe.loading.owned import needs
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.parallel.tensor import INPUTS, check_tensor, split_linears
-from patchpipe.planner.explain import Volume
-from patchpipe.stage.balance import StageBlocks, shared_blocks, split_blocks
+from patchpipe.stage.balance import split_blocks
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _parameters(module: nn.Module) -> int:
 def volume_of(
     model: str | Path, config: ParallelConfig, image_tokens: int, text_tokens: int, revision: str | None = None
 ) -> Volume:
-    """What a step of a model works on, for ``explain.traffic``.
+    """What a step of a model works on, for ``traffic``.
 
     Raises:
         UnsupportedModel: The transformer's class has no plan.

@@ -17,6 +17,7 @@ from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import device_for, meet, settle
 from patchpipe.distributed.mesh import Group
+from patchpipe.layout.split import StageBlocks
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
 from patchpipe.loading.folder import BUILDING, PipelineFolder
@@ -29,7 +30,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import Slice, check_tensor
 from patchpipe.pipeline.apply import fit, parts_of
 from patchpipe.pipeline.attachment import Attachment
-from patchpipe.stage.balance import StageBlocks, split_blocks
+from patchpipe.stage.balance import split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None
 
