@@ -29,11 +29,11 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.rounds import save
 from patchpipe import ParallelConfig
+from patchpipe.layout.split import StageBlocks, stages_of
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.planner.machine.cards import card_named
 from patchpipe.planner.machine.devices import Device
-from patchpipe.stage.balance import StageBlocks, stages_of
 from patchpipe.stage.context import CallContext
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.seam import Seam
