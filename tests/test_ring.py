@@ -51,7 +51,7 @@ def paint(place: Place, cases: list[Case]) -> list[Painted]:
     painted: list[Painted] = []
     pipes = {name: tiny.pipeline(name, dtype=torch.float64) for name in {case[0] for case in cases}}
     for name, degrees, schedule, arguments in cases:
-        pipe, config = pipes[name], ParallelConfig(**degrees, **parity.pinned(schedule, arguments["height"]))
+        pipe, config = pipes[name], ParallelConfig(**degrees, **parity.pinned(schedule, parity.rows_of(arguments)))
         patchpipe.parallelize(pipe, config, group=place.join(config))
         output = call(pipe, name, arguments)
         sent = pipe.patchpipe.group.lines["ring"].sent_bytes
@@ -65,7 +65,7 @@ def expected(name: str, schedule: tuple[tuple[str, Any], ...], arguments: tuple[
     """Plain diffusers where every step is synchronous, else one process that streams the same patches."""
     pipe = tiny.pipeline(name, dtype=torch.float64)
     if dict(schedule) != SYNCHRONOUS:
-        patchpipe.parallelize(pipe, ParallelConfig(**parity.pinned(dict(schedule), dict(arguments)["height"])))
+        patchpipe.parallelize(pipe, ParallelConfig(**parity.pinned(dict(schedule), parity.rows_of(dict(arguments)))))
     return call(pipe, name, dict(arguments)).images.numpy()
 
 
