@@ -10,8 +10,10 @@ are NaN: to read one would show.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -24,14 +26,41 @@ PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransfo
           "LTXVideoTransformer3DModel")  # fmt: skip
 TEXT_FIRST = (*PACKED, "CogView4Transformer2DModel")  # in attention
 LISTED = ("ZImageTransformer2DModel",)  # whose latent is a list
-Table = dict[int, list[Tensor]]  # by attention layer, in the order they run: keys and values
+
+
+@dataclass
+class History:
+    """What is known of one layer's keys, or of its values.
+
+    Attributes:
+        true: The last true row of every token.
+        change: Its last change, in the 255 steps that eight bits have.
+        shown: What attention sees.
+    """
+
+    true: Tensor
+    change: Tensor
+    shown: Tensor
+
+
+Table = dict[int, list[History]]  # by attention layer, in the order they run: keys and values
 
 
 class _Pass(TorchFunctionMode):
     """The self-attention of one pass over one patch."""
 
-    def __init__(self, table: Table, tokens: int, fresh: range, exist: int, with_text: bool, text_first: bool) -> None:
+    def __init__(
+        self,
+        table: Table,
+        tokens: int,
+        fresh: range,
+        exist: int,
+        with_text: bool,
+        text_first: bool,
+        pace: tuple[float, bool] | None = None,
+    ) -> None:
         super().__init__()
+        self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.with_text, self.text_first = with_text, text_first
         self.layer, self.idle = -1, False
@@ -50,21 +79,46 @@ class _Pass(TorchFunctionMode):
         return func(query, *rows, **named)
 
     def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
-        table = self.table.setdefault(self.layer, [torch.full_like(rows, torch.nan) for rows in computed])
+        blank = [torch.full_like(rows, torch.nan) for rows in computed]
+        table = self.table.setdefault(self.layer, [History(one, torch.zeros_like(one), one.clone()) for one in blank])
         text_count = computed[0].shape[2] - self.tokens
         image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
         text = [text_at + row for row in range(text_count)]
         refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
         seen = sorted([image_at + row for row in range(self.exist)] + text)
         for kept, rows in zip(table, computed, strict=True):
-            kept[:, :, refreshed] = rows[:, :, refreshed]
-        return [kept[:, :, seen] for kept in table], seen
+            self._refresh(kept, rows, refreshed)
+        return [kept.shown[:, :, seen] for kept in table], seen
+
+    def _refresh(self, kept: History, rows: Tensor, refreshed: list[int]) -> None:
+        new = rows[:, :, refreshed]
+        if self.pace is not None and self.with_text:  # the first patch of a step, or all of it
+            kept.shown = kept.true + self._worth(kept, new, refreshed) * kept.change
+        if self.pace is not None:
+            change = new - kept.true[:, :, refreshed]
+            change = torch.where(change.isnan(), 0.0, change) + self.pace[1] * kept.change[:, :, refreshed]
+            step = change.abs().amax(-1, keepdim=True) / 127
+            kept.change[:, :, refreshed] = torch.where(step == 0, 0.0, (change / step).round() * step)
+        kept.true[:, :, refreshed] = new
+        kept.shown[:, :, refreshed] = new
+
+    def _worth(self, kept: History, new: Tensor, refreshed: list[int]) -> Tensor:
+        """How far on each head is shown: not at all where the change does not go on."""
+        assert self.pace is not None
+        ahead = self.pace[0] * kept.change[:, :, refreshed]
+        came = torch.nan_to_num(new - kept.true[:, :, refreshed])
+        worth = (came * ahead).sum((2, 3), keepdim=True) > (ahead * ahead).sum((2, 3), keepdim=True) / 4
+        return torch.where(worth, self.pace[0], 0.0)
 
 
 class _Naive:
     """What stands in for one transformer's ``forward``."""
 
-    def __init__(self, model: Any, patch_rows: Sequence[int], warmup: int, branches: int) -> None:
+    def __init__(
+        self, model: Any, patch_rows: Sequence[int], warmup: int, branches: int, forecast: bool = False
+    ) -> None:
+        self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
+        self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
         kind = type(model).__name__
         self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
@@ -85,6 +139,8 @@ class _Naive:
         return aside
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any]:
+        step, branch = divmod(self.calls, len(self.tables))
+        pace = self._pace(branch, {**dict(zip(self.names, args, strict=False)), **kwargs}) if self.forecast else None
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
         latent = torch.stack(args[0]) if self.listed else args[0]
@@ -93,7 +149,6 @@ class _Naive:
         units = latent.shape[dim] // rows  # of the latent, per row of tokens
         assert units * rows == latent.shape[dim]
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
-        step, branch = divmod(self.calls, len(self.tables))
         self.calls += 1
         patches = [rows] if step < self.warmup else list(self.patch_rows)
         results, start = [], 0
@@ -102,7 +157,7 @@ class _Naive:
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
             exist = rows if step > 0 else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, exist * tokens_per_row
-            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.text_first)
+            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.text_first, pace)
             with self.attention:
                 result = self.forward(*args, **{**kwargs, "return_dict": False})[0]
             whole = torch.stack(result) if self.listed else result
@@ -111,9 +166,20 @@ class _Naive:
         prediction = torch.cat(results, dim=dim)
         return (list(prediction) if self.listed else prediction,)
 
+    def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
+        """The step to this noise level, in steps that led to the last one."""
+        now, known = float(given["t" if self.listed else "timestep"].max()), self.times[branch]
+        again = bool(known) and known[-1] == now
+        ahead = (now - known[-1]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
+        if not again:
+            known.append(now)
+        return min(max(ahead, 0.0), 4.0), again
+
 
 @contextmanager
-def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1) -> Iterator[None]:
+def naive_pipefusion(
+    pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1, forecast: bool = False
+) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
     Args:
@@ -121,10 +187,11 @@ def naive_pipefusion(pipe: Any, patch_rows: Sequence[int], warmup: int, *, branc
         patch_rows: Token rows of each patch.
         warmup: Calls per transformer and guidance branch that run the latent whole.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
+        forecast: Whether stale rows are shown where they will be.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(model, patch_rows, warmup, branches)
+        model.forward = _Naive(model, patch_rows, warmup, branches, forecast)
     try:
         yield
     finally:

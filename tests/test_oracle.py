@@ -19,6 +19,7 @@ from tests.ranks import quieten
 # In float64: matrix products over other numbers of rows may sum in another order.
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
 ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANT = {"rtol": 1e-4, "atol": 1e-4}  # of a forecast, in whose eight bits a rounding in float32 may show
 IN_FLOAT32 = ("wan", "zimage", "cogview4", "ltx")  # compute norms or rotations so, whatever their own dtype is
 PIPELINES = ("flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen", "qwen-padded", "flux2", "wan",
              "wan-i2v", "wan-a14b", "wan-5b", "zimage", "cogview4", "ltx")  # fmt: skip
@@ -36,7 +37,13 @@ def paint(pipe: Any, name: str, **options: Any) -> Tensor:
     return tiny.painted(pipe(**arguments, generator=generator, output_type="latent"))
 
 
-def compare(name: str, config: ParallelConfig, change: Callable | None = None, **options: Any) -> tuple[int, ...]:
+def compare(
+    name: str,
+    config: ParallelConfig,
+    tolerance: dict[str, float] | None = None,
+    change: Callable | None = None,
+    **options: Any,
+) -> tuple[int, ...]:
     """Compares the two and returns the rows of each patch."""
     pipe = tiny.pipeline(name, dtype=torch.float64)
     if change is not None:
@@ -46,10 +53,11 @@ def compare(name: str, config: ParallelConfig, change: Callable | None = None, *
     patchpipe.parallelize(pipe, config)
     ours, rows = paint(pipe, name, **options), pipe.patchpipe.last.patch_rows
     patchpipe.restore(pipe)
-    with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1):
+    with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1, forecast=config.forecast):
         naive = paint(pipe, name, **options)
     scale = plain.std()
-    torch.testing.assert_close(ours / scale, naive / scale, **(ROUNDED if name.startswith(IN_FLOAT32) else TOLERANCE))
+    tolerance = tolerance or (ROUNDED if name.startswith(IN_FLOAT32) else TOLERANCE)
+    torch.testing.assert_close(ours / scale, naive / scale, **tolerance)
     stale = (naive - plain).abs().max() / scale
     assert stale > 1e-3, f"staleness moves the result by {stale} only: nothing was tested"
     return rows
@@ -62,6 +70,21 @@ def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> N
     for patches in (2, 3, 4):
         rows = compare(name, ParallelConfig(patches=patches, warmup=warmup), **longer)
         assert (len(rows), sum(rows)) == (patches, CLIP if name.startswith(("wan", "ltx")) else 4)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_forecast_is_what_it_means(name: str) -> None:
+    """The first patch decides for every head, layer and step whether there is one: here it does so both ways."""
+    steps, branches = 16, 2 if name.startswith(SEPARATE) else 1
+    for patches, warmup in ((3, 1), (2, 2), (4, 0)):
+        rows = compare(
+            name, ParallelConfig(patches=patches, warmup=warmup, forecast=True), TOLERANT, num_inference_steps=steps
+        )
+    pipe, naive = tiny.pipeline(name, dtype=torch.float64), []
+    for forecast in (False, True):
+        with naive_pipefusion(pipe, rows, 0, branches=branches, forecast=forecast):
+            naive.append(paint(pipe, name, num_inference_steps=steps))
+    assert (naive[0] - naive[1]).abs().max() > 1e-3 * naive[0].std(), "nothing was forecast: nothing was tested"
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -82,4 +105,5 @@ def test_a_scheduler_that_calls_twice_a_step() -> None:
     def heun(pipe: Any) -> None:
         pipe.scheduler = FlowMatchHeunDiscreteScheduler()
 
-    compare("sd3", ParallelConfig(patches=2, warmup=1), heun)
+    compare("sd3", ParallelConfig(patches=2, warmup=1), change=heun)
+    compare("sd3", ParallelConfig(patches=2, warmup=1, forecast=True), TOLERANT, heun)

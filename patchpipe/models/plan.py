@@ -91,6 +91,7 @@ class ModelPlan:
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
             strength of LoRA, as ``scale``.
         unbatched_inputs: Inputs without a batch dim.
+        time: The input that falls, or rises, with the noise level.
         text: The input that identifies the prompt, which tells guidance branches apart.
         embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
         tail: Last module after the blocks up to which the root's code treats every row by itself; only then are the
@@ -112,6 +113,7 @@ class ModelPlan:
     inputs: tuple[str, ...]
     ignored_inputs: tuple[str, ...] = ()
     unbatched_inputs: tuple[str, ...] = ()
+    time: str = "timestep"
     text: str = "encoder_hidden_states"
     embed: str = ""
     tail: str = ""

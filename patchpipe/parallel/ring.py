@@ -67,7 +67,9 @@ class Ring:
         """
         merged = Merged(query, scale)
         fresh: dict[int, Tensor] = {}
-        stale = layer.store.others(self.patch) if layer.store is not None and not self.patch.whole else []
+        streams = layer.store is not None and not self.patch.whole
+        late = streams and layer.pace is not None and self.patch.index == 0  # what is fresh decides on the forecast
+        stale = self._others(layer) if streams and not late else []
         for source, chunk in self._around(torch.stack([key, value]), layer.rows):
             riders = any(layer.rows.riders(piece) for piece in self.slices[source])
             masks = [column[source] for column in columns if riders]  # of image rows none is masked
@@ -79,7 +81,13 @@ class Ring:
         if layer.store is not None:
             ordered = self._in_order([fresh[place] for place in range(len(fresh))], layer.rows, 3).unbind(0)
             layer.remember(self.patch, *ordered, *(self._joined(column, layer) for column in columns))
+        for rows in self._others(layer) if late else ():
+            merged.add(*rows)
         return merged.result
+
+    def _others(self, layer: Attending) -> list[tuple[Tensor, ...]]:
+        assert layer.store is not None
+        return layer.store.others(self.patch)
 
     def _gather_columns(self, own: Tensor, layer: Attending) -> list[Tensor]:
         """The column of every slice, from own rows' ``[batch, 1, rows, 1]``; exchanged for the first layer alone."""

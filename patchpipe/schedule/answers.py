@@ -19,6 +19,7 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
+from patchpipe.stage.forecast import Pace
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.store import LayerStores
@@ -40,6 +41,7 @@ class Call:
             stale.
         shared: What comes and goes for blocks that two stages share.
         shapes: The shapes inside it.
+        pace: How its noise level follows the last ones, where stale rows are forecast.
         where: Which call it is, for the timeline.
     """
 
@@ -51,6 +53,7 @@ class Call:
     stores: tuple[LayerStores, LayerStores] | None
     shared: Sequence[SharedKeys]
     shapes: CallShapes
+    pace: Pace | None
     where: Where
 
     def share_of(self, mesh: Mesh) -> BatchShare | None:

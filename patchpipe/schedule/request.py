@@ -21,6 +21,7 @@ from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
+from patchpipe.stage.forecast import Clock
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.store import LayerStores
@@ -39,6 +40,7 @@ class Branch:
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
         shared: What comes and goes for blocks that two stages share.
+        clock: The noise levels of its calls.
     """
 
     index: int = 0
@@ -46,6 +48,7 @@ class Branch:
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: list[PartStore] = field(default_factory=list)
     shared: list[SharedKeys] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def bytes(self) -> int:

@@ -229,6 +229,7 @@ class Runner:
             stores=branch.stores if keeps else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
+            pace=branch.clock.tick(inputs[self.plan.time]) if keeps and self.config.forecast else None,
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
@@ -258,7 +259,7 @@ class Runner:
         crossings = [part.crossing(call, self.group) for part in parts]
         expected = self._hops.begin((call.where.request, call.where.branch), crossings)
         for keys in call.shared:
-            keys.begin(call.patches)
+            keys.begin(call.patches, call.pace)
         made: list[Tensor] = []
         trailing: list[CallContext] = []
         failure: Exception | None = None
@@ -339,7 +340,7 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
-        context.entries = part.share.entries
+        context.entries, context.pace = part.share.entries, call.pace
         context.turn = part.turn
         for keys in call.shared:
             if keys.own(patch):

@@ -16,6 +16,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Channel, Receive
 from patchpipe.layout.split import Boundary, StageBlocks
 from patchpipe.models.plan import BlockPlace
+from patchpipe.stage.forecast import Pace
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.store import LayerStore
 
@@ -63,10 +64,17 @@ class SharedKeys:
         self.block, self.earlier = shared.boundary.block, shared.earlier
         self._patches: tuple[Patch, ...] = ()  # of the call that runs
         self._taken, self._both = 0, False  # those of them before the boundary; whether there are others too
-        self._due: list[tuple[LayerStore, Patch, Receive]] = []  # what the next turn of this stage needs
+        self._due: list[tuple[LayerStore, Patch, Receive, Pace | None]] = []  # what the next turn of this stage needs
+        self._pace: Pace | None = None
 
-    def begin(self, patches: Sequence[Patch]) -> None:
-        """Begins a call; the later stage posts what it will bring."""
+    def begin(self, patches: Sequence[Patch], pace: Pace | None = None) -> None:
+        """Begins a call; the later stage posts what it will bring.
+
+        Args:
+            patches: What the call runs.
+            pace: Of the call, where stale rows are forecast.
+        """
+        self._pace = pace
         self._patches, self._taken = tuple(patches), self.shared.boundary.taken(len(patches))
         self._both = 0 < self._taken < len(patches)
         if self._both and not self.earlier:
@@ -80,9 +88,9 @@ class SharedKeys:
         if self._both and self.earlier:
             self._due = self._expect()
 
-    def _expect(self) -> list[tuple[LayerStore, Patch, Receive]]:
+    def _expect(self) -> list[tuple[LayerStore, Patch, Receive, Pace | None]]:
         return [
-            (self.stores[name], patch, self.shared.channel.expect((size,), dtype))
+            (self.stores[name], patch, self.shared.channel.expect((size,), dtype), self._pace)
             for patch in self._patches
             if not self.own(patch)
             for name in self.shared.layers
@@ -95,8 +103,8 @@ class SharedKeys:
 
     def take(self) -> None:
         """Puts what has come since this stage's last turn into the stores."""
-        for store, patch, receive in self._due:
-            store.put(patch, receive.take())
+        for store, patch, receive, pace in self._due:
+            store.put(patch, receive.take(), pace)
         self._due.clear()
 
     def give(self, patch: Patch) -> None:

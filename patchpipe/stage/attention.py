@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
+from patchpipe.stage.forecast import Pace
 from patchpipe.stage.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -82,6 +83,7 @@ class Attending:
         masked: Whether some of its keys are masked, on whatever rank.
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
+        pace: Of the call, where stale rows are forecast.
     """
 
     patch: Patch
@@ -91,6 +93,7 @@ class Attending:
     masked: bool = False
     entries: Entries | None = None
     kernels: KernelWatch | None = None
+    pace: Pace | None = None
 
     @property
     def outlives(self) -> bool:
@@ -101,7 +104,9 @@ class Attending:
         """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists."""
         if self.store is None:
             return fresh
-        return self.store.keep(*fresh, entries=self.entries) if patch.whole else self.store.write(patch, *fresh)
+        if patch.whole:
+            return self.store.keep(*fresh, entries=self.entries, pace=self.pace)
+        return self.store.write(patch, *fresh, pace=self.pace)
 
 
 class _StoreMode(TorchFunctionMode):

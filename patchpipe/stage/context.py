@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchpipe.models.plan import Holds
 from patchpipe.stage.attention import Sharing
+from patchpipe.stage.forecast import Pace
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Cutter
 from patchpipe.stage.store import Entries, LayerStores
@@ -33,6 +34,7 @@ class CallContext:
         inputs: The arguments of the call.
         sharing: The ranks that share the patch, if there are several.
         entries: Which entries of the batch run; ``None`` for all.
+        pace: Of the call, where stale rows are forecast.
         turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
         entering: What to do before a shared block runs, by its place.
         leaving: What to do after it.
@@ -50,6 +52,7 @@ class CallContext:
     inputs: Mapping[str, Any] = field(default_factory=dict)
     sharing: Sharing | None = None
     entries: Entries | None = None
+    pace: Pace | None = None
     turn: tuple[int, int] | None = None
     entering: dict[int, Callable[[], None]] = field(default_factory=dict)
     leaving: dict[int, Callable[[], None]] = field(default_factory=dict)

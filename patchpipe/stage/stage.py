@@ -252,7 +252,9 @@ class Stage:
         if context.stores is not None:
             store = context.stores.setdefault(name, LayerStore(rows))
         masked = context.masked and len(segments) > 1
-        return Attending(context.patch, store, context.sharing, rows, masked, context.entries, self.kernels)
+        return Attending(
+            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace
+        )
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""

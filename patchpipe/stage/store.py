@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from patchpipe.stage.forecast import SEQUENCE, Pace, Trend
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Range, Rows, joined
 
 Entries = tuple[int, int, int]  # of what is kept together: the first, one past the last, and how many there are
-SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
+FORECAST = 2  # keys and values, not what masks add to them
 
 
 class LayerStore:
@@ -17,6 +20,8 @@ class LayerStore:
 
     Where keys are masked, what the mask adds to their scores is a third tensor, ``[batch, 1 or heads, rows, 1]``, and
     goes wherever the keys go.
+
+    Given the pace of the calls, stale rows are not shown as they were but as a forecast: see ``stage.forecast``.
 
     Belongs to one layer, one half of a batch, one guidance branch and one request.
 
@@ -27,35 +32,40 @@ class LayerStore:
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
         self._kept: tuple[Tensor, ...] = ()
+        self._trends: tuple[Trend, ...] = ()  # of keys and values, where they are forecast
         self._written: list[Range] = []  # rows there are, until the store is whole
         self._whole = False
 
-    def keep(self, *fresh: Tensor, entries: Entries | None = None) -> tuple[Tensor, ...]:
+    def keep(self, *fresh: Tensor, entries: Entries | None = None, pace: Pace | None = None) -> tuple[Tensor, ...]:
         """Takes over what a synchronous step computed.
 
         Args:
             fresh: Keys and values ``[batch, heads, rows, channels]`` in the model's order, and their column where keys
                 are masked.
             entries: Which entries of the batch they belong to; ``None`` for all.
+            pace: Of the call, where stale rows are to be forecast.
         """
-        self._whole = True
-        if entries is None or entries[:2] == (0, entries[2]):
+        start, stop, total = entries or (0, fresh[0].shape[0], fresh[0].shape[0])
+        known, everything = self._whole and self._kept[0].shape[0] == total, (start, stop) == (0, total)
+        if everything and not (known and pace is not None):
             self._kept = tuple(_own(self.rows.by_cut(rows, SEQUENCE)) for rows in fresh)
-            return fresh
-        start, stop, total = entries
-        if not self._kept or self._kept[0].shape[0] != total:
+        elif not known and start == 0:
             self._kept = tuple(rows.new_empty(total, *rows.shape[1:]) for rows in fresh)
-        for kept, rows in zip(self._kept, fresh, strict=True):
-            kept[start:stop].copy_(self.rows.by_cut(rows, SEQUENCE))
+        self._follow(pace)
+        if not everything or (known and pace is not None):
+            ordered = [self.rows.by_cut(rows, SEQUENCE) for rows in fresh]
+            self._renew([(0, self.rows.total)], ordered, pace, entries=(start, stop), begins=True, known=known)
+        self._whole = self._whole or stop == total
         return fresh
 
-    def write(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
+    def write(self, patch: Patch, *fresh: Tensor, pace: Pace | None = None) -> tuple[Tensor, ...]:
         """Puts a patch's fresh rows in their place.
 
         Args:
             patch: The patch the rows belong to.
             fresh: Keys and values ``[batch, heads, rows, channels]``, with the text rows if the patch carries them,
                 and their column where keys are masked.
+            pace: Of the call, where stale rows are to be forecast.
 
         Returns:
             Keys, values and column of every row that exists: fresh for the patches done in this step, one step
@@ -66,8 +76,9 @@ class LayerStore:
         """
         self._kept = self._kept or tuple(self._allocate(rows) for rows in fresh)
         self._check(patch, fresh)
-        for kept, rows in zip(self._kept, fresh, strict=True):
-            self._put(kept, rows, patch)
+        self._follow(pace)
+        ranges, begins = joined(self.rows.ranges(patch)), patch.index == 0
+        self._renew(ranges, fresh, pace, begins=begins, known=self._whole)
         if not self._whole:
             self._written = joined([*self._written, *self.rows.ranges(patch)])
             self._whole = self._written == [(0, self.rows.total)]
@@ -101,17 +112,49 @@ class LayerStore:
         """Elements of ``rows_of``, and what they are."""
         return sum(size.numel() for size in self._shapes(patch)), self._kept[0].dtype
 
-    def put(self, patch: Patch, rows: Tensor) -> None:
-        """Takes over what ``rows_of`` gave on another rank."""
+    def put(self, patch: Patch, rows: Tensor, pace: Pace | None = None) -> None:
+        """Takes over what ``rows_of`` gave on another rank, as if it had been written here.
+
+        Args:
+            patch: The patch.
+            rows: Its rows.
+            pace: Of the call that computed them, where stale rows are to be forecast.
+        """
         shapes = self._shapes(patch)
         pieces = rows.split([shape.numel() for shape in shapes])
-        for kept, shape, piece in zip(self._kept, shapes, pieces, strict=True):
-            self._put(kept, piece.view(shape), patch)
+        fresh = [piece.view(shape) for shape, piece in zip(shapes, pieces, strict=True)]
+        self._renew(joined(self.rows.ranges(patch)), fresh, pace, begins=patch.index == 0, known=True)
 
     @property
     def bytes(self) -> int:
         """Memory the store holds."""
-        return sum(kept.numel() * kept.element_size() for kept in self._kept)
+        return sum(kept.nbytes for kept in self._kept) + sum(trend.bytes for trend in self._trends)
+
+    def _follow(self, pace: Pace | None) -> None:
+        """Keeps the trends of what is kept, where there is to be a forecast."""
+        if pace is not None and (not self._trends or self._trends[0].kept is not self._kept[0]):
+            self._trends = tuple(map(Trend, self._kept[:FORECAST]))
+
+    def _renew(
+        self,
+        ranges: Sequence[Range],
+        fresh: Sequence[Tensor],
+        pace: Pace | None,
+        *,
+        entries: tuple[int, int] | None = None,
+        begins: bool = False,
+        known: bool = False,
+    ) -> None:
+        """Puts fresh rows in their place."""
+        for at, (kept, rows) in enumerate(zip(self._kept, fresh, strict=True)):
+            if pace is not None and at < FORECAST:
+                trend = self._trends[at] if entries is None else self._trends[at].entries(*entries)
+                trend.renew(ranges, rows, pace, begins=begins, known=known)
+                continue
+            target = kept if entries is None else kept[slice(*entries)]
+            pieces = rows.split([high - low for low, high in ranges], SEQUENCE)
+            for (low, high), piece in zip(ranges, pieces, strict=True):
+                target.narrow(SEQUENCE, low, high - low).copy_(piece)
 
     def _allocate(self, rows: Tensor) -> Tensor:
         batch, heads, _, channels = rows.shape
@@ -127,18 +170,12 @@ class LayerStore:
         if len(fresh) != len(self._kept):
             raise RuntimeError("some calls of a guidance branch mask text rows and some do not: give all a mask")
 
-    def _put(self, kept: Tensor, rows: Tensor, patch: Patch) -> None:
-        ranges = joined(self.rows.ranges(patch))
-        pieces = rows.split([high - low for low, high in ranges], SEQUENCE)
-        for (low, high), piece in zip(ranges, pieces, strict=True):
-            kept.narrow(SEQUENCE, low, high - low).copy_(piece)
-
     def _shapes(self, patch: Patch) -> list[torch.Size]:
         count = self.rows.count(patch)
         return [torch.Size((*kept.shape[:SEQUENCE], count, *kept.shape[SEQUENCE + 1 :])) for kept in self._kept]
 
     def _taken(self, kept: Tensor, patch: Patch) -> Tensor:
-        """The rows that ``_put`` would replace, in the same order."""
+        """The rows that a patch's fresh ones would replace, in the same order."""
         return _rows_in(kept, joined(self.rows.ranges(patch)))
 
     def _existing(self, kept: Tensor) -> Tensor:

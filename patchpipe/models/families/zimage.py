@@ -25,6 +25,7 @@ Z_IMAGE = ModelPlan(
     inputs=("t", "cap_feats"),
     ignored_inputs=("joint_attention_kwargs",),
     refused_settings=("siglip_feat_dim",),
+    time="t",
     text="cap_feats",
     embed="all_x_embedder.2-1",
     tail="all_final_layer.2-1",
