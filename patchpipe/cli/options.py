@@ -80,6 +80,14 @@ ShareBlocks = Annotated[
         "--share-blocks/--no-share-blocks",
     ),
 ]
+Forecast = Annotated[
+    bool,
+    _option(
+        _DETAIL,
+        "Show stale keys and values where they will be: a picture much nearer to one device's. [dim]Default: no.[/]",
+        "--forecast/--no-forecast",
+    ),
+]
 Warmup = Annotated[
     str,
     _option(

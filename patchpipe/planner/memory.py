@@ -77,7 +77,8 @@ def stored(layout: Layout, stage: int) -> int:
         for attention in block.attentions:
             tokens = {"joint": workload.image + workload.text, "image": workload.image, "cross": 0}[attention.kind]
             elements += 2 * tokens * attention.width / (config.ulysses * config.tensor)
-    return int(entries * elements * workload.itemsize)
+    change = 1 if config.forecast else 0  # in eight bits, beside the rows themselves
+    return int(entries * elements * (workload.itemsize + change))
 
 
 def _working(layout: Layout) -> int:

@@ -41,6 +41,7 @@ def explain(
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
+    forecast: options.Forecast = False,
     warmup: options.Warmup = "1",
     height: options.Height = 1024,
     width: options.Width = 1024,

@@ -105,6 +105,7 @@ def generate(
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
+    forecast: options.Forecast = False,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
     stage_blocks: options.StageBlocks = None,
