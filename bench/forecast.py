@@ -25,10 +25,10 @@ from patchpipe.layout.split import stages_of
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.stage.context import CallContext
-from patchpipe.stage.forecast import Clock, Pace
+from patchpipe.stage.keys.forecast import Clock, Pace
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
-from patchpipe.stage.store import LayerStore
 
 COMMAND = "python -m bench.forecast"
 RASTER = Raster(64, 64, 64)

@@ -14,10 +14,10 @@ import patchpipe
 from patchpipe import ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.models.latent import Raster
-from patchpipe.stage.forecast import Clock, Pace, Trend
+from patchpipe.stage.keys.forecast import Clock, Pace, Trend
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.rows import Rows
-from patchpipe.stage.store import LayerStore
 from tests import tiny
 from tests.nccl_rules import over
 from tests.ranks import Place, quieten

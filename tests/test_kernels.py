@@ -19,8 +19,8 @@ from patchpipe.engine.processes import _environment
 from patchpipe.kernels import choice, lse
 from patchpipe.kernels.choice import KernelWatch, kernel_for, refusals, watch_kernels
 from patchpipe.models.latent import Raster
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Patch
-from patchpipe.stage.store import LayerStore
 from tests import tiny
 from tests.ranks import Place
 from tests.sequences import sequence_of

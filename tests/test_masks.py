@@ -20,9 +20,9 @@ from patchpipe.models.latent import Latent, Raster, sizes_by_shapes
 from patchpipe.parallel.ring import Merged
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.stage.attention import Attend, Attending, attend_through
-from patchpipe.stage.masks import key_column
+from patchpipe.stage.keys.masks import key_column
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut, Patch
-from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import quieten, run_ranks
 from tests.sequences import sequence_of

@@ -19,8 +19,8 @@ from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.models.latent import Raster
 from patchpipe.parallel.ring import Merged, Ring
 from patchpipe.stage.attention import Attend
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut
-from patchpipe.stage.store import LayerStore
 from tests import parity, tiny
 from tests.ranks import Place, run_ranks
 from tests.sequences import sequence_of

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from patchpipe import ParallelConfig
 from patchpipe.models.latent import Raster
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut, Patch
-from patchpipe.stage.store import LayerStore
 from tests.sequences import sequence_of
 
 IMAGE, TEXT = 6, 2

@@ -19,10 +19,10 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
-from patchpipe.stage.forecast import Pace
+from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
-from patchpipe.stage.store import LayerStores
 from patchpipe.stage.survey import CallShapes
 from patchpipe.tracing.recorder import Where
 

@@ -21,10 +21,10 @@ from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
-from patchpipe.stage.forecast import Clock
+from patchpipe.stage.keys.forecast import Clock
+from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
-from patchpipe.stage.store import LayerStores
 from patchpipe.stage.survey import CallShapes, shapes_key
 
 BranchKey = tuple[str | None, int, int]

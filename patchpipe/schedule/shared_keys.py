@@ -16,9 +16,9 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Channel, Receive
 from patchpipe.layout.split import Boundary, StageBlocks
 from patchpipe.models.plan import BlockPlace
-from patchpipe.stage.forecast import Pace
+from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Patch
-from patchpipe.stage.store import LayerStore
 
 
 @dataclass(frozen=True)

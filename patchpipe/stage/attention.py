@@ -12,11 +12,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
-from patchpipe.stage.forecast import Pace
-from patchpipe.stage.masks import SHARED_BY_HEADS, as_mask, key_column
+from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.masks import SHARED_BY_HEADS, as_mask, key_column
+from patchpipe.stage.keys.store import Entries, LayerStore
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
-from patchpipe.stage.store import Entries, LayerStore
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from patchpipe.models.plan import Holds
 from patchpipe.stage.attention import Sharing
-from patchpipe.stage.forecast import Pace
+from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Cutter
-from patchpipe.stage.store import Entries, LayerStores
 from patchpipe.stage.survey import CallShapes
 
 Streams = dict[str, Tensor]

@@ -21,9 +21,9 @@ from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.stage.attention import Attending, attend_through, override
 from patchpipe.stage.context import CallContext, Streams
+from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Seam, StageDone
-from patchpipe.stage.store import LayerStore
 from patchpipe.stage.survey import CallShapes, Survey
 
 

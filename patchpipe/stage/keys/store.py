@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from patchpipe.stage.forecast import SEQUENCE, Pace, Trend
+from patchpipe.stage.keys.forecast import SEQUENCE, Pace, Trend
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Range, Rows, joined
 
@@ -21,7 +21,7 @@ class LayerStore:
     Where keys are masked, what the mask adds to their scores is a third tensor, ``[batch, 1 or heads, rows, 1]``, and
     goes wherever the keys go.
 
-    Given the pace of the calls, stale rows are not shown as they were but as a forecast: see ``stage.forecast``.
+    Given the pace of the calls, stale rows are not shown as they were but as a forecast: see ``stage.keys.forecast``.
 
     Belongs to one layer, one half of a batch, one guidance branch and one request.
 
