@@ -2,10 +2,12 @@
 
 python -m bench.around
 python -m bench.around --patches 8 --card H100
+python -m bench.around --forecast
 
 The root ``forward`` of a model sees whole shapes, patch after patch: it embeds the whole latent, and the patch's rows
 are cut out of that. Every operation of one patch's way through a stage is counted, its products and the bytes it reads
-and writes; its seconds are the longer of the two on a card. The table tells how much of it is not the blocks' work.
+and writes; its seconds are the longer of the two on a card. The table tells how much of it is not the blocks' work;
+with ``--forecast``, how much longer a patch takes where stale keys and values are forecast.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from patchpipe.models.latent import Raster
 from patchpipe.planner.machine.cards import card_named
 from patchpipe.planner.machine.devices import Device
 from patchpipe.stage.context import CallContext
+from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.seam import Seam
 from patchpipe.stage.stage import Stage
@@ -163,7 +166,9 @@ class Counter(TorchDispatchMode):
             self.within = False
 
 
-def count(size: Size, owned: StageBlocks, at: tuple[int, int], patches: int, device: Device) -> Counter:
+def count(
+    size: Size, owned: StageBlocks, at: tuple[int, int], patches: int, device: Device, forecast: bool = False
+) -> Counter:
     """Counts the second patch of a steady step on one stage.
 
     Args:
@@ -172,6 +177,7 @@ def count(size: Size, owned: StageBlocks, at: tuple[int, int], patches: int, dev
         at: Which stage it is, of how many.
         patches: Patches of the latent.
         device: What is to compute.
+        forecast: Whether stale keys and values are forecast.
     """
     with FakeTensorMode(), torch.no_grad():
         model = size.build()
@@ -182,10 +188,11 @@ def count(size: Size, owned: StageBlocks, at: tuple[int, int], patches: int, dev
         kept: dict[tuple[Any, ...], Any] = {}
         shapes = stage.look(inputs, size.raster, kept)
         cut = Cut.of(size.raster, ParallelConfig(patches=patches), shapes.riders)
-        counter, memo, stores = Counter(device), dict[str, Any](), dict[str, Any]()
+        counter, memo, stores, clock = Counter(device), dict[str, Any](), dict[str, Any](), Clock()
         first, patch = cut.patches[:2]
         for piece in (cut.whole, first, patch):  # what is computed once for all patches is there by the third
-            context = CallContext(piece, shapes, stores, memo=memo, request_memo=kept)
+            pace = clock.tick(inputs[plan.time]) if forecast else None
+            context = CallContext(piece, shapes, stores, memo=memo, request_memo=kept, pace=pace)
             if not stage.first:
                 hop = shapes.hop(stage.blocks[0].listing, inputs[plan.latent].shape[0], piece)
                 context.received = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in hop.items()}
@@ -212,14 +219,29 @@ def _counted(seam: Seam, counter: Counter) -> None:
     seam.compute = counted
 
 
-def row(title: str, stage: int, stages: int, patches: int, device: Device) -> dict[str, Any]:
-    """The figures of one stage."""
-    size = SIZES[title]
+def even(size: Size, stages: int) -> list[StageBlocks]:
+    """As many blocks for every stage as for the others, or one more."""
     with FakeTensorMode():
         model = size.build()
         blocks = len(plan_for(model).blocks_of(model))
-    even = tuple(blocks * (index + 1) // stages - blocks * index // stages for index in range(stages))
-    found = count(size, stages_of(even)[stage], (stage, stages), patches, device)
+    return stages_of(tuple(blocks * (at + 1) // stages - blocks * at // stages for at in range(stages)))
+
+
+def forecast_row(title: str, stages: int, patches: int, device: Device) -> dict[str, Any]:
+    """How much a forecast adds to a patch on a stage in the middle."""
+    size, at = SIZES[title], stages // 2
+    owned, both = even(size, stages)[at], []
+    for forecast in (False, True):
+        found = count(size, owned, (at, stages), patches, device, forecast)
+        both.append((found.blocks.bytes + found.around.bytes, found.blocks.seconds + found.around.seconds))
+    (bytes_without, seconds_without), (bytes_with, seconds_with) = both
+    return {"model": title, "bytes": bytes_with / bytes_without - 1, "seconds": seconds_with / seconds_without - 1}
+
+
+def row(title: str, stage: int, stages: int, patches: int, device: Device) -> dict[str, Any]:
+    """The figures of one stage."""
+    size = SIZES[title]
+    found = count(size, even(size, stages)[stage], (stage, stages), patches, device)
     own, around = found.blocks, found.around
     return {
         "model": title,
@@ -235,9 +257,18 @@ def main(
     patches: Annotated[int, typer.Option(help="Patches of the latent.")] = 4,
     stages: Annotated[int, typer.Option(help="Stages of the pipeline.")] = 4,
     card: Annotated[str, typer.Option(help="The card whose seconds are worked out.")] = "H100",
+    forecast: Annotated[bool, typer.Option("--forecast", help="Count what a forecast adds, in place of that.")] = False,
 ) -> None:
     """Counts, prints a table and writes bench/results."""
     device = card_named(card).device
+    command = f"{COMMAND} --patches {patches} --stages {stages} --card {card}"
+    if forecast:
+        added = [forecast_row(title, stages, patches, device) for title in track(SIZES, "counting", transient=True)]
+        Console().print(
+            *(f"{one['model']}: {one['bytes']:+.0%} bytes, {one['seconds']:+.1%} seconds" for one in added), sep="\n"
+        )
+        save("forecast", f"{command} --forecast", {"card": device.name, "forecast": added})
+        return
     cases = [(title, stage) for title in SIZES for stage in sorted({0, stages // 2, stages - 1})]
     rows = [row(title, stage, stages, patches, device) for title, stage in track(cases, "counting", transient=True)]
     table = Table("model", "stage", "GFLOP of blocks", "around: FLOPs", "bytes", "seconds", title=f"{patches} patches")
@@ -246,7 +277,7 @@ def main(
         table.add_row(one["model"], f"{one['stage']} of {stages}", f"{one['gigaflops']:.0f}", *shares)
     Console().print(table)
     figures = {"card": device.name, "stages": stages, "around": rows}
-    save("around", f"{COMMAND} --patches {patches} --stages {stages} --card {card}", figures)
+    save("around", command, figures)
 
 
 if __name__ == "__main__":

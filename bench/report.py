@@ -62,6 +62,8 @@ def _text(name: str) -> str | None:
         return compiled(figures)
     if "around" in figures:
         return around(figures)
+    if "forecast" in figures:
+        return forecast(figures)
     return predictions(figures) if "choices" in figures else table(figures)
 
 
@@ -114,6 +116,14 @@ def around(figures: dict[str, Any]) -> str:
         shares = [f"{row[name]:.2%}" for name in ("flops", "bytes", "seconds")]
         cells = [row["model"], f"{row['stage']} of {figures['stages']}", f"{row['gigaflops']:.0f}", *shares]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def forecast(figures: dict[str, Any]) -> str:
+    """What a forecast adds to a patch, in Markdown."""
+    lines = ["```bash", figures["command"], "```", "", f"Seconds are those of one {figures['card'].upper()}.", ""]
+    lines += ["| model | bytes moved | seconds |", "| --- | --- | --- |"]
+    lines += [f"| {row['model']} | {row['bytes']:+.0%} | {row['seconds']:+.1%} |" for row in figures["forecast"]]
     return "\n".join(lines) + "\n"
 
 

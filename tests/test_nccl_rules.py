@@ -249,6 +249,7 @@ def reads(place: Place, name: str, layout: dict[str, Any]) -> Counter[str]:
     ("name", "layout"),
     [
         ("flux", {"pipefusion": 2, "patches": 3}),
+        ("flux", {"pipefusion": 2, "patches": 3, "forecast": True}),
         ("pixart", {"pipefusion": 2, "patches": 3}),
         ("pixart", {"cfg": 2, "ulysses": 2}),
         ("flux", {"ring": 2}),

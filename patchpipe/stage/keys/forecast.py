@@ -46,13 +46,13 @@ class Clock:
         self._level: Tensor | None = None
         self._step: Tensor | None = None
 
-    def tick(self, time: Tensor) -> Pace:
+    def tick(self, time: Tensor | float) -> Pace:
         """Takes the next call's time, or time step: what falls with the noise level.
 
         Args:
             time: As the transformer is given it, one for each entry of the batch or each token.
         """
-        level = time.double().amax()  # tokens that are not noisy have time 0
+        level = torch.as_tensor(time).double().amax()  # tokens that are not noisy have time 0
         if self._level is None or self._step is None:
             self._level, self._step = level, torch.zeros_like(level)
             return Pace(torch.zeros_like(level), torch.zeros_like(level))

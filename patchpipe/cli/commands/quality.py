@@ -1,0 +1,163 @@
+"""``patchpipe quality``: how near the pictures of a layout are to those of one device, for a model of your own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from patchpipe.cli import options
+from patchpipe.demo import MODEL_DIR, call_defaults
+from patchpipe.files import check_new, free_name, write_text
+
+EPILOG = """
+[bold]Examples[/]
+
+  [green]patchpipe quality[/]                                    the bundled model
+
+  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2
+
+  [green]patchpipe quality[/] --patches 8 --forecast on -o forecast.html
+"""
+PROMPTS = ("red apple, 3d style", "cat face, twemoji style", "rainbow, noto style", "frog, 3d style")
+DEFAULT_OUT = Path("quality.html")
+SWITCH = {"on": True, "off": False}
+_PANEL = "Settings to compare"
+
+Prompts = Annotated[
+    Path | None, options.option(_PANEL, "File with a prompt on each line. [dim]Default: four prompts.[/]", "--prompts")
+]
+Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
+Warmups = Annotated[
+    str, options.option(_PANEL, "Numbers of synchronous steps.", "--warmup", metavar="W,…", default=True)
+]
+Forecasts = Annotated[
+    str, options.option(_PANEL, "Stale rows forecast: on, off or both.", "--forecast", metavar="on,off", default=True)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="Page to write; the figures go beside it as .json. [dim]Default: quality.html[/]"
+    ),
+]
+Device = Annotated[str | None, options.option("Model and devices", "cpu or cuda. [dim]Default: a GPU if any.[/]")]
+
+
+def quality(
+    model: options.ModelArgument = None,
+    prompts: Prompts = None,
+    patches: Patches = "2,4,8",
+    warmup: Warmups = "1",
+    forecast: Forecasts = "off,on",
+    steps: options.Steps = None,
+    height: options.Height = None,
+    width: options.Width = None,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = None,
+    device: Device = None,
+    out: Out = None,
+    force: options.Force = False,
+    _debug: options.Debug = False,
+) -> None:
+    """Compare pictures painted in patches with one device's: decibels, structure, and a page to look at."""
+    from patchpipe.cli.quality.measure import measure, settings
+
+    wanted = settings(_counts("--patches", patches, 1), _counts("--warmup", warmup, 0), _switches(forecast))
+    asked = _read_prompts(prompts)
+    target = (out or (DEFAULT_OUT if force else free_name(DEFAULT_OUT))).expanduser()
+    if target.suffix != ".html":
+        raise ValueError(f"--output {target} must end in .html: the figures go beside it as .json")
+    figures = target.with_suffix(".json")
+    for path in (target, figures):
+        check_new(path, force)
+    console, pipe, call = Console(highlight=False), *_load(model, dtype, device)
+    given = {"num_inference_steps": steps, "height": height, "width": width}
+    call |= {name: value for name, value in given.items() if value is not None}
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("painting", total=len(asked) * (1 + len(wanted)))
+
+        def tell(text: str) -> None:
+            progress.update(task, advance=1, description=text[:60])
+
+        plain, found = measure(pipe, asked, call, wanted, seed, tell)
+    _show(console, found)
+    name = str(model or "the bundled model")
+    about = f"{len(asked)} prompts, {_told(call)}."
+    from patchpipe.cli.quality.page import page
+
+    write_text(page(name, about, asked, plain, found), target)
+    told = {"model": name, "prompts": asked, "seed": seed, "call": call, "found": [one.as_dict() for one in found]}
+    write_text(json.dumps(told, indent=1, default=str) + "\n", figures)
+    console.print(f"[green]→[/] {target}\n[green]→[/] {figures}", soft_wrap=True)
+
+
+def _load(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, plain, and its usual call."""
+    from patchpipe.distributed.joining import device_for
+    from patchpipe.loading.dtypes import as_torch, default_dtype
+    from patchpipe.loading.folder import PipelineFolder
+    from patchpipe.models import plan_for
+
+    source, _ = PipelineFolder.locate(model or MODEL_DIR)
+    source.plan()
+    place = device_for(device)
+    told = as_torch(dtype or default_dtype(source.path, None, [place.type]) or "float32")
+    pipe = source.pipeline_class.from_pretrained(source.path, dtype=told).to(place)
+    plan_for(pipe.transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, call_defaults(source.path)
+
+
+def _counts(option: str, text: str, least: int) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < least:
+        raise ValueError(f"{option} {text} must be whole numbers of {least} or more, such as {least},{least + 1}")
+    return found
+
+
+def _switches(text: str) -> list[bool]:
+    parts = text.split(",")
+    if any(part not in SWITCH for part in parts):
+        raise ValueError(f"--forecast {text} must be on, off or on,off")
+    return [SWITCH[part] for part in parts]
+
+
+def _read_prompts(path: Path | None) -> list[str]:
+    if path is None:
+        return list(PROMPTS)
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts {path}: there is no such file")
+    found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not found:
+        raise ValueError(f"--prompts {path} has no line with a prompt")
+    return found
+
+
+def _told(call: dict[str, Any]) -> str:
+    names = {"num_inference_steps": "steps", "true_cfg_scale": "guidance", "guidance_scale": "guidance"}
+    return ", ".join(f"{names.get(name, name)} {value}" for name, value in call.items() if value not in ("", None))
+
+
+def _show(console: Console, found: list[Any]) -> None:
+    from patchpipe.cli.quality.page import decibels
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("patches", "warm-up", "stale rows", "dB, mean", "worst", "SSIM, mean", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best = max(found, key=lambda one: one.mean)
+    for one in found:
+        setting, similar = one.setting, one.structure
+        cells = [str(setting.patches), str(setting.warmup), "forecast" if setting.forecast else "as they were"]
+        cells += [decibels(one.mean), decibels(min(one.decibels))]
+        cells += [f"{sum(similar) / len(similar):.4f}", f"{min(similar):.4f}"]
+        table.add_row(*cells, style="bold green" if one is best else "")
+    console.print(table)

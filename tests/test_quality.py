@@ -1,0 +1,78 @@
+"""``patchpipe quality``: the settings, the likeness, and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from patchpipe.cli import app
+from patchpipe.cli.quality.measure import Found, Setting, settings, structure
+from patchpipe.cli.quality.page import page
+
+
+def grey(seed: int, noise: float = 0.0) -> Image.Image:
+    make = np.random.default_rng(seed)
+    ramp = np.linspace(20, 230, 32)[None].repeat(32, 0) + noise * make.standard_normal((32, 32))
+    return Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def test_every_combination_is_a_setting() -> None:
+    found = settings([2, 4], [1], [False, True])
+    assert [one.label for one in found] == [
+        "2 patches, warm-up 1, stale", "2 patches, warm-up 1, forecast",
+        "4 patches, warm-up 1, stale", "4 patches, warm-up 1, forecast",
+    ]  # fmt: skip
+    assert found[1].config.forecast
+    assert found[1].config.patches == 2
+
+
+def test_structure_is_one_for_equal_pictures_and_falls_with_noise() -> None:
+    assert structure(grey(0), grey(0)) == pytest.approx(1.0)
+    little, much = structure(grey(0), grey(1, 5)), structure(grey(0), grey(1, 40))
+    assert 1 > little > much > 0
+
+
+def test_the_page_shows_the_farthest_picture_and_says_where_there_is_no_difference() -> None:
+    setting, pictures = Setting(2, 1, forecast=True), [grey(0), grey(1, 30)]
+    found = [Found(setting, [40.0, 20.0], [1.0, 0.5], pictures), Found(setting, [math.inf] * 2, [1.0] * 2, pictures)]
+    text = page("a <model>", "2 prompts.", ["an apple", "an owl & a frog"], pictures, found)
+    assert "a &lt;model&gt;" in text
+    assert "the farthest, 20.0 dB" in text
+    assert "an owl &amp; a frog" in text
+    assert "identical" in text
+    assert text.count("data:image/png;base64,") == 2 * 3
+
+
+def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "quality.html"
+    prompts.write_text("red heart, flat style\n\n")
+    arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "8", "-o", str(out)]
+    assert app(["quality", *arguments]) == 0
+    told = json.loads(out.with_suffix(".json").read_text())
+    stale, forecast = (one["psnr"][0] for one in told["found"])
+    assert forecast > stale
+    assert f"{forecast:.1f}" in capsys.readouterr().out
+    assert "red heart, flat style" in out.read_text()
+    assert app(["quality", *arguments]) == 2, "nothing is overwritten unasked"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--patches", "0"], "--patches 0 must be whole numbers of 1 or more"),
+        (["--warmup", "all"], "--warmup all must be whole numbers of 0 or more"),
+        (["--forecast", "maybe"], "--forecast maybe must be on, off or on,off"),
+        (["--prompts", "nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["-o", "page.pdf"], "page.pdf must end in .html"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    options: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert app(["quality", *options]) == 2
+    assert told in capsys.readouterr().err
