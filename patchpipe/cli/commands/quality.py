@@ -88,7 +88,7 @@ def quality(
         plain, found = measure(pipe, asked, call, wanted, seed, tell)
     _show(console, found)
     name = str(model or "the bundled model")
-    about = f"{len(asked)} prompts, {_told(call)}."
+    about = f"{len(asked)} prompt{'' if len(asked) == 1 else 's'}, {_told(call)}."
     from patchpipe.cli.quality.page import page
 
     write_text(page(name, about, asked, plain, found), target)
