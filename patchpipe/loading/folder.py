@@ -24,7 +24,7 @@ from patchpipe.loading.dtypes import dtype_of
 from patchpipe.loading.options import HUB, Options, read_options
 from patchpipe.loading.schedulers import scheduler_settings
 from patchpipe.loading.source import fetch, resolve_source
-from patchpipe.models import plan_for
+from patchpipe.models import names_transformer, plan_for
 from patchpipe.models.plan import ModelPlan
 
 # What builds a model without weights changes torch for the whole process meanwhile: one thread at a time.
@@ -93,7 +93,7 @@ class PipelineFolder:
     def transformers(self) -> list[str]:
         """Names of its transformers: one, or several that take turns over the steps."""
         entries = {name: entry for name, entry in self.index.items() if isinstance(entry, list) and entry[1]}
-        return [name for name in entries if name == "transformer" or name.startswith("transformer_")]
+        return list(filter(names_transformer, entries))
 
     def config(self, part: str) -> dict[str, Any]:
         """The configuration of one part."""

@@ -26,6 +26,11 @@ def supported() -> list[str]:
     return [plan.model for plan in PLANS]
 
 
+def names_transformer(name: str) -> bool:
+    """Whether a pipeline's component of this name is a transformer."""
+    return name == "transformer" or name.startswith("transformer_")
+
+
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline by name: one, or several that take turns over the steps, as in Wan 2.2.
 
@@ -36,7 +41,7 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, part in vars(pipe).items():
-        if isinstance(part, nn.Module) and (name == "transformer" or name.startswith("transformer_")):
+        if isinstance(part, nn.Module) and names_transformer(name):
             found[name] = getattr(part, "_orig_mod", part)
     first = found["transformer"]
     for name, model in found.items():

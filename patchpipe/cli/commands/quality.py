@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from patchpipe.cli import options
+from patchpipe.cli.commands.demo import PROMPTS
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.files import check_new, free_name, write_text
 
@@ -25,7 +26,6 @@ EPILOG = """
 
   [green]patchpipe quality[/] --patches 8 --forecast on -o forecast.html
 """
-PROMPTS = ("red apple, 3d style", "cat face, twemoji style", "rainbow, noto style", "frog, 3d style")
 DEFAULT_OUT = Path("quality.html")
 SWITCH = {"on": True, "off": False}
 _PANEL = "Settings to compare"
@@ -102,14 +102,12 @@ def _load(model: str | None, dtype: str | None, device: str | None) -> tuple[Any
     from patchpipe.distributed.joining import device_for
     from patchpipe.loading.dtypes import as_torch, default_dtype
     from patchpipe.loading.folder import PipelineFolder
-    from patchpipe.models import plan_for
 
     source, _ = PipelineFolder.locate(model or MODEL_DIR)
     source.plan()
     place = device_for(device)
     told = as_torch(dtype or default_dtype(source.path, None, [place.type]) or "float32")
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=told).to(place)
-    plan_for(pipe.transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe, call_defaults(source.path)
 
@@ -148,16 +146,12 @@ def _told(call: dict[str, Any]) -> str:
 
 
 def _show(console: Console, found: list[Any]) -> None:
-    from patchpipe.cli.quality.page import decibels
+    from patchpipe.cli.quality.measure import HEADER
 
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("patches", "warm-up", "stale rows", "dB, mean", "worst", "SSIM, mean", "worst"):
+    for name in HEADER:
         table.add_column(name, justify="right", no_wrap=True)
     best = max(found, key=lambda one: one.mean)
     for one in found:
-        setting, similar = one.setting, one.structure
-        cells = [str(setting.patches), str(setting.warmup), "forecast" if setting.forecast else "as they were"]
-        cells += [decibels(one.mean), decibels(min(one.decibels))]
-        cells += [f"{sum(similar) / len(similar):.4f}", f"{min(similar):.4f}"]
-        table.add_row(*cells, style="bold green" if one is best else "")
+        table.add_row(*one.cells, style="bold green" if one is best else "")
     console.print(table)

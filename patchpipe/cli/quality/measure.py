@@ -14,6 +14,7 @@ from patchpipe.config import ParallelConfig
 if TYPE_CHECKING:
     from PIL import Image
 
+HEADER = ("patches", "warm-up", "stale rows", "dB, mean", "dB, worst", "SSIM, mean", "SSIM, worst")
 WINDOW = 8  # pixels, each way, in which structure is compared
 TELL = Callable[[str], None]
 
@@ -71,11 +72,30 @@ class Found:
         """The picture that differs most."""
         return min(range(len(self.decibels)), key=self.decibels.__getitem__)
 
+    @property
+    def cells(self) -> list[str]:
+        """A row of the table of figures, as ``HEADER`` names its columns."""
+        setting, similar = self.setting, self.structure
+        return [
+            str(setting.patches),
+            str(setting.warmup),
+            "forecast" if setting.forecast else "as they were",
+            told(self.mean),
+            told(min(self.decibels)),
+            f"{sum(similar) / len(similar):.4f}",
+            f"{min(similar):.4f}",
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data; an identical picture has no decibels."""
         decibels = [None if math.isinf(one) else round(one, 3) for one in self.decibels]
         setting = {name: getattr(self.setting, name) for name in ("patches", "warmup", "forecast")}
         return {**setting, "psnr": decibels, "ssim": [round(one, 5) for one in self.structure]}
+
+
+def told(decibels: float) -> str:
+    """For people."""
+    return "identical" if math.isinf(decibels) else f"{decibels:.1f}"
 
 
 def settings(patches: Sequence[int], warmups: Sequence[int], forecasts: Sequence[bool]) -> list[Setting]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageChops
 
-from patchpipe.cli.quality.measure import Found
+from patchpipe.cli.quality.measure import HEADER, Found, told
 
 AMPLIFIED = 8  # times, in pictures of differences
 COLOURS = ("#9aa4ae", "#1f6feb", "#d1782c", "#3a9d5d", "#8a63d2", "#b0485a")
@@ -48,19 +48,9 @@ def page(title: str, about: str, prompts: Sequence[str], plain: Sequence[Image.I
 
 
 def _table(found: Sequence[Found]) -> str:
-    rows = ["<tr><th>patches<th>warm-up<th>stale rows<th>dB, mean<th>dB, worst<th>SSIM, mean<th>SSIM, worst</tr>"]
-    for one in found:
-        setting, similar = one.setting, one.structure
-        shown = "forecast" if setting.forecast else "as they were"
-        cells = [setting.patches, setting.warmup, shown, decibels(one.mean), decibels(min(one.decibels))]
-        cells += [f"{sum(similar) / len(similar):.4f}", f"{min(similar):.4f}"]
-        rows.append("<tr>" + "".join(f"<td>{cell}" for cell in cells) + "</tr>")
+    rows = ["<tr>" + "".join(f"<th>{name}" for name in HEADER) + "</tr>"]
+    rows += ["<tr>" + "".join(f"<td>{cell}" for cell in one.cells) + "</tr>" for one in found]
     return f"<table>{''.join(rows)}</table>"
-
-
-def decibels(value: float) -> str:
-    """For people."""
-    return "identical" if math.isinf(value) else f"{value:.1f}"
 
 
 def _pictures(found: Found, prompts: Sequence[str], plain: Sequence[Image.Image]) -> str:
@@ -73,8 +63,8 @@ def _pictures(found: Found, prompts: Sequence[str], plain: Sequence[Image.Image]
         f"</figure>"
         for name, picture in pairs.items()
     )
-    told = f"{html.escape(found.setting.label)}: the farthest, {decibels(found.decibels[at])} dB"
-    return f"<h2>{told}</h2><p>“{html.escape(prompts[at])}”</p>{figures}"
+    title = f"{html.escape(found.setting.label)}: the farthest, {told(found.decibels[at])} dB"
+    return f"<h2>{title}</h2><p>“{html.escape(prompts[at])}”</p>{figures}"
 
 
 def _difference(one: Image.Image, other: Image.Image) -> Image.Image:

@@ -47,12 +47,13 @@ class LayerStore:
         """
         start, stop, total = entries or (0, fresh[0].shape[0], fresh[0].shape[0])
         known, everything = self._whole and self._kept[0].shape[0] == total, (start, stop) == (0, total)
-        if everything and not (known and pace is not None):
+        taken_over = everything and not (known and pace is not None)  # else there are rows whose change is to be kept
+        if taken_over:
             self._kept = tuple(_own(self.rows.by_cut(rows, SEQUENCE)) for rows in fresh)
         elif not known and start == 0:
             self._kept = tuple(rows.new_empty(total, *rows.shape[1:]) for rows in fresh)
         self._follow(pace)
-        if not everything or (known and pace is not None):
+        if not taken_over:
             ordered = [self.rows.by_cut(rows, SEQUENCE) for rows in fresh]
             self._renew([(0, self.rows.total)], ordered, pace, entries=(start, stop), begins=True, known=known)
         self._whole = self._whole or stop == total
