@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 
 # On CPUs not made by Intel, MKL's float32 products differ in the last bits with where a matrix lies in memory:
 # there plain diffusers does not repeat itself either. Read at the first product, and by the processes of the ranks.
@@ -12,11 +13,20 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 import pytest
 import torch
 
+from patchpipe.engine.processes import warm
+
 
 def pytest_collection_finish() -> None:
     """What is imported by now is here to stay: the collector, and the search for pipelines, need not go through it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_stay_loaded() -> Iterator[None]:
+    """Engines of all tests fork their workers from one process."""
+    with warm():
+        yield
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -122,7 +122,8 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
     while "start-up" not in run.stdout.readline():
         assert run.poll() is None
     time.sleep(0.5)
-    return sorted(psutil.Process(run.pid).children(), key=lambda process: process.pid)
+    [server] = psutil.Process(run.pid).children()
+    return sorted(server.children(), key=lambda process: process.pid)
 
 
 # -- errors --------------------------------------------------------------------------------------

@@ -356,9 +356,8 @@ def two(tmp_path: Path) -> Iterator[list[tuple[Worker, Channel]]]:
         pairs.append((worker, Channel(theirs.detach())))
     yield pairs
     for worker, far in pairs:
-        worker.process.kill()
-        worker.process.wait()
-        worker.channel.close()
+        worker.signal(signal.SIGKILL)
+        worker.reap()
         far.close()
 
 

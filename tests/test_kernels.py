@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.engine.processes import _environment
+from patchpipe.engine.processes.fresh import environment
 from patchpipe.kernels import choice, lse
 from patchpipe.kernels.choice import KernelWatch, kernel_for, refusals, watch_kernels
 from patchpipe.models.latent import Raster
@@ -223,6 +223,6 @@ def test_rows_of_the_image_alone_carry_no_column(text_first: bool) -> None:
 
 def test_streams_of_communicators_have_hardware_queues_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
-    assert _environment(1, False)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert environment(1, False)["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    assert _environment(1, False)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"  # the user knows better
+    assert environment(1, False)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"  # the user knows better

@@ -60,12 +60,14 @@ def main() -> None:
     channel = Channel(int(sys.argv[1]))
     lifeline = Lifeline()
     lifeline.start()
-    _quieten_libraries()
+    load_libraries()
     try:
         message = channel.receive()
         if isinstance(message, Plan):
             channel.send(answer(message))
             message = channel.receive()
+        if isinstance(message, Close):
+            _leave(0)
         start: Start = message
         lifeline.directory = start.directory
         server = Server(channel, start)
@@ -329,8 +331,8 @@ class _WarningTeller(logging.Handler):
         self._channel.send(Warned(self._request, record.getMessage()))
 
 
-def _quieten_libraries() -> None:
-    """Keeps loading bars out of the log, whose last lines explain a death; loads the libraries on the way."""
+def load_libraries() -> None:
+    """Loads diffusers and transformers, and keeps their bars out of the log, whose last lines explain a death."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
