@@ -41,7 +41,7 @@ class ForkServer:
         self._control.settimeout(LIBRARY_SECONDS)
         self._talking = threading.Lock()
         with theirs:
-            self._process = start("forks", theirs.fileno(), env, subprocess.DEVNULL)
+            self._process = start("forks", theirs.fileno(), env, subprocess.DEVNULL, stdin=subprocess.DEVNULL)
 
     def fork(self, channel: int, output: int) -> Forked | None:
         """A new worker, or ``None`` if there can be none: then start a fresh interpreter, which says why.
@@ -82,8 +82,6 @@ class ForkServer:
     def close(self) -> None:
         """Ends it; workers go on."""
         self._control.close()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
         self._process.kill()
         self._process.wait()
 

@@ -46,7 +46,7 @@ def start(
         fd: Likewise.
         env: Its environment.
         output: Where it prints to.
-        stdin: Its lifeline; a new one is made unless there is one.
+        stdin: What it reads; unless told otherwise, a pipe that is its lifeline.
     """
     return subprocess.Popen(
         command(module, fd),

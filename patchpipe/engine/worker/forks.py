@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import random
-import select
 import socket
 import sys
 import traceback
@@ -22,30 +20,18 @@ LIFELINE, CHANNEL, OUTPUT = range(3)
 def main() -> None:
     """Serves the parent on the other end of the socket whose number is the only argument."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    _end_with_parent()
     _load_libraries()
     gc.collect()
     gc.freeze()  # what the collector does not touch stays shared
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 64, 3)
-        if not asked:
+        if not asked:  # the parent is gone
             os._exit(0)
         if asked == b"fork":
             _fork(control, fds)
         else:
             (pid,) = PID.unpack(asked)
             control.send(PID.pack(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
-
-
-def _end_with_parent() -> None:
-    """The end of the standard input ends this process, also while it loads: the signal's default is to do just that.
-
-    A thread that waits for it, as workers have, must not be there when a process forks.
-    """
-    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([0], [], [], 0)[0]:  # it has ended already
-        os._exit(1)
 
 
 def _load_libraries() -> None:
