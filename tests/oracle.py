@@ -53,13 +53,15 @@ class _Pass(TorchFunctionMode):
         self,
         table: Table,
         tokens: int,
-        fresh: range,
-        exist: int,
+        fresh: Sequence[int],
+        exist: Sequence[int],
         with_text: bool,
         text_first: bool,
         pace: tuple[float, bool] | None = None,
+        stands_for: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.stands_for = stands_for  # the token in whose place each is shown from then on
         self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.with_text, self.text_first = with_text, text_first
@@ -85,10 +87,15 @@ class _Pass(TorchFunctionMode):
         image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
         text = [text_at + row for row in range(text_count)]
         refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
-        seen = sorted([image_at + row for row in range(self.exist)] + text)
+        seen = sorted([image_at + row for row in self.exist] + text)
         for kept, rows in zip(table, computed, strict=True):
             self._refresh(kept, rows, refreshed)
-        return [kept.shown[:, :, seen] for kept in table], seen
+        shown = [kept.shown[:, :, seen] for kept in table]
+        for kept in table if self.stands_for else []:
+            image = slice(image_at, image_at + self.tokens)
+            for rows in (kept.true, kept.shown):
+                rows[:, :, image] = rows[:, :, [image_at + row for row in self.stands_for]]
+        return shown, seen
 
     def _refresh(self, kept: History, rows: Tensor, refreshed: list[int]) -> None:
         new = rows[:, :, refreshed]
@@ -115,8 +122,15 @@ class _Naive:
     """What stands in for one transformer's ``forward``."""
 
     def __init__(
-        self, model: Any, patch_rows: Sequence[int], warmup: int, branches: int, forecast: bool = False
+        self,
+        model: Any,
+        patch_rows: Sequence[int],
+        warmup: int,
+        branches: int,
+        forecast: bool = False,
+        coarse: bool = False,
     ) -> None:
+        self.coarse = coarse
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
@@ -152,11 +166,13 @@ class _Naive:
         self.calls += 1
         patches = [rows] if step < self.warmup else list(self.patch_rows)
         results, start = [], 0
+        if step == 0 and self.coarse:
+            self._start(branch, rows, tokens_per_row, pace, args, kwargs)
         for index, count in enumerate(patches):
             stop = start + count
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
-            exist = rows if step > 0 else stop  # no earlier step has computed the rest
-            sizes = rows * tokens_per_row, fresh, exist * tokens_per_row
+            exist = rows if step > 0 or self.coarse else stop  # no earlier step has computed the rest
+            sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
             self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.text_first, pace)
             with self.attention:
                 result = self.forward(*args, **{**kwargs, "return_dict": False})[0]
@@ -165,6 +181,17 @@ class _Naive:
             start = stop
         prediction = torch.cat(results, dim=dim)
         return (list(prediction) if self.listed else prediction,)
+
+    def _start(self, branch: int, rows: int, width: int, pace: Any, args: Any, kwargs: Any) -> None:
+        """A pass in which every second token of every second row is all there is; it then stands for its neighbours."""
+        places = [(row, column) for row in range(rows) for column in range(width)]
+        stands_for = [row // 2 * 2 * width + column // 2 * 2 for row, column in places]
+        sample = sorted(set(stands_for))
+        self.attention = _Pass(
+            self.tables[branch], rows * width, sample, sample, True, self.text_first, pace, stands_for
+        )
+        with self.attention:
+            self.forward(*args, **{**kwargs, "return_dict": False})
 
     def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
         """The step to this noise level, in steps that led to the last one."""
@@ -178,7 +205,13 @@ class _Naive:
 
 @contextmanager
 def naive_pipefusion(
-    pipe: Any, patch_rows: Sequence[int], warmup: int, *, branches: int = 1, forecast: bool = False
+    pipe: Any,
+    patch_rows: Sequence[int],
+    warmup: int,
+    *,
+    branches: int = 1,
+    forecast: bool = False,
+    coarse: bool = False,
 ) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
@@ -188,10 +221,11 @@ def naive_pipefusion(
         warmup: Calls per transformer and guidance branch that run the latent whole.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
         forecast: Whether stale rows are shown where they will be.
+        coarse: Whether a quarter of the tokens goes ahead, and stands for all.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(model, patch_rows, warmup, branches, forecast)
+        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse)
     try:
         yield
     finally:

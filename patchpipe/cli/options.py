@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, AutoLayout, ParallelConfig
+from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, AutoLayout, ParallelConfig, WarmupKind
 
 _LAYOUT = "Layout"
 _DETAIL = "Layout, in detail"
@@ -91,7 +91,10 @@ Forecast = Annotated[
 Warmup = Annotated[
     str,
     _option(
-        _LAYOUT, 'Synchronous steps before patches stream, or "all" for a bit-exact run.', metavar="W|all", default=True
+        _LAYOUT,
+        'Synchronous steps before patches stream; "all" for a bit-exact run, "coarse" to start on fewer tokens.',
+        metavar="W|all|coarse",
+        default=True,
     ),
 ]
 PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
@@ -211,18 +214,19 @@ PreviewSteps = Annotated[
 Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
 
 
-def read_warmup(text: str) -> int | Literal["all"]:
-    """Reads a number of steps or ``all``.
+def read_warmup(text: str) -> WarmupKind:
+    """Reads a number of steps, ``all`` or ``coarse``.
 
     Raises:
         ValueError: It is neither.
     """
-    if text.strip().lower() == ALL_STEPS:
-        return ALL_STEPS
+    for word in (ALL_STEPS, COARSE):
+        if text.strip().lower() == word:
+            return word
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, or "all"') from None
+        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all" or "coarse"') from None
 
 
 def read_text_rank(text: str | None) -> int | Literal["spread"] | None:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.config import ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
 from patchpipe.planner.search import ALIKE, Choice
@@ -45,9 +45,9 @@ def _gain(choice: Choice) -> str:
     gain = f"{choice.speed_up(best):.2f}× over one device"
     if choice.speed_up(best) < 1 + ALIKE and config.world_size > 1:
         gain = f"no layout here beats one device ({choice.single.seconds:.2f} s)"
-    if config.pipefusion == 1 or config.warmup == ALL_STEPS or config.warmup == 0:
+    if config.pipefusion == 1 or not config.warmup_steps:
         return gain
-    warmup = min(config.warmup, choice.workload.steps)
+    warmup = min(config.warmup_steps, choice.workload.steps)
     spent = warmup * best.timing.synchronous
     return f"{gain}; of its {best.seconds:.2f} s, {spent:.2f} s go to the {_steps(warmup)}, in which stages wait"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from patchpipe.config import COARSE
 from patchpipe.layout.split import shared_blocks
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
@@ -16,6 +18,7 @@ MERGE_OPERATIONS = 8
 EXCHANGE_OPERATIONS = 16  # an exchange among ranks, for the host: copies, views and the collective itself
 HOP_OPERATIONS = 12  # a hop of Ring: keys and values sent, received and waited for, without copies
 COMPILED = 0.25  # of the operations of an eager block, as the host counts them, are left in a compiled one
+SAMPLED = 4  # tokens for which one stands at a coarse start
 STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
 
 
@@ -80,7 +83,13 @@ def play(units: list[Unit], free: list[float], ready: list[float]) -> list[float
 
 
 def total(
-    synchronous: list[Unit], steady: list[Unit], warmup: int, steps: int, calls: int = 1, halves: int = 1
+    synchronous: list[Unit],
+    steady: list[Unit],
+    warmup: int,
+    steps: int,
+    calls: int = 1,
+    halves: int = 1,
+    ahead: Sequence[Unit] = (),
 ) -> Timing:
     """Seconds of ``steps`` steps, of which ``warmup`` are synchronous.
 
@@ -91,13 +100,16 @@ def total(
         steps: All steps.
         calls: Calls in a step, one after the other; a step's patch begins when it is done in every call of the last.
         halves: Units of each patch, all of which must be done as well.
+        ahead: What each call of the first step has ahead of its patches.
     """
     count = len(steady[0].stages)
     once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
     warm, streamed = min(warmup, steps), max(0, steps - warmup)
     free, ready, ends = [0.0] * count, [0.0] * len(steady), [0.0]
-    for _ in range(min(streamed, STEADY_STEPS)):
-        done = play(steady * calls, free, ready * calls)
+    for step in range(min(streamed, STEADY_STEPS)):
+        opening = list(ahead) if step == 0 else []
+        done = play([*opening, *steady] * calls, free, [*([0.0] * len(opening)), *ready] * calls)
+        done = [moment for at, moment in enumerate(done) if at % (len(opening) + len(steady)) >= len(opening)]
         patches = [max(done[at : at + halves]) for at in range(0, len(done), halves)]
         ready = [max(patches[at // halves :: len(steady) // halves]) for at in range(len(steady))]
         ends.append(max(done))
@@ -111,6 +123,7 @@ def total(
         worked=_sum(
             _each(calls, [unit.compute for unit in synchronous]), warm,
             _each(calls, [unit.compute for unit in steady]), streamed,
+            _each(calls, [unit.compute for unit in ahead]) if ahead else (0.0,) * count,
         ),
         hop=max((max(unit.hops) for unit in steady), default=0.0),
         host=_each(calls, [unit.host for unit in steady]),
@@ -122,8 +135,10 @@ def _each(calls: int, units: list[tuple[float, ...]]) -> tuple[float, ...]:
     return tuple(calls * sum(column) for column in zip(*units, strict=True))
 
 
-def _sum(first: tuple[float, ...], times: int, second: tuple[float, ...], others: int) -> tuple[float, ...]:
-    return tuple(times * one + others * two for one, two in zip(first, second, strict=True))
+def _sum(
+    first: tuple[float, ...], times: int, second: tuple[float, ...], others: int, once: tuple[float, ...]
+) -> tuple[float, ...]:
+    return tuple(times * one + others * two + three for one, two, three in zip(first, second, once, strict=True))
 
 
 class Schedule:
@@ -141,14 +156,21 @@ class Schedule:
     @cached_property
     def timing(self) -> Timing:
         """The seconds of the request."""
-        warmup = self.workload.steps if self.config.warmup == "all" else self.config.warmup
+        warmup = self.workload.steps if self.config.synchronous else self.config.warmup_steps
         streams = len(self.layout.patches) > 1 or self.config.distrifusion > 1
         whole = self._synchronous()
         if not streams:
             return total(whole, whole, 0, self.workload.steps, self.layout.calls)
         halves, patches = self.layout.halves, range(len(self.layout.patches))
         steady = [self._unit(self.layout.piece(patch), half, patch) for patch in patches for half in range(halves)]
-        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves)
+        ahead = self._ahead() if self.config.warmup == COARSE else []
+        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves, ahead)
+
+    def _ahead(self) -> list[Unit]:
+        """The sample of all tokens that a request begins with: a quarter of them, and all text."""
+        whole, halves = self.layout.piece(None), self.layout.halves
+        image, keys = (-(-count // SAMPLED) for count in (whole.image, whole.keys))
+        return [self._unit(replace(whole, image=image, keys=keys), half) for half in range(halves)]
 
     def _synchronous(self) -> list[Unit]:
         """One synchronous call: the batch at once, or its entries one after the other where stages can overlap."""

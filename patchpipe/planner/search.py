@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from patchpipe.config import ALL_STEPS, ParallelConfig
+from patchpipe.config import ALL_STEPS, COARSE, ParallelConfig, WarmupKind
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.patching import fewest_patches
 from patchpipe.layout.split import balanced, shared_blocks, sizes_of
@@ -39,7 +39,7 @@ class Wishes:
         exact: Only methods whose picture is that of one device, up to the order of sums.
         fresh: Least mean share of fresh keys of a layout that may win; others are listed after those that may.
         memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
-        warmup: Synchronous steps, or ``"all"``.
+        warmup: Synchronous steps, ``"all"`` or ``"coarse"``.
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
     """
@@ -47,7 +47,7 @@ class Wishes:
     exact: bool = False
     fresh: float = FRESH
     memory: int | None = None
-    warmup: int | Literal["all"] = 1
+    warmup: WarmupKind = 1
     methods: tuple[str, ...] | None = None
     compile: bool = False
 
@@ -226,7 +226,7 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
         split = True if halves == 2 else None if as_it_comes.halves == 1 else False
         for patches in _patch_counts(workload, degrees, halves):
             yield ParallelConfig(**whole, patches=patches, split_batch=split)
-    shared = Layout(workload, ParallelConfig(**given, share_blocks=wishes.warmup != 0), profile).stages
+    shared = Layout(workload, ParallelConfig(**given, share_blocks=wishes.warmup not in (0, COARSE)), profile).stages
     if shared_blocks(shared):
         for patches in _patch_counts(workload, degrees, 1):
             yield ParallelConfig(**given, patches=patches, stage_blocks=sizes_of(shared))

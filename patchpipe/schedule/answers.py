@@ -19,6 +19,7 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
+from patchpipe.stage.coarse import Sample
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
@@ -41,6 +42,7 @@ class Call:
             stale.
         shared: What comes and goes for blocks that two stages share.
         shapes: The shapes inside it.
+        sample: The tokens that go through the stages ahead of the patches and stand for all, if any do.
         pace: How its noise level follows the last ones, where stale rows are forecast.
         where: Which call it is, for the timeline.
     """
@@ -53,6 +55,7 @@ class Call:
     stores: tuple[LayerStores, LayerStores] | None
     shared: Sequence[SharedKeys]
     shapes: CallShapes
+    sample: Sample | None
     pace: Pace | None
     where: Where
 
@@ -64,6 +67,12 @@ class Call:
     def pieces(self, patch: Patch, ranks: int) -> tuple[Patch, ...]:
         """The rows of a patch for each rank that shares it."""
         return self.cut.split(patch, ranks)
+
+    @property
+    def cuts(self) -> list[tuple[Cut, Patch, Sample | None]]:
+        """What goes through the stages, with what it is a part of."""
+        ahead = [] if self.sample is None else [(self.sample.cut, self.sample.cut.whole, self.sample)]
+        return [*ahead, *((self.cut, patch, None) for patch in self.patches)]
 
 
 class Answers:

@@ -73,13 +73,14 @@ class Hops:
         Raises:
             RuntimeError: A block returned another dtype or shape than the next stage expects.
         """
-        channel = self._group.channel_to_next()
+        channel = self._group.channel_to_next() if crossing.leaving else None
         for name, (shape, dtype) in crossing.leaving.items():
             if (streams[name].shape, streams[name].dtype) != (shape, dtype):
                 raise RuntimeError(
                     f"{name} left the stage as {tuple(streams[name].shape)} in {streams[name].dtype}, the next one "
                     f"expects {tuple(shape)} in {dtype}"
                 )
+            assert channel is not None
             channel.send(streams[name].contiguous())
 
     def end(self) -> None:

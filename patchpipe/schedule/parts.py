@@ -12,6 +12,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.answers import Call
 from patchpipe.schedule.hops import Crossing, Shapes
+from patchpipe.stage.coarse import Sample
 from patchpipe.stage.context import Streams
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.survey import CallShapes
@@ -31,6 +32,7 @@ class Part:
         memo: Results shared by the patches of those entries.
         completes: Whether the patch's other entries have run before.
         turn: Which turn it is, of how many, where stages share blocks; see ``balance.Boundary``.
+        sample: The tokens that stand for all, if these are the rows.
     """
 
     share: BatchShare
@@ -42,6 +44,7 @@ class Part:
     memo: dict[str, Any]
     completes: bool
     turn: tuple[int, int] | None
+    sample: Sample | None = None
 
     def crossing(self, call: Call, group: Group) -> Crossing:
         """What it is as it enters and as it leaves this rank's stage."""
@@ -52,7 +55,8 @@ class Part:
         return Crossing(entering, leaving, large=self.patch.whole)
 
     def _hop(self, call: Call, index: int) -> Shapes:
-        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
+        shapes = self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
+        return shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.
@@ -63,7 +67,7 @@ class Part:
             dim: The latent's dim that is cut.
             device: Where they are to be.
         """
-        if crossing.leaving:
+        if crossing.leaving or self.sample is not None:
             shapes = crossing.leaving.items()
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes}
         shape = list(call.shapes.output)

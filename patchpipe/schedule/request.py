@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.config import ParallelConfig
+from patchpipe.config import COARSE, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
@@ -21,6 +21,7 @@ from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
+from patchpipe.stage.coarse import Sample
 from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut
@@ -275,6 +276,9 @@ class Request:
         streams = self.keeps_stores(cut) and self.config.distrifusion == 1
         for patch in (cut.whole, *(cut.patches if streams else ())):
             cut.split(patch, self.group.mesh.parts)
+        if streams and self.config.warmup == COARSE:
+            ahead = Sample(cut.rows).cut
+            ahead.split(ahead.whole, self.group.mesh.parts)
 
     def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:
         """The guidance branch a call belongs to.
@@ -302,7 +306,12 @@ class Request:
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:
         """Whether the branch's next call sees fresh keys and values only."""
-        return not self.keeps_stores(cut) or branch.calls < int(self.config.warmup)
+        return not self.keeps_stores(cut) or branch.calls < self.config.warmup_steps
+
+    def sample(self, branch: Branch, cut: Cut) -> Sample | None:
+        """The tokens that stand for all in the branch's next call, if it begins on fewer."""
+        begins = self.config.warmup == COARSE and branch.calls == 0 and self.keeps_stores(cut)
+        return Sample(cut.rows) if begins else None
 
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""

@@ -229,6 +229,7 @@ class Runner:
             stores=branch.stores if keeps else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
+            sample=self.request.sample(branch, cut),
             pace=branch.clock.tick(inputs[self.plan.time]) if keeps and self.config.forecast else None,
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
@@ -324,14 +325,14 @@ class Runner:
         memos: list[dict[str, Any]] = [{} for _ in shares]
         shapes = self.request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
         parts = []
-        for patch in call.patches:
-            pieces = call.pieces(patch, self.group.mesh.parts)
+        for cut, patch, sample in call.cuts:
+            pieces = cut.split(patch, self.group.mesh.parts)
             for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
-                last, own = entries is shares[-1], pieces[self.group.mesh.part]
+                last, own = entries is shares[-1] and sample is None, pieces[self.group.mesh.part]
                 turn = None if patch.whole else (patch.index, len(call.patches))
                 if self._halves:
                     turn = entries.half or 0, 2
-                parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn))
+                parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, sample))
         return parts
 
     def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
@@ -340,7 +341,7 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
-        context.entries, context.pace = part.share.entries, call.pace
+        context.entries, context.pace, context.sample = part.share.entries, call.pace, part.sample
         context.turn = part.turn
         for keys in call.shared:
             if keys.own(patch):
@@ -359,16 +360,21 @@ class Runner:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index
-            recorder.where = replace(call.where, patch=patch, half=part.share.half)
+            warmup = call.where.warmup or part.sample is not None
+            recorder.where = replace(call.where, patch=patch, half=part.share.half, warmup=warmup)
         with span(recorder if first else None, "latent"):
-            latent = self._latent_piece(call, part.share, part.patch, part.piece) if first else None
+            latent = self._latent_piece(call, part) if first else None
         context.received = {name: receive.take() for name, receive in receives.items()}
         with span(recorder, "compute"):
             return call.stage.run(part.inputs, latent, context)
 
-    def _latent_piece(self, call: Call, share: BatchShare, patch: Patch, piece: Patch) -> Tensor:
-        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""
-        latent, dim = call.inputs[self.plan.latent], self.plan.grid.dim
+    def _latent_piece(self, call: Call, part: Part) -> Tensor:
+        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done.
+
+        Of a sample's latent it is all, since its tokens are chosen where blocks begin.
+        """
+        latent, dim, share = call.inputs[self.plan.latent], self.plan.grid.dim, part.share
+        patch, piece = (part.patch, part.piece) if part.sample is None else (call.cut.whole, call.cut.whole)
         if piece.uncut and not isinstance(latent, PatchTensor):
             rows = latent
         else:

@@ -12,7 +12,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
-from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.beside import Positions, Products, keys_beside
+from patchpipe.stage.coarse import Offset, Sample
+from patchpipe.stage.keys.forecast import SEQUENCE, Pace
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, as_mask, key_column
 from patchpipe.stage.keys.store import Entries, LayerStore
 from patchpipe.stage.patches import Patch
@@ -84,6 +86,8 @@ class Attending:
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
         pace: Of the call, where stale rows are forecast.
+        sample: The tokens that stand for all, if the rows are theirs.
+        at: Gives an argument of the layer for the tokens beside them.
     """
 
     patch: Patch
@@ -94,15 +98,28 @@ class Attending:
     entries: Entries | None = None
     kernels: KernelWatch | None = None
     pace: Pace | None = None
+    sample: Sample | None = None
+    at: Positions = lambda value, offset: value
 
     @property
     def outlives(self) -> bool:
         """Whether something may hold on to queries, keys or values themselves after the layer is done with them."""
         return self.sharing is not None or (self.store is not None and self.patch.whole)
 
-    def remember(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
-        """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists."""
+    def remember(self, patch: Patch, *fresh: Tensor, beside: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+        """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists.
+
+        Args:
+            patch: The patch.
+            fresh: What there is to store.
+            beside: Of a sample, its keys at its neighbours' positions.
+        """
         if self.store is None:
+            return fresh
+        if self.sample is not None:
+            every = [[fresh[0], *beside], *([rows] for rows in fresh[1:])]
+            full = [self.sample.spread(rows, self.rows, SEQUENCE) for rows in every]
+            self.store.fill(full, entries=self.entries, pace=self.pace)
             return fresh
         if patch.whole:
             return self.store.keep(*fresh, entries=self.entries, pace=self.pace)
@@ -116,9 +133,9 @@ class _StoreMode(TorchFunctionMode):
     thread, so that two models in one process do not meet.
     """
 
-    def __init__(self, attending: Attending) -> None:
+    def __init__(self, attending: Attending, beside: Sequence[Tensor] = ()) -> None:
         super().__init__()
-        self.attending = attending
+        self.attending, self.beside = attending, beside
         self.calls = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,7 +166,7 @@ class _StoreMode(TorchFunctionMode):
         attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
-        seen = layer.remember(layer.patch, key, value, *attend.columns)
+        seen = layer.remember(layer.patch, key, value, *attend.columns, beside=self.beside)
         if layer.patch.uncut:  # every key is fresh: the call stands as the model made it
             options = {"enable_gqa": True} if enable_gqa else {}
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
@@ -219,7 +236,21 @@ class Attended:
         attending = self.find()
         if attending is None:
             return self._alone(*args, **kwargs)
+        if attending.sample is not None:
+            return self._of_sample(attending, attending.sample.offsets[1:], args, kwargs)
         with _StoreMode(attending) as mode:
+            result = self.compute(*args, **kwargs)
+        self.check(mode.calls)
+        return result
+
+    def _of_sample(
+        self, attending: Attending, offsets: Sequence[Offset], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The layer's own forward for tokens that stand for all."""
+        products = Products()
+        beside = keys_beside(self.compute, args, kwargs, offsets, attending.at, products)
+        products.ends = False
+        with products, _StoreMode(attending, beside) as mode:
             result = self.compute(*args, **kwargs)
         self.check(mode.calls)
         return result

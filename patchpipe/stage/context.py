@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchpipe.models.plan import Holds
 from patchpipe.stage.attention import Sharing
+from patchpipe.stage.coarse import Offset, Sample, Sampler
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch
@@ -27,6 +28,7 @@ class CallContext:
     Attributes:
         patch: The patch at work; of one that ranks share, this rank's rows.
         shapes: What is known of the call.
+        sample: The tokens that stand for all, if it is these that are at work.
         stores: The branch's key/value store of each layer; ``None`` where nothing is ever stale.
         received: The streams from the stage before.
         memo: Results shared by the patches of this call.
@@ -46,6 +48,7 @@ class CallContext:
     patch: Patch
     shapes: CallShapes
     stores: LayerStores | None
+    sample: Sample | None = None
     received: Streams = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
@@ -60,13 +63,21 @@ class CallContext:
     tail: bool = False
     masked: bool = False
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
+    _beside: dict[tuple[int, Any, Any], Any] = field(default_factory=dict)
 
     @cached_property
     def cutter(self) -> Cutter | None:
         """Cuts whole arguments to the patch; ``None`` where the patch is the whole."""
+        if self.sample is not None:
+            return Sampler(self.patch, self.shapes.raster, self.shapes.sizes, self.sample)
         if self.patch.uncut:
             return None
         return Cutter(self.patch, self.shapes.raster, self.shapes.sizes)
+
+    @cached_property
+    def seen(self) -> CallShapes:
+        """What the blocks see of it."""
+        return self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
 
     def narrowed(self, value: Any, held: Holds | tuple[Holds, ...]) -> Any:
         """The patch's rows of an argument that many blocks are given; cut once."""
@@ -75,6 +86,27 @@ class CallContext:
         if key not in self._narrowed:  # the argument is kept too, lest another one takes its id
             self._narrowed[key] = (value, self.cutter.narrow(value, held))
         return self._narrowed[key][1]
+
+    def beside(self, value: Any, offset: Offset) -> Any:
+        """What a layer is given for the tokens beside a sample's, in place of a narrowed argument or one of its parts.
+
+        Args:
+            value: What it is given for the sample.
+            offset: How far they are.
+        """
+        for (_, held), (whole, own) in self._narrowed.items():
+            parts = own if isinstance(own, (tuple, list)) else (own,)
+            if own is value or any(part is value for part in parts):
+                moved = self._moved(whole, held, offset)
+                return moved if own is value else moved[next(at for at, part in enumerate(parts) if part is value)]
+        return value
+
+    def _moved(self, whole: Any, held: Holds | tuple[Holds, ...], offset: Offset) -> Any:
+        key = (id(whole), held, offset)
+        if key not in self._beside:
+            assert isinstance(self.cutter, Sampler)
+            self._beside[key] = replace(self.cutter, offset=offset).narrow(whole, held)
+        return self._beside[key]
 
     def before(self, index: int) -> None:
         """Does what is asked for before a block."""

@@ -148,12 +148,7 @@ class Cutter:
         return wide
 
     def _narrow(self, value: Tensor, held: Holds) -> Tensor:
-        dim, whole = held.dim, Rows.of(held.segments, self.sizes, self.raster)
-        if value.shape[dim] != whole.total:
-            raise RuntimeError(
-                f"a block was given {value.shape[dim]} rows where {whole.total} of {' and '.join(held.segments)} were "
-                f"expected: the model's plan does not fit"
-            )
+        dim, whole = held.dim, self._whole(value, held)
         if self.raster.outer == 1 or IMAGE not in held.segments:
             spans = joined(whole.ranges(self.piece)) or [(0, 0)]
             parts = [value.narrow(dim, low, high - low) for low, high in spans]
@@ -162,6 +157,15 @@ class Cutter:
                 whole.segments, whole.ranges(self.piece), strict=True
             )]  # fmt: skip
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim)).contiguous()
+
+    def _whole(self, value: Tensor, held: Holds) -> Rows:
+        whole = Rows.of(held.segments, self.sizes, self.raster)
+        if value.shape[held.dim] != whole.total:
+            raise RuntimeError(
+                f"a block was given {value.shape[held.dim]} rows where {whole.total} of {' and '.join(held.segments)} "
+                f"were expected: the model's plan does not fit"
+            )
+        return whole
 
     def _segment(self, value: Tensor, dim: int, name: str, span: Range) -> Tensor:
         if name != IMAGE:

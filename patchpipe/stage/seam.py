@@ -112,9 +112,9 @@ class Seam:
     def _receive(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Puts what the stage before sent in the place of the streams."""
         some = next(iter(context.received.values()))
-        for name in context.shapes.streams[self.listing.path]:
+        for name in context.seen.streams[self.listing.path]:
             blank = context.received.get(name)
-            arguments[name] = context.shapes.blank(self.listing, name, some) if blank is None else blank
+            arguments[name] = context.seen.blank(self.listing, name, some) if blank is None else blank
 
     def _leave(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
@@ -130,6 +130,8 @@ class Seam:
         context.before(self.index)
         result = self.compute(**arguments)
         context.after(self.index)
+        if self.ends and context.sample is not None:  # no prediction is made of it
+            raise StageDone({})
         if context.cutter is None or not self.last or (self.ends and context.tail):
             return result
         values = result if isinstance(result, tuple) else (result,)

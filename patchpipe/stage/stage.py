@@ -118,15 +118,15 @@ class Stage:
     # -- one patch -------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, Any], latent: Tensor | None, context: CallContext) -> Streams | Tensor:
-        """Runs one patch.
+        """Runs one patch, or a sample of all tokens.
 
         Args:
             inputs: The arguments of the transformer call, uncut.
-            latent: The patch of the latent; ``None`` on every stage but the first.
+            latent: The patch of the latent, all of it for a sample; ``None`` on every stage but the first.
             context: What the hooks are to know.
 
         Returns:
-            The streams for the next stage, or on the last stage the patch of the noise prediction.
+            The streams for the next stage, or on the last stage the patch of the noise prediction; of a sample none.
         """
         context.inputs, context.tail = inputs, self.plan.has_tail(inputs)
         self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
@@ -181,7 +181,7 @@ class Stage:
         """The latent uncut, with zeros wherever this stage does not know it."""
         if latent is None:
             return torch.zeros((), dtype=shape.dtype, device=shape.device).expand(shape.shape)
-        if context.patch.uncut:
+        if context.patch.uncut or context.sample is not None:
             return latent
         whole = latent.new_zeros(shape.shape)
         start, stop = context.patch.units
@@ -248,13 +248,15 @@ class Stage:
         context = self.passage.at_work
         if context.stores is None and context.sharing is None:
             return None
-        rows, store = Rows.of(segments, context.shapes.sizes, context.shapes.raster), None
+        rows, store = Rows.of(segments, context.seen.sizes, context.seen.raster), None
         if context.stores is not None:
-            store = context.stores.setdefault(name, LayerStore(rows))
+            whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
+            store = context.stores.setdefault(name, LayerStore(whole))
         masked = context.masked and len(segments) > 1
         return Attending(
-            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace
-        )
+            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace,
+            context.sample, context.beside,
+        )  # fmt: skip
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""

@@ -7,7 +7,7 @@ Nothing of it need be in a plan, and every rank finds the same, whatever blocks 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,16 @@ class CallShapes:
     streams: Mapping[str, Mapping[str, StreamKind]]
     output: torch.Size
     dtype: torch.dtype
+
+    def with_raster(self, raster: Raster) -> CallShapes:
+        """The same of another number of image tokens, but for the prediction."""
+        sizes = {**self.sizes, IMAGE: raster.total}
+
+        def changed(kind: StreamKind) -> StreamKind:
+            return replace(kind, rows=Rows.of(kind.rows.segments, sizes, raster))
+
+        streams = {path: {name: changed(kind) for name, kind in some.items()} for path, some in self.streams.items()}
+        return replace(self, raster=raster, sizes=sizes, streams=streams)
 
     @property
     def riders(self) -> int:

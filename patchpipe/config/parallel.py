@@ -1,10 +1,9 @@
-"""What a user asks for: one frozen, validated description of the parallel layout, or that one be chosen."""
+"""One frozen, validated description of the parallel layout."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from math import prod
 from numbers import Integral
 from pathlib import Path
@@ -18,9 +17,10 @@ from patchpipe.layout.words import describe_ranks
 if TYPE_CHECKING:
     from patchpipe.planner.machine.profiles import Profile
 
-PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
+COARSE: Literal["coarse"] = "coarse"
+WarmupKind = int | Literal["all", "coarse"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
@@ -45,7 +45,8 @@ class ParallelConfig:
             at least 3 % shorter, and not where ``split_batch`` evens out the stages.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per
             guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
-            bit-equal to one device.
+            bit-equal to one device. ``"coarse"`` has none: a quarter of the tokens goes through the stages ahead of
+            the first patch instead and stands for all, so that no stage waits.
         forecast: Whether rows that no patch has recomputed yet are shown where they will be, in place of where they
             were one step before: their last change goes on as the noise level does. Far nearer to one device's
             picture; takes half of a 16-bit store's memory in addition.
@@ -82,7 +83,7 @@ class ParallelConfig:
     patches: int | None = None
     split_batch: bool | None = None
     share_blocks: bool | None = None
-    warmup: int | Literal["all"] = 1
+    warmup: WarmupKind = 1
     forecast: bool = False
     patch_rows: tuple[int, ...] | None = None
     stage_blocks: tuple[float, ...] | None = None
@@ -130,8 +131,14 @@ class ParallelConfig:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.patches is not None:
             _at_least("patches", self.patches, 1)
-        if self.warmup != ALL_STEPS:
-            _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously')
+        if self.warmup not in (ALL_STEPS, COARSE):
+            _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously, or "coarse"')
+        if self.warmup == COARSE and self.distrifusion > 1:
+            raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
+        if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
+            raise ValueError(
+                'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
+            )
         self._freeze("patch_rows")
         self._freeze("stage_blocks")
         if self.share_blocks:
@@ -227,9 +234,14 @@ class ParallelConfig:
         return self.warmup == ALL_STEPS
 
     @property
+    def warmup_steps(self) -> int:
+        """Synchronous steps before patches stream, if ever they do."""
+        return self.warmup if isinstance(self.warmup, int) else 0
+
+    @property
     def may_share(self) -> bool | None:
         """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
-        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS) and self.patches != 1
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE) and self.patches != 1
         return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
 
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
@@ -329,59 +341,12 @@ class ParallelConfig:
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
-        if self.warmup == 0:
+        if self.warmup in (0, COARSE):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
             raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}{hint}")
-
-
-@dataclass(frozen=True)
-class AutoLayout:
-    """Asks for the layout that the planner predicts to be the quickest.
-
-    Attributes:
-        exact: Only methods whose picture is that of one device, up to the order of sums.
-        request: Arguments of the calls to come, as far as known; others are the model's usual ones. The layout serves
-            any request all the same.
-        pictures: Pictures that are wanted at once.
-        batched: Whether these may be painted in one request.
-        plain: Whether plain diffusers will do where one device is best.
-        methods: Methods that may be used; ``None`` allows all.
-        warmup: Synchronous steps, or ``"all"``.
-        compile: Whether blocks are compiled.
-        backend: As in ``ParallelConfig``.
-        timeout: As in ``ParallelConfig``.
-    """
-
-    exact: bool = False
-    request: Mapping[str, Any] = field(default_factory=dict)
-    pictures: int = 1
-    batched: bool = False
-    plain: bool = True
-    methods: tuple[str, ...] | None = None
-    warmup: int | Literal["all"] = 1
-    compile: bool = False
-    backend: Backend = "auto"
-    timeout: float = 300.0
-
-    def __post_init__(self) -> None:
-        self.alone()  # the fields they share are checked there
-        if self.pictures < 1:
-            raise ValueError(f"pictures={self.pictures} must be 1 or more")
-
-    def alone(self) -> ParallelConfig:
-        """One rank."""
-        return ParallelConfig(warmup=self.warmup, compile=self.compile, backend=self.backend, timeout=self.timeout)
-
-    def finished(self, config: ParallelConfig) -> ParallelConfig:
-        """A layout that the planner found, as it is run: it serves requests of other sizes and without guidance too."""
-        own: dict[str, Any] = {"backend": self.backend, "timeout": self.timeout, "idle_branch": config.cfg > 1}
-        if self.request.get("height") is None:  # other sizes may come: patches are cut for each
-            own |= {"patches": None, "split_batch": None, "share_blocks": None}
-            own |= {} if config.parallel_vae or config.text_rank is not None else {"stage_blocks": None}
-        return replace(config, **own)
 
 
 def _plain(value: Any) -> Any:
