@@ -46,13 +46,16 @@ def start(*args: str, **kwargs: object) -> subprocess.Popen[str]:
 # -- pictures ------------------------------------------------------------------------------------
 
 
-def test_generate_writes_numbered_pictures_and_a_report(model: str, tmp_path: Path) -> None:
+def test_generate_writes_numbered_pictures_and_a_report(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     out, report = tmp_path / "new" / "out.png", tmp_path / "report.json"
     layout = ["--cfg", "2", "--pipefusion", "2", "--ulysses", "2", "--patches", "2", "--threads", "1"]
     files = ["--devices", "cpu", "-o", str(out), "--json", str(report)]
-    with start("generate", "red apple", "owl", "--model", model, *layout, *files) as run:
-        text, errors = run.communicate(timeout=100)
-    assert (run.returncode, errors) == (0, "")
+    assert app(args=["generate", "red apple", "owl", "--model", model, *layout, *files]) == 0
+    text, errors = capsys.readouterr()
+    assert errors == ""
     assert sorted(file.name for file in out.parent.iterdir()) == ["out-1.png", "out-2.png"]
     assert Image.open(out.with_name("out-1.png")).size == (48, 64)
     assert "cfg 2 · pipefusion 2 · ulysses 2 · patches 2" in text
@@ -140,7 +143,7 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
         (["generate", "x", "y", "--in-flight", "2", "--data", "2"], "leave out --in-flight, or --data"),
         (["generate", "x", "--in-flight", "2", "--cfg", "2", "--ulysses", "2"], "nearest that is tested is"),
         (["generate", "x", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
-        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, or "all"'),
+        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, "all" or "coarse"'),
         (["generate", "x", "--patch-rows", "1;2"], "--patch-rows 1;2 must be whole numbers"),
         (["generate", "x", "--backend", "mpi"], "--backend"),
         (["generate", "x", "--dtype", "int3"], "dtype='int3' is unknown: use bf16, fp16 or fp32"),

@@ -141,11 +141,14 @@ def paint(name: str, blocks: int = 4, **layout: Any) -> Tensor:
     return next(one for one in made if one is not None)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd35", "pixart", "qwen", "flux2", "zimage", "cogview4", "wan", "ltx"])
+FAMILIES = ("flux", "sd35", "pixart", "qwen", "flux2", "zimage", "cogview4", "wan", "ltx")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_law_2_a_forecast_does_not_depend_on_the_number_of_stages(name: str) -> None:
     alone = paint(name)
     assert not torch.equal(alone, paint(name, forecast=False)), "nothing was forecast: nothing was tested"
-    for stages in (2, 3, 4):
+    for stages in (2, 3, 4) if name == "flux" else (2 + FAMILIES.index(name) % 3,):  # families take turns
         assert torch.equal(paint(name, pipefusion=stages), alone), stages
 
 

@@ -66,7 +66,8 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
     ("options", "told"),
     [
         (["--patches", "0"], "--patches 0 must be whole numbers of 1 or more"),
-        (["--warmup", "all"], "--warmup all must be whole numbers of 0 or more"),
+        (["--warmup", "all"], '--warmup all: "all" is one device\'s picture'),
+        (["--warmup", "x"], "--warmup x must be a whole number of 0 or more"),
         (["--forecast", "maybe"], "--forecast maybe must be on, off or on,off"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["-o", "page.pdf"], "page.pdf must end in .html"),

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from patchpipe.cli import options
 from patchpipe.cli.commands.demo import PROMPTS
+from patchpipe.config import WarmupKind
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.files import check_new, free_name, write_text
 
@@ -22,7 +23,7 @@ EPILOG = """
 
   [green]patchpipe quality[/]                                    the bundled model
 
-  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2
+  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2,coarse
 
   [green]patchpipe quality[/] --patches 8 --forecast on -o forecast.html
 """
@@ -35,7 +36,7 @@ Prompts = Annotated[
 ]
 Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
 Warmups = Annotated[
-    str, options.option(_PANEL, "Numbers of synchronous steps.", "--warmup", metavar="W,…", default=True)
+    str, options.option(_PANEL, "Numbers of synchronous steps, or coarse.", "--warmup", metavar="W,…", default=True)
 ]
 Forecasts = Annotated[
     str, options.option(_PANEL, "Stale rows forecast: on, off or both.", "--forecast", metavar="on,off", default=True)
@@ -68,7 +69,7 @@ def quality(
     """Compare pictures painted in patches with one device's: decibels, structure, and a page to look at."""
     from patchpipe.cli.quality.measure import measure, settings
 
-    wanted = settings(_counts("--patches", patches, 1), _counts("--warmup", warmup, 0), _switches(forecast))
+    wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast))
     asked = _read_prompts(prompts)
     target = (out or (DEFAULT_OUT if force else free_name(DEFAULT_OUT))).expanduser()
     if target.suffix != ".html":
@@ -119,6 +120,13 @@ def _counts(option: str, text: str, least: int) -> list[int]:
         found = []
     if not found or min(found) < least:
         raise ValueError(f"{option} {text} must be whole numbers of {least} or more, such as {least},{least + 1}")
+    return found
+
+
+def _warmups(text: str) -> list[WarmupKind]:
+    found = [options.read_warmup(part) for part in text.split(",")]
+    if "all" in found:
+        raise ValueError(f'--warmup {text}: "all" is one device\'s picture, with which the others are compared')
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.cli.pictures import as_pictures, psnr
-from patchpipe.config import ParallelConfig
+from patchpipe.config import ParallelConfig, WarmupKind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,12 +25,12 @@ class Setting:
 
     Attributes:
         patches: Patches of the latent.
-        warmup: Synchronous steps.
+        warmup: Synchronous steps, or ``"coarse"``.
         forecast: Whether stale keys and values are forecast.
     """
 
     patches: int
-    warmup: int
+    warmup: WarmupKind
     forecast: bool
 
     @property
@@ -98,7 +98,7 @@ def told(decibels: float) -> str:
     return "identical" if math.isinf(decibels) else f"{decibels:.1f}"
 
 
-def settings(patches: Sequence[int], warmups: Sequence[int], forecasts: Sequence[bool]) -> list[Setting]:
+def settings(patches: Sequence[int], warmups: Sequence[WarmupKind], forecasts: Sequence[bool]) -> list[Setting]:
     """Every combination."""
     return [Setting(*each) for each in itertools.product(patches, warmups, forecasts)]
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageChops
 
 from patchpipe.cli.quality.measure import HEADER, Found, told
+from patchpipe.config import WarmupKind
 
 AMPLIFIED = 8  # times, in pictures of differences
 COLOURS = ("#9aa4ae", "#1f6feb", "#d1782c", "#3a9d5d", "#8a63d2", "#b0485a")
@@ -84,7 +85,7 @@ def _drawing(found: Sequence[Found]) -> str:
         return ""
     patches = sorted({one.setting.patches for one in finite})
     low, high = math.floor(min(one.mean for one in finite)) - 1, math.ceil(max(one.mean for one in finite)) + 1
-    lines: dict[tuple[int, bool], list[Found]] = {}
+    lines: dict[tuple[WarmupKind, bool], list[Found]] = {}
     for one in finite:
         lines.setdefault((one.setting.warmup, one.setting.forecast), []).append(one)
 
