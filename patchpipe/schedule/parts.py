@@ -52,7 +52,7 @@ class Part:
         return Crossing(entering, leaving, large=self.patch.whole)
 
     def _hop(self, call: Call, index: int) -> Shapes:
-        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
+        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.
