@@ -115,11 +115,8 @@ def test_what_is_for_pictures_is_refused_before_anything_starts(
 
 def test_a_clip_plays_as_asked_for_or_told_or_as_its_makers_show() -> None:
     engine: Any = SimpleNamespace(ranks=[SimpleNamespace(transformer_class="WanTransformer3DModel")], defaults={})
-    job: Any = SimpleNamespace(fps=None, arguments={})
-    assert cli_clips.speed(engine, job) == 16
+    assert cli_clips.speed(engine, None, {}) == 16
     engine.defaults = {"frame_rate": 25}
-    assert cli_clips.speed(engine, job) == 25
-    job.arguments = {"fps": 30}
-    assert cli_clips.speed(engine, job) == 30
-    job.fps = 12.5
-    assert cli_clips.speed(engine, job) == 12.5
+    assert cli_clips.speed(engine, None, {}) == 25
+    assert cli_clips.speed(engine, None, {"fps": 30}) == 30
+    assert cli_clips.speed(engine, 12.5, {"fps": 30}) == 12.5

@@ -8,15 +8,23 @@ are in ``test_parallel.py``.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.models import plan_for
+from patchpipe.models.latent import Raster
+from patchpipe.models.refused import REFUSED
+from patchpipe.stage.attention import with_rows, without_rows
+from patchpipe.stage.patches import Patch
+from patchpipe.stage.rows import Cutter
 from tests import parity, tiny, tiny_video
 from tests.nccl_rules import over
 from tests.ranks import Place
@@ -56,3 +64,53 @@ def test_every_family_from_disk_is_bit_equal_where_all_steps_are_synchronous(nam
         parameter.data = parameter.data.clone()
     expected = tiny.painted(parity.call_pipeline(plain, tiny.call_arguments(name))).numpy()
     run_threads(2, from_disk, folder, name, expected)
+
+
+# -- what is special in clips ----------------------------------------------------------------------
+
+
+def cutter(rows: tuple[int, int], raster: Raster) -> Cutter:
+    tokens = rows[0] * raster.tokens, rows[1] * raster.tokens
+    return Cutter(Patch(0, rows, rows, tokens, raster.total), raster, {"image": raster.total})
+
+
+def test_a_patch_is_told_how_many_of_the_first_tokens_it_has() -> None:
+    by_frames = Raster(count=5, tokens=12, units=1)
+    assert [cutter(rows, by_frames).leading(12) for rows in ((0, 2), (2, 5))] == [12, 0]
+    assert [cutter(rows, by_frames).leading(40) for rows in ((0, 2), (2, 5))] == [24, 16]
+    by_rows = Raster(count=4, tokens=15, units=2, outer=5)  # of five frames of four rows of three tokens
+    assert [cutter(rows, by_rows).leading(12) for rows in ((0, 1), (1, 4))] == [3, 9]
+    assert [cutter(rows, by_rows).leading(12 + 7) for rows in ((0, 1), (1, 4))] == [6, 13]
+
+
+def test_rows_that_stand_in_for_none_come_and_go() -> None:
+    rows = torch.randn(1, 2, 6, 4)
+    assert torch.equal(without_rows(with_rows(rows, (0, 3, 7)), (0, 3, 7)), rows)
+    assert with_rows(rows, (2,))[:, :, 2].abs().max() == 0
+
+
+def test_every_section_of_a_clip_warms_up() -> None:
+    pipe = tiny.pipeline("helios")
+    patchpipe.parallelize(pipe, ParallelConfig(**STREAM))
+    parity.call_pipeline(pipe, tiny.call_arguments("helios"))
+    last, sections, branches = pipe.patchpipe.last, 2, 2
+    assert (last.steps_synchronous, last.steps_patched) == (sections * branches, sections * branches * 2)
+    patchpipe.restore(pipe)
+
+
+def test_sound_comes_as_the_second_of_a_pair_or_not_at_all() -> None:
+    pipe = tiny.pipeline("ltx2")
+    patchpipe.parallelize(pipe, ParallelConfig(**STREAM))
+    made = parity.call_pipeline(pipe, tiny.call_arguments("ltx2"))
+    assert (made.frames.shape[2], made.audio.isfinite().all()) == (5, True)
+    call = {**tiny.call_arguments("ltx2"), "modality_scale": 3.0}
+    with pytest.raises(ValueError, match="was called with isolate_modalities"):
+        parity.call_pipeline(pipe, call)
+    patchpipe.restore(pipe)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_class_that_is_not_carried_says_why(kind: str) -> None:
+    assert hasattr(diffusers, kind)
+    with pytest.raises(patchpipe.UnsupportedModel, match=re.escape(f"{kind} cannot be spread over devices")):
+        plan_for(kind)

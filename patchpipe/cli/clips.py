@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from patchpipe.files import check_writable, replacing
 if TYPE_CHECKING:
     from PIL import Image
 
-    from patchpipe.cli.job import Job
     from patchpipe.engine import Engine, Result
     from patchpipe.models import ModelPlan
 
@@ -37,17 +36,22 @@ def makes(engine: Engine) -> bool:
     return _plan(engine.ranks[0].transformer_class) is not None
 
 
-def check_target(path: Path, job: Job) -> Path:
+def check_target(path: Path, fps: float | None, **for_pictures: bool) -> Path:
     """Makes sure, before any work, that a clip can be written to ``path``, and that nothing else is asked for.
+
+    Args:
+        path: The file.
+        fps: Frames a second, if asked for.
+        for_pictures: Which options that pictures have are asked for.
 
     Raises:
         ValueError: It cannot, or an option is for pictures only.
     """
-    for name, asked in (("--compare", job.compare), ("--sheet", job.sheet), ("--preview", job.preview is not None)):
+    for name, asked in for_pictures.items():
         if asked:
-            raise ValueError(f"{name} is for pictures, and {job.model} makes clips: leave it out")
-    if job.fps is not None and not 0 < job.fps <= 240:
-        raise ValueError(f"--fps {job.fps:g} must be above 0 and at most 240 frames a second")
+            raise ValueError(f"--{name} is for pictures, and the model makes clips: leave it out")
+    if fps is not None and not 0 < fps <= 240:
+        raise ValueError(f"--fps {fps:g} must be above 0 and at most 240 frames a second")
     path = path.expanduser()
     check_suffix(path)
     check_writable(path)
@@ -65,12 +69,12 @@ def frames_of(engine: Engine, result: Result) -> list[list[Image.Image]]:
     return [[picture] for picture in as_pictures(result.images, engine.ranks[0].pipeline_class)]
 
 
-def speed(engine: Engine, job: Job) -> float:
-    """Frames a second: as asked for, as the pipeline was told, or as its model was trained."""
+def speed(engine: Engine, fps: float | None, arguments: Mapping[str, Any]) -> float:
+    """Frames a second: as asked for, as the pipeline was told, or as its makers show it."""
     plan = _plan(engine.ranks[0].transformer_class)
     assert plan is not None
-    told = [given[name] for given in (job.arguments, engine.defaults) for name in RATES if name in given]
-    return next((float(rate) for rate in (job.fps, *told) if isinstance(rate, (int, float))), plan.frames_per_second)
+    told = [given[name] for given in (arguments, engine.defaults) for name in RATES if name in given]
+    return next((float(rate) for rate in (fps, *told) if isinstance(rate, (int, float))), plan.frames_per_second)
 
 
 def write(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:

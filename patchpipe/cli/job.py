@@ -219,7 +219,8 @@ def run(job: Job) -> None:
 def _check_targets(job: Job, makes_clips: bool) -> Job:
     """The job with files that can be written and that overwrite none, unless that was asked for."""
     named = job.out or (DEFAULT_OUT.with_suffix(suffix_for_clips()) if makes_clips else DEFAULT_OUT)
-    found = clips.check_target(named, job) if makes_clips else pictures.check_target(named)
+    for_pictures = {"compare": job.compare, "sheet": job.sheet, "preview": job.preview is not None}
+    found = clips.check_target(named, job.fps, **for_pictures) if makes_clips else pictures.check_target(named)
     free = job.out is None and not job.force
     job = dataclasses.replace(job, out=found)
     if free:
@@ -329,7 +330,7 @@ def _write(job: Job, engine: Engine, painted: list[Painted]) -> list[Path]:
         return files
     for file, one in zip(files, painted, strict=True):
         if clips.makes(engine):
-            clips.write(one.frames, file, clips.speed(engine, job))
+            clips.write(one.frames, file, clips.speed(engine, job.fps, job.arguments))
         else:
             pictures.write_picture(one.frames[0], file)
     return files

@@ -27,6 +27,7 @@ from patchpipe.models.families.sd3 import SD3
 from patchpipe.models.families.wan import WAN
 from patchpipe.models.families.zimage import Z_IMAGE
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.refused import REFUSED
 
 PLANS: tuple[ModelPlan, ...] = (
     FLUX,
@@ -109,6 +110,8 @@ def plan_for(model: nn.Module | str) -> ModelPlan:
             if not isinstance(model, str):
                 plan.check_settings(model.config)
             return plan
+    if names[0] in REFUSED:
+        raise UnsupportedModel(f"{names[0]} cannot be spread over devices: {REFUSED[names[0]]}")
     raise UnsupportedModel(
         f"{names[0]} has no plan yet; supported are {', '.join(supported())}. "
         f"A plan is a few lines of data: see docs/adding-a-model.md"
