@@ -22,6 +22,7 @@ from patchpipe import ParallelConfig
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.models.refused import REFUSED
+from patchpipe.pipeline.apply import fit
 from patchpipe.stage.attention import with_rows, without_rows
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Cutter
@@ -114,3 +115,16 @@ def test_a_class_that_is_not_carried_says_why(kind: str) -> None:
     assert hasattr(diffusers, kind)
     with pytest.raises(patchpipe.UnsupportedModel, match=re.escape(f"{kind} cannot be spread over devices")):
         plan_for(kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("ltx2", {"distrifusion": 2}, "distrifusion=2 has not been tested with LTX2VideoTransformer3DModel"),
+        ("mochi", {"compile": True}, "compile=True is not for MochiTransformer3DModel"),
+    ],
+)
+def test_methods_that_nothing_tests_with_what_is_special_are_refused(name: str, options: Any, told: str) -> None:
+    pipe = tiny.pipeline(name)
+    with pytest.raises(ValueError, match=told):
+        fit(pipe, [pipe.transformer], ParallelConfig(**options))

@@ -11,7 +11,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.loading.source import read_index
 from patchpipe.models import plan_for
-from patchpipe.parallel.refusals import check_divisible, heads_of, no_tensor_plan
+from patchpipe.parallel.refusals import check_divisible, check_special, heads_of, no_tensor_plan
 from patchpipe.stage.balance import check_stages
 
 
@@ -38,6 +38,7 @@ def check_folder(folder: Path, config: ParallelConfig, options: Mapping[str, Any
     counts = [_count(settings.get(listing.count)) for listing in plan.blocks]
     if None not in counts:
         check_stages(config, sum(count or 0 for count in counts), plan)
+    check_special(plan, config)
     if config.tensor > 1 and plan.tensor is None:
         raise no_tensor_plan(plan, config.tensor)
     heads = settings.get("num_attention_heads")

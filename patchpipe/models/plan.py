@@ -177,6 +177,12 @@ class ModelPlan:
         return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
 
     @property
+    def plain(self) -> bool:
+        """Whether blocks attend once a layer, to rows that their own patch has, and return nothing but streams."""
+        special = (each.drops_masked or each.never_empty or each.emits or each.asking for each in self.blocks)
+        return not (any(special) or self.second or self.sections)
+
+    @property
     def makes_clips(self) -> bool:
         """Whether it makes clips of several frames."""
         return "f" in self.grid.axes

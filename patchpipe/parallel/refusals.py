@@ -94,6 +94,21 @@ def no_tensor_plan(plan: ModelPlan, degree: int) -> ValueError:
     )
 
 
+def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
+    """Refuses methods that nothing tests with what is special in a model.
+
+    Raises:
+        ValueError: One is asked for.
+    """
+    if config.distrifusion > 1 and not plan.plain:
+        raise ValueError(
+            f"distrifusion={config.distrifusion} has not been tested with {plan.model}: use "
+            f"pipefusion={config.distrifusion}, ulysses or ring"
+        )
+    if config.compile and any(listing.drops_masked for listing in plan.blocks):
+        raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
+
+
 def heads_of(plan: ModelPlan, heads: int) -> str:
     """What they are called in messages."""
     return f"the {heads} attention heads of {plan.model}"
