@@ -150,7 +150,8 @@ def suited(name: str, layout: dict[str, Any]) -> str:
 
 def tolerance(name: str) -> float:
     """Relative error that a model's latents may have."""
-    return ROUNDED if name.startswith(IN_FLOAT32) or name in tiny_video.FRAMES else TOLERANCE
+    rounds = name.startswith(IN_FLOAT32) or (name in tiny_video.FRAMES and not name.startswith(tiny_video.IN_FLOAT64))
+    return ROUNDED if rounds else TOLERANCE
 
 
 def rows_of(arguments: dict[str, Any], name: str = "") -> int:

@@ -457,6 +457,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "easyanimate": _easyanimate_embeddings,
 }  # fmt: skip
 FRAMES = dict.fromkeys(BUILD, 5)  # of tokens
+IN_FLOAT64 = ("hunyuan", "framepack", "cogvideox", "anyflow", "easyanimate")  # throughout, if that is the dtype
 IN_BATCH = ("cogvideox", "ltx2", "mochi", "anyflow", "allegro", "easyanimate")  # of both branches of guidance
 TWO_CALLS = tuple(name for name in BUILD if not name.startswith(IN_BATCH))
 
