@@ -66,6 +66,9 @@ def from_disk(place: Place, folder: Path, name: str, parts: dict[str, Any], expe
 def test_every_family_from_disk_is_bit_equal_where_all_steps_are_synchronous(name: str, tmp_path: Path) -> None:
     made = tiny.pipeline(name)
     made.save_pretrained(tmp_path / name)
+    index = tmp_path / name / "model_index.json"
+    known = {key: [None, None] if key in given(made) else value for key, value in json.loads(index.read_text()).items()}
+    index.write_text(json.dumps(known))
     plain: Any = type(made).from_pretrained(tmp_path / name, torch_dtype=torch.float32, **given(made))
     plain.set_progress_bar_config(disable=True)
     for parameter in plain.transformer.parameters():  # in a mapped file they lie where kernels may round otherwise

@@ -225,7 +225,7 @@ def _allegro(blocks: int) -> Any:
     vae = diffusers.AutoencoderKLAllegro(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_size=64
     )
-    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    scheduler = diffusers.DDIMScheduler()
     return diffusers.AllegroPipeline(tiny._t5_tokenizer(), tiny._t5(), vae, transformer, scheduler)
 
 
