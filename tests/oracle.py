@@ -18,12 +18,61 @@ from math import prod
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+
+@dataclass(frozen=True)
+class Facts:
+    """What is to be known of a class of transformers beside what its latent's shape tells.
+
+    Attributes:
+        dim: Of the latent, along which it is cut.
+        plane: Its dims of rows and columns.
+        pixels: How many of their entries are one token.
+        text_first: Whether all riders stand before the clip in attention.
+        after: How many of them stand after it, from the call's arguments, where some stand before.
+        aside: Parts whose attention is among text alone; ``blocks.*`` is every one of a list.
+        sound: The argument that is the sound of the clip: it asks the clip, and the clip asks it.
+        sections: Whether one call makes a clip section by section.
+    """
+
+    dim: int = 2
+    plane: tuple[int, int] = (3, 4)
+    pixels: int = 4
+    text_first: bool = False
+    after: Callable[[dict[str, Any]], int] | None = None
+    aside: tuple[str, ...] = ()
+    sound: str = ""
+    sections: bool = False
+
+
+CLIPS = {
+    "HunyuanVideoTransformer3DModel": Facts(aside=("context_embedder",)),
+    "HunyuanVideoFramepackTransformer3DModel": Facts(
+        aside=("context_embedder",),
+        after=lambda call: call["image_embeds"].shape[1] + int(call["encoder_attention_mask"].sum()),
+        sections=True,
+    ),
+    "HunyuanVideo15Transformer3DModel": Facts(pixels=1, aside=("context_embedder",)),
+    "CogVideoXTransformer3DModel": Facts(dim=1, text_first=True),
+    "MochiTransformer3DModel": Facts(),
+    "SkyReelsV2Transformer3DModel": Facts(),
+    "ChronoEditTransformer3DModel": Facts(),
+    "WanVACETransformer3DModel": Facts(),
+    "WanAnimateTransformer3DModel": Facts(aside=("face_adapter.*", "face_encoder")),
+    "AnyFlowTransformer3DModel": Facts(dim=1),
+    "HeliosTransformer3DModel": Facts(text_first=True, sections=True),
+    "CosmosTransformer3DModel": Facts(),
+    "Kandinsky5Transformer3DModel": Facts(dim=1, plane=(2, 3), aside=("text_transformer_blocks.*",)),
+    "AllegroTransformer3DModel": Facts(),
+    "LTX2VideoTransformer3DModel": Facts(sound="audio_hidden_states"),
+    "EasyAnimateTransformer3DModel": Facts(text_first=True),
+}
 PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
-          "LTXVideoTransformer3DModel")  # fmt: skip
+          "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel")  # fmt: skip
 TEXT_FIRST = (*PACKED, "CogView4Transformer2DModel")  # in attention
 LISTED = ("ZImageTransformer2DModel",)  # whose latent is a list
 
@@ -56,23 +105,25 @@ class _Pass(TorchFunctionMode):
         fresh: Sequence[int],
         exist: Sequence[int],
         with_text: bool,
-        text_first: bool,
+        after: int | None,
         pace: tuple[float, bool] | None = None,
         stands_for: Sequence[int] = (),
+        sound: int = 0,
     ) -> None:
         super().__init__()
         self.stands_for = stands_for  # the token in whose place each is shown from then on
         self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
-        self.with_text, self.text_first = with_text, text_first
-        self.layer, self.idle = -1, False
+        self.with_text, self.after = with_text, after  # riders that stand after the picture; all, if not said
+        self.layer, self.idle, self.sound = -1, False, sound
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention or self.idle:
             return func(*args, **(kwargs or {}))
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
-        if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
+        known = self.sound and key.shape[2] in (self.sound, self.tokens)
+        if query.shape[2] != key.shape[2] and not known:  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
         rows, seen = self._rows(key, value)
@@ -82,20 +133,27 @@ class _Pass(TorchFunctionMode):
 
     def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
         blank = [torch.full_like(rows, torch.nan) for rows in computed]
-        table = self.table.setdefault(self.layer, [History(one, torch.zeros_like(one), one.clone()) for one in blank])
-        text_count = computed[0].shape[2] - self.tokens
-        image_at, text_at = (text_count, 0) if self.text_first else (0, self.tokens)
-        text = [text_at + row for row in range(text_count)]
+        self.table.setdefault(self.layer, [History(one, torch.zeros_like(one), one.clone()) for one in blank])
+        count = computed[0].shape[2]
+        image_at = 0 if self.after is None else count - self.tokens - self.after
+        text = [row for row in range(count) if not 0 <= row - image_at < self.tokens]
+        if self.sound and count == self.sound:  # of which the clip is no part
+            text = list(range(count))
+            return self._shown(computed, text if self.with_text else [], text), text
         refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
         seen = sorted([image_at + row for row in self.exist] + text)
-        for kept, rows in zip(table, computed, strict=True):
-            self._refresh(kept, rows, refreshed)
-        shown = [kept.shown[:, :, seen] for kept in table]
-        for kept in table if self.stands_for else []:
+        shown = self._shown(computed, refreshed, seen)
+        for kept in self.table[self.layer] if self.stands_for else []:
             image = slice(image_at, image_at + self.tokens)
             for rows in (kept.true, kept.shown):
                 rows[:, :, image] = rows[:, :, [image_at + row for row in self.stands_for]]
         return shown, seen
+
+    def _shown(self, computed: Sequence[Tensor], refreshed: list[int], seen: list[int]) -> list[Tensor]:
+        table = self.table[self.layer]
+        for kept, rows in zip(table, computed, strict=True):
+            self._refresh(kept, rows, refreshed)
+        return [kept.shown[:, :, seen] for kept in table]
 
     def _refresh(self, kept: History, rows: Tensor, refreshed: list[int]) -> None:
         new = rows[:, :, refreshed]
@@ -136,10 +194,14 @@ class _Naive:
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
         kind = type(model).__name__
         self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
+        self.facts = CLIPS.get(kind)
+        if self.facts is not None:
+            self.text_first = self.facts.text_first
+        self.level = float("inf")
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.calls = 0
         self.attention: _Pass | None = None
-        for part in getattr(model, "context_refiner", ()):  # attention among text alone, whole in every pass
+        for part in _aside(model):  # attention among text alone, whole in every pass
             part.forward = self._aside(part.forward)
 
     def _aside(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,46 +214,71 @@ class _Naive:
 
         return aside
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self._begin(given)
         step, branch = divmod(self.calls, len(self.tables))
-        pace = self._pace(branch, {**dict(zip(self.names, args, strict=False)), **kwargs}) if self.forecast else None
+        pace = self._pace(branch, given) if self.forecast else None
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
         latent = torch.stack(args[0]) if self.listed else args[0]
-        dim = 1 if self.packed else 3 if self.listed else 2
+        dim = 1 if self.packed else 3 if self.listed else 2 if self.facts is None else self.facts.dim
         rows = sum(self.patch_rows)
         units = latent.shape[dim] // rows  # of the latent, per row of tokens
         assert units * rows == latent.shape[dim]
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
+        if self.facts is not None:
+            tokens_per_row = (
+                units if self.packed else prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
+            )
+        after = 0 if self.text_first else None
+        if self.facts is not None and self.facts.after is not None:
+            after = self.facts.after(given)
         self.calls += 1
         patches = [rows] if step < self.warmup else list(self.patch_rows)
-        results, start = [], 0
+        results, start, second = [], 0, None
         if step == 0 and self.coarse:
-            self._start(branch, rows, tokens_per_row, pace, args, kwargs)
+            self._start(branch, rows, tokens_per_row, after, pace, args, kwargs)
         for index, count in enumerate(patches):
             stop = start + count
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
             exist = rows if step > 0 or self.coarse else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
-            self.attention = _Pass(self.tables[branch], *sizes, index == 0, self.text_first, pace)
+            sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
+            self.attention = _Pass(self.tables[branch], *sizes, index == 0, after, pace, sound=sound)
             with self.attention:
-                result = self.forward(*args, **{**kwargs, "return_dict": False})[0]
+                result = self.forward(*args, **{**kwargs, "return_dict": False})
+            second = result[1] if sound and index == 0 else second
+            result = result[0] if isinstance(result, tuple) else result
             whole = torch.stack(result) if self.listed else result
             results.append(whole.narrow(dim, start * units, count * units))
             start = stop
         prediction = torch.cat(results, dim=dim)
+        if second is not None:
+            return prediction, second
+        if kwargs.get("return_dict", True):
+            return Transformer2DModelOutput(sample=list(prediction) if self.listed else prediction)
         return (list(prediction) if self.listed else prediction,)
 
-    def _start(self, branch: int, rows: int, width: int, pace: Any, args: Any, kwargs: Any) -> None:
+    def _start(self, branch: int, rows: int, width: int, after: int | None, pace: Any, args: Any, kwargs: Any) -> None:
         """A pass in which every second token of every second row is all there is; it then stands for its neighbours."""
         places = [(row, column) for row in range(rows) for column in range(width)]
         stands_for = [row // 2 * 2 * width + column // 2 * 2 for row, column in places]
         sample = sorted(set(stands_for))
-        self.attention = _Pass(
-            self.tables[branch], rows * width, sample, sample, True, self.text_first, pace, stands_for
-        )
+        self.attention = _Pass(self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for)
         with self.attention:
             self.forward(*args, **{**kwargs, "return_dict": False})
+
+    def _begin(self, given: dict[str, Any]) -> None:
+        """A clip in sections begins again from noise, with nothing known of its keys and values."""
+        if self.facts is None or not self.facts.sections:
+            return
+        level = float(given["timestep"].max())
+        if level > self.level:
+            self.calls = 0
+            for table in self.tables:
+                table.clear()
+        self.level = level
 
     def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
         """The step to this noise level, in steps that led to the last one."""
@@ -201,6 +288,14 @@ class _Naive:
         if not again:
             known.append(now)
         return min(max(ahead, 0.0), 4.0), again
+
+
+def _aside(model: Any) -> list[Any]:
+    facts, found = CLIPS.get(type(model).__name__, Facts()), list(getattr(model, "context_refiner", ()))
+    for path in facts.aside:
+        part = model.get_submodule(path.removesuffix(".*"))
+        found += list(part) if path.endswith(".*") else [part]
+    return found
 
 
 @contextmanager
@@ -231,5 +326,5 @@ def naive_pipefusion(
     finally:
         for model in models:
             del model.forward
-            for part in getattr(model, "context_refiner", ()):
+            for part in _aside(model):
                 del part.forward

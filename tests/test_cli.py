@@ -9,17 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 from PIL import Image
 
 from patchpipe.cli import app, options, pictures
-from patchpipe.cli.job import call_arguments, check_paints_pictures
+from patchpipe.cli.job import call_arguments
 from patchpipe.config import ParallelConfig
 from patchpipe.loading.dtypes import dtype_name
 from tests import tiny
@@ -301,10 +298,3 @@ def test_failed_write_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(OSError, match="disk full"):
         pictures.write_picture(picture, tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("kind", "refused"), [("WanTransformer3DModel", True), ("FluxTransformer2DModel", False)])
-def test_clips_are_refused_before_any_is_made(kind: str, refused: bool) -> None:
-    engine: Any = SimpleNamespace(ranks=[SimpleNamespace(transformer_class=kind, pipeline_class="SomePipeline")])
-    with pytest.raises(ValueError, match="SomePipeline makes clips") if refused else nullcontext():
-        check_paints_pictures(engine)

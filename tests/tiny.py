@@ -78,14 +78,17 @@ and background:<|im_end|>
 
 
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """``flux``, ``flux2``, ``sd3``, ``pixart``, ``qwen``, ``wan`` or a relative of theirs, tiny."""
+    """``flux``, ``flux2``, ``sd3``, ``pixart``, ``qwen``, ``wan`` or a relative of theirs, or of tiny_video, tiny."""
     with _BUILDING:
         return _pipeline(name, blocks, dtype, seed)
 
 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
+    from tests import tiny_video
+
     torch.manual_seed(seed)
     build = {
+        **tiny_video.BUILD,
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
         "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
@@ -114,6 +117,10 @@ def call_arguments(
 
     ``qwen-padded`` has two prompts of different lengths in each branch, so that attention is masked throughout.
     """
+    from tests import tiny_video
+
+    if name in tiny_video.CALLS:
+        return tiny_video.call_arguments(name)
     arguments: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -158,7 +165,8 @@ def call_arguments(
 
 def painted(output: Any) -> Any:
     """The pictures of what a pipeline returned, or the frames of its clip."""
-    return output.frames if hasattr(output, "frames") else output.images
+    found = output.frames if hasattr(output, "frames") else output.images
+    return found[-1] if isinstance(found, list) and isinstance(found[-1], torch.Tensor) else found  # of all sections
 
 
 def _stir(module: torch.nn.Module) -> None:
@@ -178,10 +186,10 @@ def _vae(channels: int) -> AutoencoderKL:
     )  # fmt: skip
 
 
-def _clip(kind: type = CLIPTextModel) -> Any:
+def _clip(kind: type = CLIPTextModel, positions: int = 32) -> Any:
     config = CLIPTextConfig(
         vocab_size=1963, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32, projection_dim=16, bos_token_id=1961, eos_token_id=1962,
+        max_position_embeddings=positions, projection_dim=16, bos_token_id=1961, eos_token_id=1962,
     )  # fmt: skip
     return kind(config).eval()
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchpipe.cli import pictures
+from patchpipe.cli import clips, pictures
 from patchpipe.cli.compare import compare
 from patchpipe.cli.loras import Lora, load_loras
 from patchpipe.cli.pairs import Comparison
 from patchpipe.cli.pictures import Tile
 from patchpipe.cli.view import View, likeness
+from patchpipe.clips import suffix_for_clips
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
 from patchpipe.demo import call_defaults
 from patchpipe.files import check_new, free_name, numbered, write_text
@@ -58,6 +59,7 @@ class Job:
     report: Path | None
     trace: Path | None
     preview: int | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "rounds", "in_flight"):
@@ -119,11 +121,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Painted:
-    """One picture and how it came about."""
+    """One picture, or the frames of one clip, and how it came about."""
 
     prompt: str
     seed: int
-    picture: Image.Image
+    frames: list[Image.Image]
     result: Result
 
 
@@ -132,6 +134,7 @@ def call_arguments(
     *,
     height: int | None,
     width: int | None,
+    frames: int | None = None,
     steps: int | None,
     guidance: float | None,
     negative: str | None,
@@ -143,6 +146,7 @@ def call_arguments(
     given = {
         "height": height,
         "width": width,
+        "num_frames": frames,
         "num_inference_steps": steps,
         strength: guidance,
         "negative_prompt": negative,
@@ -189,10 +193,12 @@ def check_negative(arguments: dict[str, Any], engine: Engine) -> None:
 
 def run(job: Job) -> None:
     """Paints, writes and tells."""
-    began = time.monotonic()
-    job = _check_targets(job)
+    began, asked = time.monotonic(), job
+    job = _check_targets(asked, clips.known_to_make(job.model))
     view = View(quiet_stdout=job.report == Path("-"))
     with view.warnings(), _start(job, view) as engine:
+        if clips.makes(engine):
+            job = _check_targets(asked, True)
         job = dataclasses.replace(job, config=engine.config)
         check_negative(job.arguments, engine)
         view.header(engine, job.model)
@@ -204,18 +210,21 @@ def run(job: Job) -> None:
             requests = comparison.as_list()
         else:
             painted = _paint_all(engine, view, job)
-            files = _write(job, painted) + [file for file in job.traces() if file is not None]
+            files = _write(job, engine, painted) + [file for file in job.traces() if file is not None]
             requests = [_describe(one) for one in painted]
         view.written(files, time.monotonic() - began)
         _report(job, engine, files, requests)
 
 
-def _check_targets(job: Job) -> Job:
+def _check_targets(job: Job, makes_clips: bool) -> Job:
     """The job with files that can be written and that overwrite none, unless that was asked for."""
-    named = DEFAULT_OUT if job.out is None else job.out
-    job = dataclasses.replace(job, out=pictures.check_target(named))
-    if job.out is not None and named is DEFAULT_OUT and not job.force:
-        job = dataclasses.replace(job, out=free_name(job.out, len(job.files())))
+    named = job.out or (DEFAULT_OUT.with_suffix(suffix_for_clips()) if makes_clips else DEFAULT_OUT)
+    for_pictures = {"compare": job.compare, "sheet": job.sheet, "preview": job.preview is not None}
+    found = clips.check_target(named, job.fps, **for_pictures) if makes_clips else pictures.check_target(named)
+    free = job.out is None and not job.force
+    job = dataclasses.replace(job, out=found)
+    if free:
+        job = dataclasses.replace(job, out=free_name(found, len(job.files())))
     if job.trace is not None:
         job = dataclasses.replace(job, trace=check_target(job.trace))
     reports = [] if job.report in (None, Path("-")) else [job.report]
@@ -251,24 +260,7 @@ def _start_plain(job: Job, engine: Engine, view: View) -> Engine:
         return plain
 
 
-def check_paints_pictures(engine: Engine) -> None:
-    """Refuses a model whose clips no command writes yet, before it works for minutes.
-
-    Raises:
-        ValueError: The model makes clips.
-    """
-    from patchpipe.models import PLANS
-
-    kind = engine.ranks[0].transformer_class
-    if any(plan.model == kind and plan.makes_clips for plan in PLANS):
-        raise ValueError(
-            f"{engine.ranks[0].pipeline_class} makes clips, which the command line cannot write yet: use "
-            f"patchpipe.from_pretrained in Python, and diffusers.utils.export_to_video"
-        )
-
-
 def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
-    check_paints_pictures(engine)
     asked = list(job.requests())
     if job.in_flight > 1:
         sets = [asked[at : at + job.in_flight] for at in range(0, len(asked), job.in_flight)]
@@ -283,18 +275,18 @@ def _paint_all(engine: Engine, view: View, job: Job) -> list[Painted]:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(asked)
     with view.painting(f"{len(asked)} pictures") as on_progress:
         result = engine.generate(prompt=prompts, seed=seeds, on_progress=on_progress, trace=job.trace, **arguments)
-    found = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)
+    found = clips.frames_of(engine, result)
     view.painted(f"{len(asked)} pictures", job.seed, result)
-    return [Painted(prompt, seed, picture, result) for (prompt, seed), picture in zip(asked, found, strict=True)]
+    return [Painted(prompt, seed, frames, result) for (prompt, seed), frames in zip(asked, found, strict=True)]
 
 
 def _paint(engine: Engine, view: View, job: Job, prompt: str, seed: int, trace: Path | None) -> Painted:
     with view.painting(prompt) as on_progress, _previewed(job) as previews:
         told = {"on_progress": on_progress, **previews}
         result = engine.generate(prompt=prompt, seed=seed, **told, trace=trace, **job.arguments)
-    picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
+    frames = clips.frames_of(engine, result)[0]
     view.painted(prompt, seed, result)
-    return Painted(prompt, seed, picture, result)
+    return Painted(prompt, seed, frames, result)
 
 
 @contextmanager
@@ -324,21 +316,23 @@ def _paint_together(
         results = engine.generate_together(calls, on_progress=on_progress, trace=trace)
     painted = []
     for (prompt, seed), result in zip(asked, results, strict=True):
-        picture = pictures.as_pictures(result.images, engine.ranks[0].pipeline_class)[0]
         view.painted(prompt, seed, result)
-        painted.append(Painted(prompt, seed, picture, result))
+        painted.append(Painted(prompt, seed, clips.frames_of(engine, result)[0], result))
     view.together(len(asked), results[0].seconds)
     return painted
 
 
-def _write(job: Job, painted: list[Painted]) -> list[Path]:
+def _write(job: Job, engine: Engine, painted: list[Painted]) -> list[Path]:
     files = job.files()
     if job.sheet:
-        tiles = [Tile([one.picture], [""], one.prompt) for one in painted]
+        tiles = [Tile(one.frames, [""], one.prompt) for one in painted]
         pictures.write_picture(pictures.sheet(tiles), files[0])
         return files
     for file, one in zip(files, painted, strict=True):
-        pictures.write_picture(one.picture, file)
+        if clips.makes(engine):
+            clips.write(one.frames, file, clips.speed(engine, job.fps, job.arguments))
+        else:
+            pictures.write_picture(one.frames[0], file)
     return files
 
 

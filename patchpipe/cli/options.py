@@ -145,6 +145,10 @@ Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of a hub
 Height = Annotated[int | None, _option(_PICTURE, "Height in pixels.")]
 Width = Annotated[int | None, _option(_PICTURE, "Width in pixels.")]
 Steps = Annotated[int | None, _option(_PICTURE, "Denoising steps.")]
+ClipFrames = Annotated[int | None, _option(_PICTURE, "Frames of a clip, of a model that makes clips.", "--frames")]
+Fps = Annotated[
+    float | None, _option(_PICTURE, "Frames a second at which a clip plays. [dim]Default: the model's.[/]", "--fps")
+]
 Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; further ones count up.", default=True)]
 Guidance = Annotated[
     float | None,
@@ -192,7 +196,8 @@ Out = Annotated[
     Path | None,
     _option(
         _OUTPUT,
-        "Picture to write; several are numbered. [dim]Default: out.png, or the next number that is free.[/]",
+        "Picture or clip to write; several are numbered. [dim]Default: out.png or out.mp4, or the next number that is "
+        "free.[/]",
         "-o",
         "--output",
         metavar="FILE",

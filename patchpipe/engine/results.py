@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from patchpipe.clips import clips_of
 from patchpipe.engine.requests import OwnSeed, pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,15 @@ class Result:
     stats: Mapping[str, Any]
     output: Any
     seed: int | list[int] | None
+
+    @property
+    def clips(self) -> list[list[Image.Image]]:
+        """The frames of every clip, as pictures, of a pipeline that makes clips.
+
+        Raises:
+            ValueError: It gave no frames, such as latents.
+        """
+        return clips_of(self.images)
 
 
 def result_of(output: Any, seconds: float, stats: Mapping[str, Any], seed: OwnSeed) -> Result:

@@ -11,7 +11,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.loading.source import read_index
 from patchpipe.models import plan_for
-from patchpipe.parallel.refusals import check_divisible, heads_of, no_tensor_plan
+from patchpipe.parallel.refusals import check_divisible, check_special, heads_of, no_tensor_plan
 from patchpipe.stage.balance import check_stages
 
 
@@ -35,14 +35,20 @@ def check_folder(folder: Path, config: ParallelConfig, options: Mapping[str, Any
     plan, settings = plan_for(name), json.loads(path.read_text(encoding="utf-8"))
     plan.check_settings(settings)
     check_recipe(settings, (options or {}).get("quantization_config"), config)
-    counts = [settings.get(listing.count) for listing in plan.blocks]
+    counts = [_count(settings.get(listing.count)) for listing in plan.blocks]
     if None not in counts:
-        check_stages(config, sum(counts), plan)
+        check_stages(config, sum(count or 0 for count in counts), plan)
+    check_special(plan, config)
     if config.tensor > 1 and plan.tensor is None:
         raise no_tensor_plan(plan, config.tensor)
     heads = settings.get("num_attention_heads")
     if heads:
         check_divisible(config.tensor, {heads: heads_of(plan, heads)})
+
+
+def _count(told: Any) -> int | None:
+    """How many blocks a list has: a number, or an entry for each."""
+    return len(told) if isinstance(told, list) else told
 
 
 def quantised(folder: Path, options: Mapping[str, Any]) -> bool:

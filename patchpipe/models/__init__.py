@@ -7,6 +7,16 @@ from typing import Any
 from torch import nn
 
 from patchpipe.errors import UnsupportedModel
+from patchpipe.models.families.clips.allegro import ALLEGRO
+from patchpipe.models.families.clips.cogvideox import COGVIDEOX
+from patchpipe.models.families.clips.cosmos import COSMOS
+from patchpipe.models.families.clips.easyanimate import EASY_ANIMATE
+from patchpipe.models.families.clips.helios import HELIOS
+from patchpipe.models.families.clips.hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15
+from patchpipe.models.families.clips.kandinsky5 import KANDINSKY5
+from patchpipe.models.families.clips.ltx2 import LTX2
+from patchpipe.models.families.clips.mochi import MOCHI
+from patchpipe.models.families.clips.wan_relatives import ANYFLOW, CHRONO_EDIT, SKYREELS_V2, WAN_ANIMATE, WAN_VACE
 from patchpipe.models.families.cogview4 import COGVIEW4
 from patchpipe.models.families.flux import FLUX
 from patchpipe.models.families.flux2 import FLUX2
@@ -17,8 +27,35 @@ from patchpipe.models.families.sd3 import SD3
 from patchpipe.models.families.wan import WAN
 from patchpipe.models.families.zimage import Z_IMAGE
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.refused import REFUSED
 
-PLANS: tuple[ModelPlan, ...] = (FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX)
+PLANS: tuple[ModelPlan, ...] = (
+    FLUX,
+    SD3,
+    PIXART,
+    QWEN_IMAGE,
+    FLUX2,
+    WAN,
+    Z_IMAGE,
+    COGVIEW4,
+    LTX,
+    LTX2,
+    HUNYUAN_VIDEO,
+    COGVIDEOX,
+    HUNYUAN_VIDEO_15,
+    FRAMEPACK,
+    MOCHI,
+    COSMOS,
+    KANDINSKY5,
+    ALLEGRO,
+    EASY_ANIMATE,
+    HELIOS,
+    CHRONO_EDIT,
+    ANYFLOW,
+    SKYREELS_V2,
+    WAN_VACE,
+    WAN_ANIMATE,
+)
 
 
 def supported() -> list[str]:
@@ -73,6 +110,8 @@ def plan_for(model: nn.Module | str) -> ModelPlan:
             if not isinstance(model, str):
                 plan.check_settings(model.config)
             return plan
+    if names[0] in REFUSED:
+        raise UnsupportedModel(f"{names[0]} cannot be spread over devices: {REFUSED[names[0]]}")
     raise UnsupportedModel(
         f"{names[0]} has no plan yet; supported are {', '.join(supported())}. "
         f"A plan is a few lines of data: see docs/adding-a-model.md"

@@ -49,14 +49,28 @@ class BlockList:
 
     Args:
         path: Name of the list in the model.
-        count: Field of the model's configuration that tells how many blocks it has.
+        count: Field of the model's configuration that tells how many blocks it has, or has an entry for each.
         streams: Arguments a block takes *and* returns, in the order it returns them. A block that returns a lone tensor
             has one stream.
-        rows: Whose rows each argument has, streams included; for a tuple of tensors a tuple. Arguments that are not
-            named go in whole.
+        rows: Whose rows each argument has, streams included; for a tuple of tensors a tuple, with ``None`` for what
+            goes in whole. Arguments that are not named go in whole.
         attention: The segments that each attention module of a block mixes, in their order; ``CROSS`` where it takes
             its keys and values from the text alone.
+        asking: The segments that ask in a module, where they are not those that answer, as a clip asks its sound.
         mask: Argument that masks keys of those layers where it is not ``None``. Patches without its rows get ``None``.
+        masks_queries: Whether layers make of it a mask of queries by keys. Only keys matter: what a masked query comes
+            to is nothing that any key shows.
+        drops_masked: Whether layers attend to the entries of the batch one by one, with the masked rows left out. They
+            are given a mask of nothing, and keys are masked where they are kept, so that all entries have as many.
+        never_empty: Arguments that a block cannot take without rows, since it slices them off the end (``[:, :-0]`` is
+            nothing). A patch that has none of them is given a row of zeros, which attention leaves out.
+        whole_between: Whether the root changes streams between these blocks, as by adding rows of text for each. They
+            are then put back into the whole after every block.
+        passes: Arguments a block takes and does not return, though blocks of a later list begin with them.
+        emits: What a block returns before its streams, which the root keeps and adds to those of a later list: rows
+            like its first stream's. It goes from stage to stage with the streams.
+        counts: Arguments that say how many of the picture's tokens, from its first on, are special, such as those of
+            a given first frame. A patch is told how many of them it has.
         text_parameters: Parts of parameter names that serve the text stream alone.
         per_call: Modules of a block whose result is the same for every patch of a call, such as modulation.
         per_request: Modules of a block whose result follows from these inputs of the call alone.
@@ -65,12 +79,25 @@ class BlockList:
     path: str
     count: str
     streams: tuple[str, ...]
-    rows: Mapping[str, Holds | tuple[Holds, ...]]
+    rows: Mapping[str, Holds | tuple[Holds | None, ...]]
     attention: Mapping[str, tuple[str, ...]]
+    asking: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mask: str | None = None
+    masks_queries: bool = False
+    drops_masked: bool = False
+    never_empty: tuple[str, ...] = ()
+    whole_between: bool = False
+    passes: tuple[str, ...] = ()
+    emits: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
     text_parameters: tuple[str, ...] = ()
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def segments_never_empty(self) -> tuple[str, ...]:
+        """The segments that always have a row."""
+        return tuple(segment for name in self.never_empty for segment in self.stream_rows(name).segments)
 
     def stream_rows(self, name: str) -> Holds:
         """Whose rows a stream has."""
@@ -97,13 +124,22 @@ class ModelPlan:
         tail: Last module after the blocks up to which the root's code treats every row by itself; only then are the
             patch's rows put back into the whole.
         tail_dims: Inputs that must have so many dims for that; with more, they have values for each row.
-        per_call: Modules whose result is the same for every patch of a call.
+        per_call: Modules whose result is the same for every patch of a call; ``encoder.*`` is every module of a list.
         per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
             ``refiner.*`` is every module of a list.
+        sections: Whether pipelines make a clip section by section in one call, one after the other from noise. A noise
+            level above the last one then begins a section, whose first steps are warm-up steps; to see that, every
+            call waits for its time.
+        between: Modules whose results the root adds to streams between blocks. Where blocks of other stages are handed
+            through they have nothing to do, and add nothing.
         refused_settings: Fields of the configuration that must be off, since nothing tests them.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
             ``"colwise"`` or ``"rowwise"``. ``"class"`` takes the class's own; ``None`` covers none.
+        lengths: Masks whose number of ones decides how many rows a segment has.
+        second: The segment whose rows the class predicts too, as its second output, such as the sound of a clip. All
+            ranks get it at the end of every call, so that the stages wait for each other once a step.
+        frames_per_second: How fast its clips play, as its makers show them.
         pipelines: Pipeline classes that are tested; docs/pipelines.md says how.
     """
 
@@ -120,9 +156,14 @@ class ModelPlan:
     tail_dims: Mapping[str, int] = field(default_factory=dict)
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sections: bool = False
+    between: tuple[str, ...] = ()
     refused_settings: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
     tensor: Mapping[str, Any] | Literal["class"] | None = None
+    lengths: tuple[str, ...] = ()
+    second: str = ""
+    frames_per_second: float = 16
     pipelines: tuple[str, ...] = ()
 
     @property
@@ -134,6 +175,12 @@ class ModelPlan:
     def joint(self) -> bool:
         """Whether text takes part in self-attention."""
         return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
+
+    @property
+    def plain(self) -> bool:
+        """Whether blocks attend once a layer, to rows that their own patch has, and return nothing but streams."""
+        special = (each.drops_masked or each.never_empty or each.emits or each.asking for each in self.blocks)
+        return not (any(special) or self.second or self.sections)
 
     @property
     def makes_clips(self) -> bool:
@@ -149,7 +196,8 @@ class ModelPlan:
     def heads(self, model: nn.Module) -> int:
         """Attention heads."""
         place = self.blocks_of(model)[0]
-        return int(place.block.get_submodule(next(iter(place.self_attention))).heads)
+        layer = place.block.get_submodule(next(iter(place.self_attention)))
+        return int(layer.heads if hasattr(layer, "heads") else layer.num_heads)
 
     def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, refusing what the plan does not cover.
@@ -236,4 +284,5 @@ class BlockPlace:
 
 def attention_width(layer: Any) -> int:
     """Channels of all heads of an attention module, whether its projections are apart or fused with others."""
-    return layer.to_q.out_features if hasattr(layer, "to_q") else layer.inner_dim
+    projection = getattr(layer, "to_q", getattr(layer, "to_query", None))
+    return layer.inner_dim if projection is None else projection.out_features

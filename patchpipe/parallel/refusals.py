@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
-from patchpipe.config import ParallelConfig
+from patchpipe.config import COARSE, ParallelConfig
 from patchpipe.models.plan import ModelPlan
 
 
@@ -92,6 +92,23 @@ def no_tensor_plan(plan: ModelPlan, degree: int) -> ValueError:
         f"tensor={degree} is not supported for {plan.model}, whose plan does not say how its matrices split: "
         f"use tensor=1, for example with pipefusion={degree}"
     )
+
+
+def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
+    """Refuses methods that nothing tests with what is special in a model.
+
+    Raises:
+        ValueError: One is asked for.
+    """
+    if config.distrifusion > 1 and not plan.plain:
+        raise ValueError(
+            f"distrifusion={config.distrifusion} has not been tested with {plan.model}: use "
+            f"pipefusion={config.distrifusion}, ulysses or ring"
+        )
+    if config.warmup == COARSE and not plan.plain:
+        raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
+    if config.compile and any(listing.drops_masked for listing in plan.blocks):
+        raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
 
 
 def heads_of(plan: ModelPlan, heads: int) -> str:

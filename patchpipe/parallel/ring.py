@@ -8,6 +8,7 @@ their log-sum-exp. Where patches stream, every rank stores all rows, so that onl
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Ring:
         width = len(pieces) // exchange.size
         self.exchange, self.patch, self.ulysses = exchange, patch, ulysses
         self.slices = tuple(pieces[start : start + width] for start in range(0, len(pieces), width))
-        self._columns: list[Tensor] = []  # of every slice; the same for every layer that masks keys
+        self._columns: dict[Any, list[Tensor]] = {}  # of every slice; the same for every layer of these segments
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: keys and values of own heads go around, inside Ulysses' exchange of heads for rows.
@@ -49,8 +50,8 @@ class Ring:
         columns = [self._gather_columns(column, layer) for column in attend.columns]
         if self.ulysses is None:
             return self._attend(query, key, value, columns, attend.scale, layer)
-        query, key, value = self.ulysses.gather([query, key, value], layer.rows)
-        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), layer.rows)
+        query, key, value = self.ulysses.gather_all(query, key, value, layer)
+        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), layer.asking)
 
     def _attend(
         self,
@@ -91,12 +92,13 @@ class Ring:
 
     def _gather_columns(self, own: Tensor, layer: Attending) -> list[Tensor]:
         """The column of every slice, from own rows' ``[batch, 1, rows, 1]``; exchanged for the first layer alone."""
-        if not self._columns:
+        key = layer.rows.segments, layer.entry
+        if key not in self._columns:
             if self.ulysses is not None:
-                own = self.ulysses.gather_column(own, layer.rows)
+                own = self.ulysses.gather_column(own, layer.rows, layer.entry)
             lengths = [_count(slice_, layer.rows) for slice_ in self.slices]
-            self._columns = gather_columns(self.exchange, own, lengths)
-        return self._columns
+            self._columns[key] = gather_columns(self.exchange, own, lengths)
+        return self._columns[key]
 
     def _joined(self, columns: list[Tensor], layer: Attending) -> Tensor:
         """The columns of all slices as that of one sequence."""

@@ -6,6 +6,8 @@ step with no traffic beyond the exchange itself.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,13 +33,19 @@ class Ulysses:
     def __init__(self, exchange: Exchange, patch: Patch, pieces: tuple[Patch, ...]) -> None:
         self.exchange, self.patch, self.pieces = exchange, patch, pieces
         self._heads = 0  # of the layer at work
-        self._column: Tensor | None = None  # the same for every layer that masks keys
+        self._columns: dict[Any, Tensor] = {}  # the same for every layer of these segments
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: heads are exchanged for rows, attended, and exchanged back."""
-        query, key, value = self.gather([query, key, value], layer.rows)
-        columns = [self.gather_column(column, layer.rows) for column in attend.columns]
-        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), layer.rows)
+        query, key, value = self.gather_all(query, key, value, layer)
+        columns = [self.gather_column(column, layer.rows, layer.entry) for column in attend.columns]
+        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), layer.asking)
+
+    def gather_all(self, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> list[Tensor]:
+        """Queries, keys and values, at once where they have the same rows."""
+        if layer.asking == layer.rows:
+            return self.gather([query, key, value], layer.rows)
+        return [*self.gather([query], layer.asking), *self.gather([key, value], layer.rows)]
 
     def gather(self, own: list[Tensor], rows: Rows) -> list[Tensor]:
         """Own rows of all heads, ``[batch, heads, own rows, channels]``, to all rows of own heads."""
@@ -51,12 +59,13 @@ class Ulysses:
         received = self.exchange.all_to_all(sent, [(*shape[:3], length, shape[4]) for length in lengths])
         return list(rows.join(received, self.pieces, ROWS + 1).unbind(0))
 
-    def gather_column(self, own: Tensor, rows: Rows) -> Tensor:
+    def gather_column(self, own: Tensor, rows: Rows, entry: int = 0) -> Tensor:
         """Own rows' column ``[batch, 1, own rows, 1]`` to that of all rows; exchanged for the first layer alone."""
-        if self._column is None:
+        key = rows.segments, entry
+        if key not in self._columns:
             received = gather_columns(self.exchange, own, [rows.count(piece) for piece in self.pieces])
-            self._column = rows.join(received, self.pieces, ROWS)
-        return self._column
+            self._columns[key] = rows.join(received, self.pieces, ROWS)
+        return self._columns[key]
 
     def scatter(self, whole: Tensor, rows: Rows) -> Tensor:
         """All rows of own heads, ``[batch, own heads, rows, channels]``, to own rows of all heads."""

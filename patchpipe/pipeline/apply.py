@@ -18,6 +18,7 @@ from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.recipes.checks import check_recipes
@@ -87,6 +88,7 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
         check_in_memory(model, config)
         stages = split_blocks(model, plan, config)
         check_tensor(model, plan, config.tensor)
+        check_special(plan, config)
     return plan, stages
 
 

@@ -148,7 +148,8 @@ class Parts:
         def here(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = materialise_tree((args, kwargs), "vae.decode")
             self._before_decoding()
-            if self._callbacks.running:  # the pipeline goes on afterwards, so every rank gets the picture
+            if self._callbacks.running or self._runner.plan.sections:
+                # the pipeline goes on afterwards, so every rank gets the picture
                 with self._runner.points.passing("decodes the latent"):
                     self._runner.points.meet()
                     picture = decode(*args, **kwargs) if self._config.parallel_vae else None

@@ -23,6 +23,7 @@ from patchpipe.stage.coarse import Sample
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.rows import Rows
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes
 from patchpipe.tracing.recorder import Where
@@ -131,6 +132,27 @@ class Answers:
             self._whole = self._together(self.call.patches[0])
         start, stop = self.call.cut.bounds[index : index + 2]
         return self._whole.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+
+    def second(self, made: Sequence[Tensor]) -> Tensor:
+        """The class's second output, which all ranks come here for.
+
+        Args:
+            made: This rank's rows of it, for one entry of the batch after the other.
+        """
+        shapes, first = self.call.shapes, self.call.patches[0]
+        assert shapes.second is not None
+        rows = Rows.of((self.plan.second,), shapes.sizes, shapes.raster)
+        makers, entries = iter(self._makers), []
+        for share in self.call.shares:
+            found = []
+            for piece in self.call.pieces(first, self.group.mesh.parts):
+                shape = torch.Size((share.size, rows.count(piece), shapes.second[2]))
+                rank = next(makers)
+                if shape.numel():
+                    own = torch.cat(list(made)) if rank == self.group.rank else None
+                    found.append(self.group.broadcast(own, rank, shape, self._dtype))
+            entries.append(_joined(found, 1))
+        return _joined(entries, 0)
 
     def _rank(self, share: BatchShare, part: int) -> int:
         return self.group.mesh.maker(share.data, share.cfg, self.group.config.pipefusion - 1, part)

@@ -56,7 +56,7 @@ class Part:
 
     def _hop(self, call: Call, index: int) -> Shapes:
         shapes = self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
-        return shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
+        return shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchpipe.config import COARSE, ParallelConfig
 from patchpipe.distributed.mesh import Group
+from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import share_batch
@@ -177,6 +178,7 @@ class Request:
         self._latent_shape: torch.Size | None = None
         self._shapes: dict[tuple[Any, ...], CallShapes] = {}
         self._last: tuple[Any, BranchKey] | None = None
+        self._level: float | None = None  # of noise, in the last call
         self._started = perf_counter()
         self.provenance = 0  # of the latent that is asked for
         self._asked: Any = None  # when the latent was last asked for in full
@@ -234,6 +236,22 @@ class Request:
             self.stage, self._last = stage, None
             self._branches.clear()
 
+    def known(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A call's inputs, of which only the latent is lazy: not the frames of a section before, say."""
+        latent = self.plan.latent
+        others = {name: value for name, value in inputs.items() if name != latent}
+        return {**materialise_tree(others, "an input beside the latent"), latent: inputs[latent]}
+
+    def begin_section(self, inputs: Mapping[str, Any]) -> None:
+        """A noise level above the last one begins another section of a clip, of which there are no keys and values."""
+        if not self.plan.sections:
+            return
+        level = float(inputs[self.plan.time].max())
+        if self._level is not None and level > self._level:
+            self._branches.clear()
+            self._last = None
+        self._level = level
+
     def count(self, synchronous: bool) -> None:
         """Counts a call of the transformer."""
         if synchronous:
@@ -243,11 +261,19 @@ class Request:
 
     def shapes_of(self, inputs: Mapping[str, Any]) -> CallShapes:
         """The shapes inside a call."""
-        key = shapes_key(inputs)
+        key = (*shapes_key(inputs), *(self._ones(inputs[name]) for name in self.plan.lengths))
         if key not in self._shapes:
             raster = self.plan.grid.rows(self.stage.model, inputs[self.plan.latent].shape, inputs)
             self._shapes[key] = self.stage.look(inputs, raster, self.memo)
         return self._shapes[key]
+
+    def _ones(self, mask: Tensor) -> int:
+        """How many ones a mask has; read from a device once."""
+        known, count = self.memo.get(("ones", id(mask)), (None, 0))
+        if known is not mask:  # which is kept too, lest another one takes its id
+            count = int(mask.sum())
+            self.memo["ones", id(mask)] = mask, count
+        return count
 
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
         """The cut of this request's latent; a latent of another shape starts afresh."""

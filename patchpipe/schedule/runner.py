@@ -70,6 +70,7 @@ class Runner:
         self.points = Points(None)  # of the requests being served
         self.stats = [RequestStats()]  # of the requests served last, or being served
         self._open = False
+        self._seconds: list[Tensor] = []  # rows of the class's second output that this rank made in the call
         self.dtype = matrix_dtype(self.model)
         self._hops = Hops(group)
         self._signature = inspect.signature(type(self.model).forward)
@@ -187,14 +188,20 @@ class Runner:
                 f"the {type(self.model).__name__} of a parallel pipeline was called outside a pipeline call; wrap your "
                 "own loop in `with pipe.patchpipe.serving():` so that patchpipe knows where a request begins and ends"
             )
-        inputs = self.plan.bind(self._signature, args, kwargs)
+        inputs = self.request.known(self.plan.bind(self._signature, args, kwargs))
         self.request.turn_to(stage)
+        self.request.begin_section(inputs)
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self.request.context)
         plain, scale = split_scale(inputs, self.plan.ignored_inputs)
         with scaled(stage.model, scale):
-            prediction = self.plan.grid.given(self._call(plain, cut, branch))
+            made, second = self._call(plain, cut, branch)
+        prediction = self.plan.grid.given(made)
+        if second is not None:
+            if inputs.get("return_dict", True):
+                raise ValueError(f"a parallel {self.plan.model} gives clip and sound as a pair: return_dict=False")
+            return prediction, second
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
@@ -216,7 +223,7 @@ class Runner:
         if isinstance(latent, PatchTensor) and (latent.cut_dim, latent.bounds) != (self.plan.grid.dim, cut.bounds):
             inputs[self.plan.latent] = latent.materialise("a latent of another shape")
 
-    def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> PatchTensor:
+    def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> tuple[PatchTensor, Tensor | None]:
         assert self.request is not None
         synchronous, keeps = self.request.synchronous(branch, cut), self.request.keeps_stores(cut)
         latent = inputs[self.plan.latent]
@@ -246,11 +253,12 @@ class Runner:
                 answers.expect(patch)
         else:
             self._stream(call, parts, answers, displaced)
+        second = answers.second(self._seconds) if self.plan.second else None
         self.points.finish()
         return PatchTensor.promise(
             call.shapes.output, call.shapes.dtype, latent.device, self.plan.grid.dim, cut.bounds,
             answers.patch if self.group.first else None, self.request,
-        )  # fmt: skip
+        ), second  # fmt: skip
 
     def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
         """Runs every patch of this rank's share of a call through this stage.
@@ -262,6 +270,7 @@ class Runner:
         for keys in call.shared:
             keys.begin(call.patches, call.pace)
         made: list[Tensor] = []
+        self._seconds.clear()
         trailing: list[CallContext] = []
         failure: Exception | None = None
         for part, crossing, receives in zip(parts, crossings, expected, strict=True):
@@ -269,6 +278,8 @@ class Runner:
             result, failure = self._try(call, part, crossing, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
+            if context.second is not None:
+                self._seconds.append(context.second)
             if isinstance(result, Tensor):
                 made.append(result)
             else:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -16,7 +17,7 @@ from patchpipe.stage.beside import Positions, Products, keys_beside
 from patchpipe.stage.coarse import Offset, Sample
 from patchpipe.stage.keys.forecast import SEQUENCE, Pace
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, as_mask, key_column
-from patchpipe.stage.keys.store import Entries, LayerStore
+from patchpipe.stage.keys.store import Entries, LayerStore, LayerStores
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
 
@@ -49,6 +50,8 @@ class Attend:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None) -> Tensor:
         """Attention of a query over keys and values on this rank, and the column of all those keys."""
+        if not query.shape[2]:  # segments that ask ride with another patch
+            return query.new_empty(*query.shape[:3], value.shape[3])
         options = {"enable_gqa": True} if self.grouped else {}
         mask = None if column is None else as_mask(column)
         return self.compute(query, key, value, mask, self.dropout, self.causal, scale=self.scale, **options)
@@ -88,6 +91,12 @@ class Attending:
         pace: Of the call, where stale rows are forecast.
         sample: The tokens that stand for all, if the rows are theirs.
         at: Gives an argument of the layer for the tokens beside them.
+        blanks: Rows of zeros that stand in for segments this rank has no rows of; no key and no query.
+        masks_queries: Whether the layer masks queries as it does keys.
+        entry: Which entry of what is kept together this is of, where a layer attends to them one by one.
+        kept_keys: Which of this rank's keys take part, ``[1, rows]``, where the layer would drop the others.
+        queries: The rows that ask, if they are not all of them.
+        each: What the layer needs for each of its calls, where it attends to the entries of the batch one by one.
     """
 
     patch: Patch
@@ -100,6 +109,41 @@ class Attending:
     pace: Pace | None = None
     sample: Sample | None = None
     at: Positions = lambda value, offset: value
+    blanks: tuple[int, ...] = ()
+    masks_queries: bool = False
+    entry: int = 0
+    kept_keys: Tensor | None = None
+    queries: Rows | None = None
+    each: tuple[Attending, ...] = ()
+
+    @property
+    def asking(self) -> Rows:
+        """The rows of its queries."""
+        return self.queries or self.rows
+
+    @property
+    def calls(self) -> int:
+        """How often the layer attends."""
+        return len(self.each) or 1
+
+    def one_by_one(self, name: str, stores: LayerStores | None, kept: Tensor, segments: tuple[str, ...]) -> Attending:
+        """For a layer that attends to the entries of the batch one by one, and drops masked rows.
+
+        Args:
+            name: The layer.
+            stores: The branch's keys and values, of each entry by itself here.
+            kept: Which rows of the masked segments take part, ``[entries, rows]``.
+            segments: These.
+        """
+        first = 0 if self.entries is None else self.entries[0]
+        lengths = zip(self.rows.segments, self.rows.lengths(self.patch), strict=True)
+        parts = [kept if segment in segments else kept.new_ones(len(kept), length) for segment, length in lengths]
+        found = []
+        for index, row in enumerate(torch.cat(parts, 1).split(1)):
+            entry = first + index
+            store = None if stores is None else stores.setdefault(f"{name}.{entry}", LayerStore(self.rows))
+            found.append(replace(self, store=store, masked=True, entries=None, entry=entry, kept_keys=row))
+        return replace(self, each=tuple(found))
 
     @property
     def outlives(self) -> bool:
@@ -161,8 +205,35 @@ class _StoreMode(TorchFunctionMode):
     ) -> Tensor:
         """Attends in the place of the function a model called; the other arguments are those of torch."""
         layer = self.attending
+        if layer.each:
+            layer = layer.each[self.calls - 1]
+        if layer.masks_queries and attn_mask is not None:
+            attn_mask = attn_mask.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+        if layer.blanks:
+            if attn_mask is not None and attn_mask.shape[-1] == key.shape[2]:
+                attn_mask = without_rows(attn_mask.transpose(-2, -1), layer.blanks).transpose(-2, -1)
+            query, key, value = (without_rows(rows, layer.blanks) for rows in (query, key, value))
+        if layer.kept_keys is not None:
+            attn_mask = layer.kept_keys[:, None, None]
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        result = self._attend(layer, func, query, key, value, *options)
+        return with_rows(result, layer.blanks) if layer.blanks else result
+
+    def _attend(
+        self,
+        layer: Attending,
+        func: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
         func = func if layer.kernels is None else layer.kernels.watching(func)
-        column = self._column(attn_mask, query, key)
+        column = self._column(layer, attn_mask, query, key)
         attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
@@ -172,9 +243,8 @@ class _StoreMode(TorchFunctionMode):
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         return attend(query, *seen)
 
-    def _column(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    def _column(self, layer: Attending, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
         """The column of the fresh keys, if they are to meet others or to be kept."""
-        layer = self.attending
         if layer.patch.uncut and layer.store is None:
             return None
         if mask is not None and not layer.masked:
@@ -216,6 +286,21 @@ def empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
     return new
 
 
+def without_rows(rows: Tensor, at: Sequence[int]) -> Tensor:
+    """``[batch, heads, rows, channels]`` without these rows."""
+    for index in reversed(at):
+        rows = torch.cat((rows[:, :, :index], rows[:, :, index + 1 :]), dim=2)
+    return rows
+
+
+def with_rows(rows: Tensor, at: Sequence[int]) -> Tensor:
+    """The reverse: rows of zeros at these places."""
+    for index in at:
+        blank = rows.new_zeros(*rows.shape[:2], 1, rows.shape[3])
+        rows = torch.cat((rows[:, :, :index], blank, rows[:, :, index:]), dim=2)
+    return rows
+
+
 class Attended:
     """Stands in for the ``forward`` of a self-attention layer, which goes through its store and the sharing ranks.
 
@@ -240,7 +325,7 @@ class Attended:
             return self._of_sample(attending, attending.sample.offsets[1:], args, kwargs)
         with _StoreMode(attending) as mode:
             result = self.compute(*args, **kwargs)
-        self.check(mode.calls)
+        self.check(mode.calls, attending.calls)
         return result
 
     def _of_sample(
@@ -281,15 +366,15 @@ class Attended:
             rows = (rows[0].clone(), rows[1].clone(), rows[2].clone())
         return _StoreMode(attending).attend(compute, *rows, mask, *options)
 
-    def check(self, calls: int) -> None:
+    def check(self, calls: int, expected: int = 1) -> None:
         """Makes sure that the attention was seen.
 
         Raises:
-            RuntimeError: It was not, or there were several.
+            RuntimeError: It was not, or there were more than there should be.
         """
-        if calls != 1:
+        if calls != expected:
             raise RuntimeError(
-                f"{self.name} called scaled_dot_product_attention {calls} times instead of once, so "
+                f"{self.name} called scaled_dot_product_attention {calls} times instead of {expected}, so "
                 f"its keys and values cannot be kept: use diffusers' native attention backend"
             )
 

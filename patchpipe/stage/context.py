@@ -43,6 +43,12 @@ class CallContext:
         trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
         tail: Whether what follows the last block takes the patch's rows as they are.
         masked: Whether the block at work masks some keys, on whatever rank.
+        second: This rank's rows of the class's second output; see ``ModelPlan.second``.
+        entered: Whether a block of this stage has begun.
+        passed: What came from the stage before for a later list; see ``BlockList.passes``.
+        emitted: What blocks returned beside their streams, by ``emitted_name``; see ``BlockList.emits``.
+        kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
+            ``BlockList.drops_masked``.
     """
 
     patch: Patch
@@ -62,8 +68,18 @@ class CallContext:
     trailing: Callable[[], Any] | None = None
     tail: bool = False
     masked: bool = False
+    kept_keys: Tensor | None = None
+    second: Tensor | None = None
+    entered: bool = False
+    emitted: Streams = field(default_factory=dict)
+    passed: Streams = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
     _beside: dict[tuple[int, Any, Any], Any] = field(default_factory=dict)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values are kept, or go to other ranks."""
+        return self.stores is not None or self.sharing is not None
 
     @cached_property
     def cutter(self) -> Cutter | None:
@@ -79,7 +95,7 @@ class CallContext:
         """What the blocks see of it."""
         return self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
 
-    def narrowed(self, value: Any, held: Holds | tuple[Holds, ...]) -> Any:
+    def narrowed(self, value: Any, held: Holds | tuple[Holds | None, ...]) -> Any:
         """The patch's rows of an argument that many blocks are given; cut once."""
         assert self.cutter is not None
         key = (id(value), held)

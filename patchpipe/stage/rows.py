@@ -70,6 +70,16 @@ class Rows:
         """Those of them that are not the picture's."""
         return self.count(piece) - piece.token_count
 
+    def empty(self, piece: Patch, names: Sequence[str]) -> tuple[int, ...]:
+        """Where, among a piece's rows and these, a row of zeros stands for each of these segments it has none of."""
+        found, at = [], 0
+        for name, length in zip(self.segments, self.lengths(piece), strict=True):
+            if name in names and not length and not piece.uncut:
+                found.append(at)
+                at += 1
+            at += length
+        return tuple(found)
+
     def by_cut(self, whole: Tensor, dim: int) -> Tensor:
         """All rows in the model's order, put in the order of the axis that is cut."""
         if self.raster.outer == 1 or IMAGE not in self.segments:
@@ -121,8 +131,10 @@ class Cutter:
     raster: Raster
     sizes: Mapping[str, int]
 
-    def narrow(self, value: Any, held: Holds | tuple[Holds, ...]) -> Any:
+    def narrow(self, value: Any, held: Holds | tuple[Holds | None, ...] | None) -> Any:
         """The piece's rows of an argument: a tensor, or a tuple, list or dict of them."""
+        if held is None:
+            return value
         if isinstance(value, dict):
             return {key: self.narrow(each, held) for key, each in value.items()}
         if isinstance(value, (tuple, list)):
@@ -130,6 +142,20 @@ class Cutter:
             return type(value)(self.narrow(each, own) for each, own in zip(value, each_held, strict=True))
         assert isinstance(held, Holds)
         return self._narrow(value, held) if isinstance(value, Tensor) and has_rows(value, held) else value
+
+    def leading(self, count: int) -> int:
+        """How many of the picture's first tokens, in the model's order, are the piece's; they are its own first."""
+        if self.raster.outer == 1:
+            start, stop = self.piece.tokens
+            return min(max(count - start, 0), stop - start)
+        low, high = self.piece.rows
+        slabs, rest = divmod(count, self.raster.count * self.raster.inner)
+        own = (high - low) * self.raster.inner
+        return slabs * own + min(max(rest - low * self.raster.inner, 0), own)
+
+    def lacks(self, held: Holds) -> bool:
+        """Whether the piece has no rows of this kind."""
+        return Rows.of(held.segments, self.sizes, self.raster).count(self.piece) == 0
 
     def widen(self, rows: Tensor, held: Holds) -> Tensor:
         """The reverse: whole segments, with zeros where this piece has no rows."""

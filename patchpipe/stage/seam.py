@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.plan import BlockPlace
 from patchpipe.stage.context import CallContext, Streams
-from patchpipe.stage.survey import Survey
+from patchpipe.stage.survey import Survey, emitted_name
 
 
 class StageDone(Exception):
@@ -86,25 +87,35 @@ class Seam:
         """The block's streams; of blocks that other stages run, what they were given."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.passage.survey is not None:
-            self.passage.survey.see(self.listing, arguments)
+            self.passage.survey.see(self.listing, arguments, self.index)
             return self._through(arguments)
         context, now = self.passage.at_work, self.passage.now
         if self.index < now.start:
-            return self._through(arguments)
+            return self._through(arguments, context)
         if self.index == now.start and not self.passage.first:
             self._receive(arguments, context)
-        elif self.first and context.cutter is not None:
+        elif (self.first or self.listing.whole_between) and context.cutter is not None:
             arguments |= {
                 name: context.cutter.narrow(arguments[name], self.listing.rows[name])
                 for name in self.listing.streams
                 if arguments.get(name) is not None
             }
+        if self.first:  # a list may begin with what came with another's streams
+            arguments |= {name: context.passed[name] for name in self.listing.streams if name in context.passed}
         if self.index == now.stop:
             self._leave(arguments, context)
         return self._run(arguments, context)
 
-    def _through(self, arguments: Mapping[str, Any]) -> Any:
-        return self._returned([arguments.get(name) for name in self.listing.streams])
+    def _through(self, arguments: Mapping[str, Any], context: CallContext | None = None) -> Any:
+        """What a block of another stage returns to the root: what it was given, and what came of it to this stage."""
+        emitted = [arguments.get(self.listing.streams[0]) for _ in self.listing.emits]
+        if context is not None and self.listing.emits:
+            context.emitted[emitted_name(self.index)] = rows = context.received[emitted_name(self.index)]
+            emitted = [self._widened(self.listing.streams[0], rows, context)]
+        return self._returned([*emitted, *(arguments.get(name) for name in self.listing.streams)])
+
+    def _widened(self, name: str, rows: Tensor, context: CallContext) -> Tensor:
+        return rows if context.cutter is None else context.cutter.widen(rows, self.listing.stream_rows(name))
 
     def _returned(self, streams: list[Any]) -> Any:
         return tuple(streams) if len(streams) > 1 else streams[0]
@@ -112,7 +123,10 @@ class Seam:
     def _receive(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Puts what the stage before sent in the place of the streams."""
         some = next(iter(context.received.values()))
-        for name in context.seen.streams[self.listing.path]:
+        context.passed = {name: context.received[name] for name in self.listing.passes}
+        for name in self.listing.streams:
+            if name not in context.seen.streams[self.listing.path]:
+                continue
             blank = context.received.get(name)
             arguments[name] = context.seen.blank(self.listing, name, some) if blank is None else blank
 
@@ -120,27 +134,63 @@ class Seam:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
         if self.passage.trails:
             context.trailing = partial(self._run, arguments, context)
-        raise StageDone({name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None})
+        streams = {name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None}
+        raise StageDone({**streams, **self._passed(arguments, context), **context.emitted})
+
+    def _passed(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Tensor]:
+        """The rows of arguments that a later list begins with: as they came, or the patch's of the whole."""
+        found = {}
+        for name in self.listing.passes:
+            if name in context.passed:
+                found[name] = context.passed[name]
+            else:
+                whole = context.cutter is None
+                found[name] = arguments[name] if whole else context.narrowed(arguments[name], self.listing.rows[name])
+        return found
 
     def _run(self, arguments: dict[str, Any], context: CallContext) -> Any:
         listing = self.listing
+        context.entered = True
         context.masked = listing.mask is not None and arguments.get(listing.mask) is not None
         if context.cutter is not None:
             arguments = {**arguments, **self._others(arguments, context)}
+        arguments = {**arguments, **{name: context.passed[name] for name in listing.passes if name in context.passed}}
+        if listing.drops_masked and context.keeps:
+            arguments |= self._undropped(arguments, context)
         context.before(self.index)
-        result = self.compute(**arguments)
+        result = self._without_blanks(self.compute(**arguments), context)
         context.after(self.index)
         if self.ends and context.sample is not None:  # no prediction is made of it
             raise StageDone({})
-        if context.cutter is None or not self.last or (self.ends and context.tail):
+        if listing.emits:
+            context.emitted[emitted_name(self.index)] = result[0]
+        widens = self.last or listing.whole_between or bool(listing.emits)
+        if context.cutter is None or not widens or (self.ends and context.tail):
             return result
         values = result if isinstance(result, tuple) else (result,)
+        named = zip((*(listing.streams[0] for _ in listing.emits), *listing.streams), values, strict=True)
         return self._returned(
             [
-                None if value is None else context.cutter.widen(value, listing.stream_rows(name))
-                for name, value in zip(listing.streams, values, strict=True)
+                value if value is None or not self._puts_back(at) else self._widened(name, value, context)
+                for at, (name, value) in enumerate(named)
             ]
         )
+
+    def _puts_back(self, at: int) -> bool:
+        """Whether a result is put back into the whole: a stream only where no other block of the list follows."""
+        return at < len(self.listing.emits) or self.last or self.listing.whole_between
+
+    def _blank(self, name: str, context: CallContext) -> bool:
+        """Whether a row of zeros stands in for a stream of which the patch has none."""
+        lacking = name in self.listing.never_empty and context.cutter is not None
+        return lacking and context.cutter.lacks(self.listing.stream_rows(name))  # type: ignore[union-attr]
+
+    def _without_blanks(self, result: Any, context: CallContext) -> Any:
+        """A block's streams, without what became of the rows of zeros."""
+        if not any(self._blank(name, context) for name in self.listing.never_empty):
+            return result
+        values = zip(self.listing.streams, result, strict=True)
+        return self._returned([value[:, :0] if self._blank(name, context) else value for name, value in values])
 
     def _others(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Any]:
         """The patch's rows of the arguments that are no streams."""
@@ -149,7 +199,21 @@ class Seam:
             value = arguments.get(name)
             if value is not None and name not in self.listing.streams:
                 found[name] = context.narrowed(value, held)
+        for name in self.listing.never_empty:
+            value = arguments.get(name)
+            if value is not None and self._blank(name, context):
+                found[name] = value.new_zeros(value.shape[0], 1, *value.shape[2:])
+        assert context.cutter is not None
+        for name in self.listing.counts:
+            if arguments.get(name) is not None:
+                found[name] = context.cutter.leading(arguments[name])
         mask = found.get(self.listing.mask or "")
-        if isinstance(mask, Tensor) and mask.numel() == 0:
+        if isinstance(mask, Tensor) and mask.numel() == 0 and not self.listing.drops_masked:
             found[self.listing.mask or ""] = None
         return found
+
+    def _undropped(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Any]:
+        """A mask of nothing, with the true one put aside."""
+        name = self.listing.mask or ""
+        context.kept_keys = arguments[name].bool()
+        return {name: torch.ones_like(arguments[name])}

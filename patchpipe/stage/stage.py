@@ -8,7 +8,7 @@ widens; see there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,7 @@ class Stage:
         self._undo: list[Callable[[], None]] = []
         self._seams: list[Callable[[], None]] = []
         self._forward: Callable[..., Any] = model.forward
+        self._beside: Tensor | None = None  # the class's second output
 
     @property
     def blocks(self) -> list[BlockPlace]:
@@ -87,11 +88,15 @@ class Stage:
                 self._share_between_patches(place.layer(path))
             for path, names in place.listing.per_request.items():
                 self._share_between_calls(place.layer(path), names)
-        for path in self.plan.per_call:
-            self._share_between_patches(path)
+        for pattern in self.plan.per_call:
+            for path in self._matching(pattern):
+                self._share_between_patches(path)
         for pattern, names in self.plan.per_request.items():
             for path in self._matching(pattern):
                 self._share_between_calls(path, names)
+        for pattern in self.plan.between:
+            for path in self._matching(pattern):
+                self._idle_before(path)
         if not self.first and self.plan.embed:
             self._share_between_calls(self.plan.embed, (self.plan.latent,))
 
@@ -136,10 +141,20 @@ class Stage:
             return done.streams
         finally:
             self.passage.context = self._kept = None
+        if self.plan.second and context.patch.carries_riders:
+            context.second = self._second(context)
         if context.patch.uncut:
             return prediction
         start, stop = context.patch.units
         return prediction.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+
+    def _second(self, context: CallContext) -> Tensor:
+        """This rank's rows of the second output, of which the root has the whole unless it was never put back."""
+        assert self._beside is not None
+        rows = Rows.of((self.plan.second,), context.shapes.sizes, context.shapes.raster)
+        [(start, stop)] = rows.ranges(context.patch)
+        whole = self._beside.shape[1] == rows.total
+        return self._beside[:, start:stop].contiguous() if whole else self._beside
 
     def trail(self, context: CallContext) -> None:
         """Runs the block that the next stage has begun to run, so that this one knows its keys and values too."""
@@ -167,7 +182,8 @@ class Stage:
         survey = Survey(self.plan, raster)
         self.passage.survey, self._kept = survey, Kept({}, memo, inputs)
         try:
-            return survey.shapes(self._root(inputs, blank))
+            prediction = self._root(inputs, blank)
+            return survey.shapes(prediction, self._beside)
         finally:
             self.passage.survey = self._kept = None
 
@@ -175,7 +191,9 @@ class Stage:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name != "return_dict"}
         given[self.plan.latent] = self.plan.grid.given(latent)
-        return self.plan.grid.joined(self._forward(**given, return_dict=False)[0])
+        result = self._forward(**given, return_dict=False)
+        self._beside = result[1] if self.plan.second else None
+        return self.plan.grid.joined(result[0] if isinstance(result, tuple) else result)
 
     def _whole(self, shape: Tensor, latent: Tensor | None, context: CallContext) -> Tensor:
         """The latent uncut, with zeros wherever this stage does not know it."""
@@ -219,6 +237,20 @@ class Stage:
 
         self._undo.append(override(module, shared))
 
+    def _idle_before(self, path: str) -> None:
+        """Has a module add nothing while blocks of stages before are handed through, and in a survey."""
+        module = self.model.get_submodule(path)
+        compute = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            context = self.passage.context
+            if context is None or not context.entered:
+                given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                return given.new_zeros(())
+            return compute(*args, **kwargs)
+
+        self._undo.append(override(module, forward))
+
     def _share_between_calls(self, path: str, names: tuple[str, ...]) -> None:
         """Keeps a result for the request, as long as the inputs it follows from are the same tensors."""
         module = self._find(path)
@@ -240,23 +272,30 @@ class Stage:
 
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, segments in place.self_attention.items():
-            layer, find = place.block.get_submodule(path), partial(self._attending, place.layer(path), segments)
+            layer, find = place.block.get_submodule(path), partial(self._attending, place, path, segments)
             self._undo.append(attend_through(layer, find, self.kernels))
 
-    def _attending(self, name: str, segments: tuple[str, ...]) -> Attending | None:
+    def _attending(self, place: BlockPlace, path: str, segments: tuple[str, ...]) -> Attending | None:
         """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
-        context = self.passage.at_work
-        if context.stores is None and context.sharing is None:
+        context, listing = self.passage.at_work, place.listing
+        if not context.keeps:
             return None
-        rows, store = Rows.of(segments, context.seen.sizes, context.seen.raster), None
-        if context.stores is not None:
-            whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
-            store = context.stores.setdefault(name, LayerStore(whole))
-        masked = context.masked and len(segments) > 1
-        return Attending(
-            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace,
-            context.sample, context.beside,
+        seen = context.seen
+        rows = Rows.of(segments, seen.sizes, seen.raster)
+        attending = Attending(
+            context.patch, None, context.sharing, rows, context.masked and len(segments) > 1, context.entries,
+            self.kernels, context.pace, context.sample, context.beside,
+            rows.empty(context.patch, listing.segments_never_empty), listing.masks_queries,
+            queries=Rows.of(listing.asking.get(path, segments), seen.sizes, seen.raster),
         )  # fmt: skip
+        name, stores = place.layer(path), context.stores
+        if listing.drops_masked:
+            assert context.kept_keys is not None
+            return attending.one_by_one(name, stores, context.kept_keys, listing.rows[listing.mask or ""].segments)  # type: ignore[union-attr]
+        if stores is None:
+            return attending
+        whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
+        return replace(attending, store=stores.setdefault(name, LayerStore(whole)))
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""

@@ -7,7 +7,7 @@ Nothing of it need be in a plan, and every rank finds the same, whatever blocks 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ class CallShapes:
         streams: The streams of every block list, by its path.
         output: Shape of the prediction.
         dtype: What it is in.
+        second: Shape of the class's second output, where the plan has one.
+        emitters: Blocks that return more than their streams, by their place among all blocks.
     """
 
     raster: Raster
@@ -51,6 +53,8 @@ class CallShapes:
     streams: Mapping[str, Mapping[str, StreamKind]]
     output: torch.Size
     dtype: torch.dtype
+    emitters: Mapping[int, str] = field(default_factory=dict)
+    second: torch.Size | None = None
 
     def with_raster(self, raster: Raster) -> CallShapes:
         """The same of another number of image tokens, but for the prediction."""
@@ -72,10 +76,23 @@ class CallShapes:
         """Channels of the tokens between blocks."""
         return next(kind.width for streams in self.streams.values() for kind in streams.values())
 
-    def hop(self, listing: BlockList, batch: int, piece: Patch) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """What goes from stage to stage before a block of this list, by stream; streams without rows do not."""
+    def hop(
+        self, listing: BlockList, batch: int, piece: Patch, index: int = 0
+    ) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What goes from stage to stage before a block of this list, by stream; streams without rows do not.
+
+        Args:
+            listing: The list.
+            batch: Entries of the batch.
+            piece: The rows.
+            index: The block's place among all blocks, where results of earlier ones may go along.
+        """
+        kinds = dict(self.streams[listing.path])
+        for emitter, path in self.emitters.items():
+            if emitter < index:
+                kinds[emitted_name(emitter)] = next(iter(self.streams[path].values()))
         found = {}
-        for name, kind in self.streams[listing.path].items():
+        for name, kind in kinds.items():
             count = kind.rows.count(piece)
             if count:
                 found[name] = torch.Size((batch, count, kind.width)), kind.dtype
@@ -97,23 +114,28 @@ class Survey:
     def __init__(self, plan: ModelPlan, raster: Raster) -> None:
         self._plan, self._raster = plan, raster
         self._seen: dict[str, Mapping[str, Any]] = {}
+        self._emitters: dict[int, str] = {}
 
-    def see(self, listing: BlockList, arguments: Mapping[str, Any]) -> None:
+    def see(self, listing: BlockList, arguments: Mapping[str, Any], index: int) -> None:
         """Takes a look at a block's arguments."""
         self._seen.setdefault(listing.path, arguments)
+        if listing.emits:
+            self._emitters[index] = listing.path
 
-    def shapes(self, prediction: Tensor) -> CallShapes:
+    def shapes(self, prediction: Tensor, second: Tensor | None = None) -> CallShapes:
         """What was found.
 
         Args:
             prediction: What the root ``forward`` returned.
+            second: Its second output, where the plan has one.
 
         Raises:
             RuntimeError: The model's plan does not fit what the blocks were given.
         """
         sizes = self._sizes()
         streams = {listing.path: self._streams(listing, sizes) for listing in self._plan.blocks}
-        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype)
+        beside = None if second is None else second.shape
+        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype, self._emitters, beside)
 
     def _sizes(self) -> dict[str, int]:
         sizes = {IMAGE: self._raster.total}
@@ -129,7 +151,7 @@ class Survey:
 
     def _streams(self, listing: BlockList, sizes: Mapping[str, int]) -> dict[str, StreamKind]:
         found = {}
-        for name in listing.streams:
+        for name in (*listing.streams, *listing.passes):
             value, held = self._seen[listing.path].get(name), listing.stream_rows(name)
             if value is None:
                 continue
@@ -144,11 +166,11 @@ class Survey:
         return found
 
 
-def _pairs(held: Holds | tuple[Holds, ...], value: Any) -> Sequence[tuple[Holds, Tensor]]:
+def _pairs(held: Holds | tuple[Holds | None, ...], value: Any) -> Sequence[tuple[Holds, Tensor]]:
     """Every tensor of an argument, with whose rows it has."""
     if isinstance(held, tuple):
         values = value if isinstance(value, (tuple, list)) else (None,) * len(held)
-        return [(own, each) for own, each in zip(held, values, strict=True) if isinstance(each, Tensor)]
+        return [(own, each) for own, each in zip(held, values, strict=True) if own and isinstance(each, Tensor)]
     found = _first_tensor(value)
     return [] if found is None else [(held, found)]
 
@@ -159,6 +181,11 @@ def _first_tensor(value: Any) -> Tensor | None:
         return value
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return next((each for each in values if isinstance(each, Tensor)), None)
+
+
+def emitted_name(index: int) -> str:
+    """What a block's result beside its streams is called where it goes from stage to stage."""
+    return f"from block {index}"
 
 
 def shapes_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:

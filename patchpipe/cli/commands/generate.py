@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from patchpipe.cli import options
+from patchpipe.cli import clips, options
 from patchpipe.cli.inputs import implied_task, picture_arguments, read_choice
 from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 from patchpipe.cli.loras import read_loras
@@ -44,14 +44,18 @@ EPILOG = """
 
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --image photo.jpg --strength 0.7 --mask mask.png
 
+  A clip of 81 frames on four GPUs, cut by frames:
+
+  [green]patchpipe generate[/] "waves at dusk" --model ./wan-14b --pipefusion 4 --frames 81 -o waves.mp4
+
   Any other argument of the pipeline:
 
   [green]patchpipe generate[/] "an owl" --set max_sequence_length=32 --set output_type=pil
 """
-CALL = ("height", "width", "steps", "guidance", "negative")
+CALL = ("height", "width", "frames", "steps", "guidance", "negative")
 AS_GIVEN = (
     *("images", "in_flight", "seed", "dtype", "threads", "variant", "revision", "out", "force", "sheet", "compare"),
-    *("rounds", "trace", "preview"),
+    *("rounds", "trace", "preview", "fps"),
 )
 Prompts = Annotated[
     list[str], typer.Argument(help="What to paint; several prompts give several pictures.", metavar="PROMPT…")
@@ -74,6 +78,8 @@ def generate(
     seed: options.Seed = 0,
     height: options.Height = None,
     width: options.Width = None,
+    frames: options.ClipFrames = None,
+    fps: options.Fps = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     negative: options.Negative = None,
@@ -115,7 +121,7 @@ def generate(
     timeout: options.Timeout = 300.0,
     debug: options.Debug = False,
 ) -> None:
-    """Paint pictures from prompts on one or several devices."""
+    """Paint pictures, or make clips, from prompts on one or several devices."""
     run(_job(context, locals()))
 
 
@@ -125,7 +131,8 @@ def _job(context: typer.Context, given: dict[str, Any]) -> Job:
     arguments = call_arguments(source, settings=chosen, **{name: given[name] for name in CALL})
     image, mask, pipeline = given["image"], given["mask"], given["pipeline"]
     asked = {"height": given["height"], "width": given["width"]} | chosen
-    arguments |= picture_arguments(image, mask, given["strength"], asked, call_defaults(source))
+    advised = {**(clips.USUAL_SIZE if clips.known_to_make(source) else {}), **call_defaults(source)}
+    arguments |= picture_arguments(image, mask, given["strength"], asked, advised)
     wanted = auto_layout(
         arguments,
         len(given["prompts"]) * given["images"],
@@ -140,7 +147,14 @@ def _job(context: typer.Context, given: dict[str, Any]) -> Job:
         config=options.read_layout(context, given, wanted),
         devices=options.read_devices(given["devices"]),
         loras=read_loras(given["loras"]),
-        choice=read_choice(pipeline, implied_task(image, mask, pipeline, given["task"]), given["scheduler"]),
+        choice=read_choice(pipeline, _task(given, source), given["scheduler"]),
         report=given["json_file"],
         **{name: given[name] for name in AS_GIVEN},
     )
+
+
+def _task(given: dict[str, Any], source: str) -> str | None:
+    """Pictures to start from imply one, but of models for clips, whose pipeline takes them or does not."""
+    if clips.known_to_make(source):
+        return given["task"]
+    return implied_task(given["image"], given["mask"], given["pipeline"], given["task"])

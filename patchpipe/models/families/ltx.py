@@ -29,4 +29,5 @@ LTX = ModelPlan(
     tail_dims={"timestep": 1},
     per_call=("time_embed",),
     per_request={"caption_projection": TEXT, "rope": ("hidden_states", "rope_interpolation_scale")},
+    frames_per_second=24,
 )

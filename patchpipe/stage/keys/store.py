@@ -107,6 +107,8 @@ class LayerStore:
 
     def _seen_of(self, low: int, high: int) -> tuple[Tensor, ...]:
         """Keys, values and, if riders are among these rows, the column: a mask of nothing costs the fast kernel."""
+        if len(self._kept) == FORECAST:
+            return self._kept
         start, stop = self.rows.image
         return self._kept[:2] if start <= low and high <= stop else self._kept
 
@@ -156,6 +158,8 @@ class LayerStore:
         known: bool = False,
     ) -> None:
         """Puts fresh rows in their place."""
+        if not ranges:  # of segments that ride with another patch
+            return
         for at, (kept, rows) in enumerate(zip(self._kept, fresh, strict=True)):
             if pace is not None and at < FORECAST:
                 trend = self._trends[at] if entries is None else self._trends[at].entries(*entries)
