@@ -1,0 +1,160 @@
+"""Ours: pictures in time, as many clips in time as the devices can carry, and none of the others forgotten."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patchpipe.scheduling.knapsack import Option, Packing
+from patchpipe.scheduling.policies.genserve import best_share, filled
+from patchpipe.scheduling.policies.pictures import batches
+from patchpipe.scheduling.policies.view import View, Wish, order
+from patchpipe.scheduling.state import Job
+
+_PROGRESS = 0.02  # worth of a late clip's whole work beside a deadline
+_STAY = 0.01  # worth of going on as before, so that nothing is moved for nothing
+_STARVED = 0.9  # worth of a device for a clip that has waited too long
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """Meets as many deadlines as it can, by weight, without starving what it cannot meet.
+
+    1. *Which clips.* In the order of their deadlines, as if work flowed like water: where the device seconds due by a
+       deadline are more than the devices have until then, the clip with the least weight for its device seconds is
+       given up (Moore and Hodgson's rule). It still runs, but no longer at the expense of others.
+    2. *How many devices.* The group knapsack over pause and each degree. An option loses a clip's weight times how
+       tight its deadline is times how far the option falls short of the speed it needs. So tight clips get the
+       smallest degree that suffices, loose ones are demoted first, and paused last.
+    3. *Pictures* get devices where batches and clips together are worth the most, as in GENSERVE.
+    4. *Late clips* get one device each where any is left. One that has waited ``patience`` times its seconds alone is
+       starved, and then comes before clips with time to spare; at most a share of the devices goes that way.
+    5. *Devices that would idle* double the degree of the clips that gain most.
+
+    Attributes:
+        name: ``balanced``.
+        share: Share of the devices' time that clips can count on; pictures take the rest.
+        patience: Multiple of its seconds alone after which a late clip is starved.
+        starved: Largest share of the devices for starved clips.
+    """
+
+    name: str = "balanced"
+    share: float = 0.95
+    patience: float = 6.0
+    starved: float = 0.25
+
+    def __post_init__(self) -> None:
+        for name in ("share", "starved"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        if not self.patience > 0:
+            raise ValueError(f"patience={self.patience} must be above 0")
+
+    @property
+    def reviews(self) -> bool:
+        """See ``Policy``."""
+        return True
+
+    def plan(self, view: View) -> list[Wish]:
+        """See ``Policy``."""
+        pictures = [wish for wish in view.running if wish.jobs[0].request.kind == "picture"]
+        waiting = batches(view, [job for job in view.idle if job.request.kind == "picture"])
+        clips = sorted((job for job in view.jobs if job.request.kind == "clip"), key=_by_deadline)
+        room = view.room - len(pictures)
+        kept = carried(view, clips, self.share * room)
+        late = sorted((job for job in clips if job.id not in kept), key=order)
+        ranked = [job for job in clips if job.id in kept] + late
+        starved = self._starved(view, late)
+        packing = Packing([self._options(view, job, kept, starved) for job in ranked], room)
+        taken = best_share(packing, waiting, room)
+        chosen = packing.chosen(room - taken)
+        wishes = [Wish((job,), option.devices) for job, option in zip(ranked, chosen, strict=True) if option.devices]
+        planned = [*pictures, *(batch.wish for batch in waiting[:taken]), *wishes]
+        return grown(view, filled(view, planned, waiting[taken:], ranked))
+
+    def _starved(self, view: View, late: Sequence[Job]) -> frozenset[str]:
+        """The late clips that have waited too long, oldest first, as many as may be helped at once."""
+        overdue = [
+            job.id
+            for job in late
+            if view.now - job.request.arrival > self.patience * _alone(view, job)
+        ]  # fmt: skip
+        return frozenset(overdue[: max(1, int(self.starved * view.room))])
+
+    def _options(self, view: View, job: Job, kept: frozenset[str], starved: frozenset[str]) -> list[Option]:
+        weight, degrees = job.request.weight, view.degrees(job.request.shape)
+        if job.id not in kept:
+            seconds = view.seconds(job, degrees[0])
+            worth = _STARVED if job.id in starved else _PROGRESS * min(1.0, 10.0 / seconds)
+            return [Option(0, 0.0), Option(degrees[0], weight * worth + self._stay(view, job, degrees[0]))]
+        left = max(1e-6, job.request.deadline - max(view.now, job.boundary))
+        tight = min(1.0, view.fastest(job) / left)
+        options = [Option(0, weight * (1 - tight))]
+        for degree in degrees:
+            speed = left / view.seconds(job, degree)  # 1 is just in time
+            value = weight * (1 - tight * max(0.0, 1 - speed)) - _STAY * 0.1 * degree
+            options.append(Option(degree, value + self._stay(view, job, degree)))
+            if speed >= 1:
+                break
+        return options
+
+    def _stay(self, view: View, job: Job, degree: int) -> float:
+        """What it is worth to leave a clip as it is: more, the longer its devices would have to be waited for."""
+        if job.degree != degree:
+            return 0.0
+        return _STAY * (1 + min(4.0, 2 * (job.boundary - view.now)))
+
+
+def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
+    """The clips that so many devices can bring to their ends in time, as many by weight as possible.
+
+    Moore and Hodgson's rule for one machine, for work that flows: the device seconds of a clip are those of the degree
+    that wastes least.
+
+    Args:
+        view: The view.
+        clips: The clips by deadline, earliest first.
+        devices: Devices they can count on.
+    """
+    kept: list[tuple[float, str, float]] = []
+    work = 0.0
+    for job in clips:
+        if view.now + view.fastest(job) > job.request.deadline:
+            continue
+        needs = min(degree * view.seconds(job, degree) for degree in view.degrees(job.request.shape))
+        heapq.heappush(kept, (job.request.weight / needs, job.id, needs))
+        work += needs
+        while kept and work > devices * (job.request.deadline - view.now):
+            work -= heapq.heappop(kept)[2]
+    return frozenset(name for _, name, _ in kept)
+
+
+def grown(view: View, planned: list[Wish]) -> list[Wish]:
+    """The plan with devices that would idle given to the clips that gain most from the next degree."""
+    room = view.room - sum(wish.degree for wish in planned)
+    while room > 0:
+        gains = []
+        for index, wish in enumerate(planned):
+            job = wish.jobs[0]
+            larger = [degree for degree in view.degrees(job.request.shape) if degree > wish.degree]
+            if job.request.kind == "clip" and larger and larger[0] - wish.degree <= room:
+                saved = view.seconds(job, wish.degree) - view.seconds(job, larger[0])
+                gains.append((saved / (larger[0] - wish.degree), -index, larger[0]))
+        best = max(gains, default=(0.0, 0, 0))
+        if best[0] <= 0:
+            break
+        index = -best[1]
+        room -= best[2] - planned[index].degree
+        planned = [*planned[:index], Wish(planned[index].jobs, best[2]), *planned[index + 1 :]]
+    return planned
+
+
+def _alone(view: View, job: Job) -> float:
+    """Seconds of the whole clip at its quickest degree on the idle machine."""
+    shape = job.request.shape
+    return job.request.steps * min(view.costs.step(shape, 1, degree) for degree in view.degrees(shape))
+
+
+def _by_deadline(job: Job) -> tuple[float, tuple[float, str]]:
+    return job.request.deadline, order(job)
