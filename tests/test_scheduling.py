@@ -134,7 +134,7 @@ def test_a_starved_clip_comes_before_clips_with_time_to_spare() -> None:
     loose = [Job(request(f"loose{index}", within=1000.0), 20, "running", (index,), NOW) for index in range(4)]
     state = State(NOW, (0, 1, 2, 3), (starved, *loose))
     assert any("starved" in run.requests for run in Scheduler(policy_named("balanced"), COSTS).decide(state).runs)
-    young = dataclasses.replace(starved, request=dataclasses.replace(starved.request, arrival=NOW - 60))
+    young = dataclasses.replace(starved, request=dataclasses.replace(starved.request, arrival=NOW - 45))
     state = State(NOW, (0, 1, 2, 3), (young, *loose))
     assert not any("starved" in run.requests for run in Scheduler(policy_named("balanced"), COSTS).decide(state).runs)
 

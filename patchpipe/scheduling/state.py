@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
+from zlib import crc32
 
 Kind = Literal["picture", "clip"]
 Status = Literal["waiting", "running", "paused"]
@@ -26,11 +27,16 @@ class Shape:
     width: int
     height: int
     frames: int = 1
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("width", "height", "frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        object.__setattr__(self, "_hash", hash((crc32(self.model.encode()), self.width, self.height, self.frames)))
+
+    def __hash__(self) -> int:
+        return self._hash  # costs are looked up by shape, often; the same in every process
 
     @property
     def kind(self) -> Kind:

@@ -83,7 +83,7 @@ BasesGiven = Annotated[
     str | None,
     option(
         _LOAD,
-        "Deadlines of pictures and clips, as multiples of their seconds alone. [dim]Default: fitted to the paper's "
+        "Deadlines of pictures and clips, as multiples of their seconds on one device. [dim]Default: fitted to the paper's "
         "FCFS; 3,3 with --scenario.[/]",
         "--bases",
         metavar="P,C",
@@ -99,7 +99,7 @@ def simulate(
     policies: Policies = None,
     devices: Devices = 8,
     group: GroupSize = 8,
-    degree: Degree = 2,
+    degree: Degree = 1,
     admission: Admit = False,
     error: CostError = 1.0,
     scenario: ScenarioFile = None,
@@ -192,7 +192,7 @@ def _set_up(
     costs, asks = (paper.costs(), paper.asks(clips)) if scenario is None else read_scenario(scenario)
     ground = Ground(Fleet(*size), costs, error, admission)
     fitted = _bases(bases, scenario, ask)
-    deadline: Deadline = paper.deadlines(costs, fitted, scale, size[1])
+    deadline: Deadline = paper.deadlines(costs, fitted, scale)
     shape: Bursts | None = Bursts() if bursts else None
     traced = read_trace(trace, deadline) if trace is not None else ()
     return ground, Load(asks, deadline, ask.requests, shape, traced), fitted
@@ -238,7 +238,7 @@ def _progress(console: Console) -> Progress:
 
 def _show(console: Console, found: list[Figures], fitted: Bases, paper: bool) -> None:
     several = len({one.per_minute for one in found}) > 1
-    title = f"Deadlines of pictures {fitted.picture:.2f} and clips {fitted.clip:.2f} times their seconds alone"
+    title = f"Deadlines of pictures {fitted.picture:.2f} and clips {fitted.clip:.2f} times their seconds on one device"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("policy")
     heads = ["a minute"] if several else []

@@ -13,7 +13,8 @@ from patchpipe.scheduling.policies.view import View, Wish, order
 from patchpipe.scheduling.state import Job
 
 _PROGRESS = 0.02  # worth of a late clip's whole work beside a deadline
-_STAY = 0.01  # worth of going on as before, so that nothing is moved for nothing
+_STAY = 0.05  # worth of going on as before, so that nothing is moved for nothing
+_STAY_URGENT = 0.3  # likewise where pictures wait: then a clip near its boundary gives way, not one far from it
 _STARVED = 0.9  # worth of a device for a clip that has waited too long
 
 
@@ -30,19 +31,22 @@ class Balanced:
     3. *Pictures* get devices where batches and clips together are worth the most, as in GENSERVE.
     4. *Late clips* get one device each where any is left. One that has waited ``patience`` times its seconds alone is
        starved, and then comes before clips with time to spare; at most a share of the devices goes that way.
-    5. *Devices that would idle* double the degree of the clips that gain most.
+    5. *Devices that would idle* double the degree of the clips that gain most, but for a reserve: a picture that
+       comes can then start at once.
 
     Attributes:
         name: ``balanced``.
         share: Share of the devices' time that clips can count on; pictures take the rest.
         patience: Multiple of its seconds alone after which a late clip is starved.
         starved: Largest share of the devices for starved clips.
+        reserve: Share of the devices that idle rather than make a clip quicker than it must be.
     """
 
     name: str = "balanced"
     share: float = 0.95
-    patience: float = 6.0
+    patience: float = 4.0
     starved: float = 0.25
+    reserve: float = 0.125
 
     def __post_init__(self) -> None:
         for name in ("share", "starved"):
@@ -66,12 +70,13 @@ class Balanced:
         late = sorted((job for job in clips if job.id not in kept), key=order)
         ranked = [job for job in clips if job.id in kept] + late
         starved = self._starved(view, late)
-        packing = Packing([self._options(view, job, kept, starved) for job in ranked], room)
+        stay = _STAY_URGENT if any(batch.in_time for batch in waiting) else _STAY
+        packing = Packing([self._options(view, job, kept, starved, stay) for job in ranked], room)
         taken = best_share(packing, waiting, room)
         chosen = packing.chosen(room - taken)
         wishes = [Wish((job,), option.devices) for job, option in zip(ranked, chosen, strict=True) if option.devices]
         planned = [*pictures, *(batch.wish for batch in waiting[:taken]), *wishes]
-        return grown(view, filled(view, planned, waiting[taken:], ranked))
+        return grown(view, filled(view, planned, waiting[taken:], ranked), int(self.reserve * view.room))
 
     def _starved(self, view: View, late: Sequence[Job]) -> frozenset[str]:
         """The late clips that have waited too long, oldest first, as many as may be helped at once."""
@@ -82,28 +87,31 @@ class Balanced:
         ]  # fmt: skip
         return frozenset(overdue[: max(1, int(self.starved * view.room))])
 
-    def _options(self, view: View, job: Job, kept: frozenset[str], starved: frozenset[str]) -> list[Option]:
+    def _options(
+        self, view: View, job: Job, kept: frozenset[str], starved: frozenset[str], stay: float
+    ) -> list[Option]:
         weight, degrees = job.request.weight, view.degrees(job.request.shape)
         if job.id not in kept:
             seconds = view.seconds(job, degrees[0])
             worth = _STARVED if job.id in starved else _PROGRESS * min(1.0, 10.0 / seconds)
-            return [Option(0, 0.0), Option(degrees[0], weight * worth + self._stay(view, job, degrees[0]))]
+            return [Option(0, 0.0), Option(degrees[0], weight * worth + _stay(view, job, degrees[0], stay))]
         left = max(1e-6, job.request.deadline - max(view.now, job.boundary))
         tight = min(1.0, view.fastest(job) / left)
         options = [Option(0, weight * (1 - tight))]
         for degree in degrees:
             speed = left / view.seconds(job, degree)  # 1 is just in time
             value = weight * (1 - tight * max(0.0, 1 - speed)) - _STAY * 0.1 * degree
-            options.append(Option(degree, value + self._stay(view, job, degree)))
+            options.append(Option(degree, value + _stay(view, job, degree, stay)))
             if speed >= 1:
                 break
         return options
 
-    def _stay(self, view: View, job: Job, degree: int) -> float:
-        """What it is worth to leave a clip as it is: more, the longer its devices would have to be waited for."""
-        if job.degree != degree:
-            return 0.0
-        return _STAY * (1 + min(4.0, 2 * (job.boundary - view.now)))
+
+def _stay(view: View, job: Job, degree: int, worth: float) -> float:
+    """What it is worth to leave a clip as it is: more, the longer its devices would have to be waited for."""
+    if job.degree != degree:
+        return 0.0
+    return worth * (0.2 + min(1.0, job.boundary - view.now))
 
 
 def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
@@ -130,9 +138,9 @@ def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
     return frozenset(name for _, name, _ in kept)
 
 
-def grown(view: View, planned: list[Wish]) -> list[Wish]:
-    """The plan with devices that would idle given to the clips that gain most from the next degree."""
-    room = view.room - sum(wish.degree for wish in planned)
+def grown(view: View, planned: list[Wish], reserve: int) -> list[Wish]:
+    """The plan with devices that would idle, but for a reserve, given to the clips that gain most from more of them."""
+    room = view.room - reserve - sum(wish.degree for wish in planned)
     while room > 0:
         gains = []
         for index, wish in enumerate(planned):

@@ -56,7 +56,7 @@ class Figures:
         pauses: Pauses a request.
         changes: Changes of degree a request.
         batched: Share of the requests that ran in a batch of several.
-        decision: Mean, 99th percentile and largest milliseconds of a decision.
+        decision: Mean, 99th percentile and largest milliseconds of the processor for a decision.
     """
 
     policy: str

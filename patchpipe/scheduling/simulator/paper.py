@@ -27,24 +27,24 @@ from patchpipe.scheduling.state import Kind, Shape
 DEVICES, REQUESTS, PER_MINUTE = 8, 100, 24.0
 PICTURE_MODEL, CLIP_MODEL, FRAMES = "sd3.5-medium", "wan2.2-5b", 81
 PICTURE_STEPS = 40  # as the model's card has it
-CLIP_STEPS = 24  # chosen; see the docs
-BASELINE_DEGREE = 2  # chosen; see the docs
+CLIP_STEPS = 23  # chosen; see the docs
+BASELINE_DEGREE = 1  # chosen; see the docs
 DEGREES = (1, 2, 4, 8)
 STEP_720P_8 = 0.74  # seconds; see above
 
 # Seconds of a step on one card, as the planner predicts them (`tests/test_scheduling_paper.py` checks that it does).
 CLIPS: Mapping[Shape, float] = {
-    Shape(CLIP_MODEL, 448, 256, FRAMES): 0.1415,
+    Shape(CLIP_MODEL, 448, 256, FRAMES): 0.2404,
     Shape(CLIP_MODEL, 832, 480, FRAMES): 0.9435,
     Shape(CLIP_MODEL, 1280, 704, FRAMES): 2.7225,
 }
 PICTURES: Mapping[Shape, tuple[float, float]] = {  # one picture, and a batch of four
-    Shape(PICTURE_MODEL, 448, 256): (0.0247, 0.0649),
+    Shape(PICTURE_MODEL, 448, 256): (0.0237, 0.0639),
     Shape(PICTURE_MODEL, 832, 480): (0.0479, 0.1621),
     Shape(PICTURE_MODEL, 1280, 704): (0.1038, 0.3836),
 }
 BATCH = 4
-FIT_SEED = 1000  # the first
+FIT_SEED = 0  # the first, as of the runs that are shown
 PICTURE_ENDS = 0.2  # seconds of text encoders and VAE
 
 
@@ -69,7 +69,7 @@ RASP = dict(zip(CLIPS, (1, 2, 4), strict=True))  # its fixed degrees
 
 @dataclass(frozen=True)
 class Bases:
-    """What the scale of deadlines multiplies: so many times a request's seconds alone on the idle machine.
+    """What the scale of deadlines multiplies: so many times a request's seconds alone on one device.
 
     Attributes:
         picture: For pictures.
@@ -124,8 +124,8 @@ def asks(clips: float = 0.5, clip_steps: int = CLIP_STEPS) -> list[Ask]:
     return found + [Ask(shape, PICTURE_STEPS, (1 - clips) / len(PICTURES)) for shape in PICTURES]
 
 
-def deadlines(table: Costs, bases: Bases, scale: float = 1.0, devices: int = DEVICES) -> Deadline:
-    """Deadlines by class: scale × base × the seconds alone on the idle machine.
+def deadlines(table: Costs, bases: Bases, scale: float = 1.0) -> Deadline:
+    """Deadlines by class: scale × base × the seconds alone on one device, or as few as there must be.
 
     Raises:
         ValueError: The scale is not above 0.
@@ -135,24 +135,24 @@ def deadlines(table: Costs, bases: Bases, scale: float = 1.0, devices: int = DEV
 
     @functools.cache
     def seconds(shape: Shape, steps: int) -> float:
-        return scale * bases.of(shape.kind) * alone(table, shape, steps, devices)
+        return scale * bases.of(shape.kind) * alone(table, shape, steps, table.degrees(shape)[0])
 
     return seconds
 
 
-def fit(table: Costs, served: Iterable[Served], wanted: Share, devices: int = DEVICES) -> Bases:
+def fit(table: Costs, served: Iterable[Served], wanted: Share) -> Bases:
     """The two bases with which requests served without regard to deadlines meet the wanted shares of them.
 
     Args:
         table: The costs.
         served: What became of requests under FCFS.
         wanted: The shares.
-        devices: Devices of the idle machine.
     """
+    one_device = deadlines(table, Bases(1, 1))
     stretched: dict[Kind, list[float]] = {"picture": [], "clip": []}
     for one in served:
-        request = one.request
-        stretched[request.kind].append(one.seconds / alone(table, request.shape, request.steps, devices))
+        usual = one_device(one.request.shape, one.request.steps)
+        stretched[one.request.kind].append(one.seconds / usual)
     return Bases(_quantile(stretched["picture"], wanted.picture), _quantile(stretched["clip"], wanted.clip))
 
 

@@ -72,7 +72,7 @@ class Simulation:
         served: Every request, in the order they were done.
         counts: Pauses and the like of each group.
         seconds: Simulated seconds until all was done.
-        decisions: Seconds that each decision took, by the clock of the machine that simulated.
+        decisions: Seconds of the processor that each decision took on the machine that simulated.
         routes: Likewise for choosing the group of a request.
     """
 
@@ -156,9 +156,9 @@ class _Run:
         return math.inf
 
     def _arrive(self, request: Request, now: float) -> None:
-        began = time.perf_counter()
+        began = time.thread_time()
         index = self._router.choose()
-        self.found.routes.append(time.perf_counter() - began)
+        self.found.routes.append(time.thread_time() - began)
         group = self._groups[index]
         reason = self._scheduler.refusal(group.state(now), request)
         if reason is not None:
@@ -184,9 +184,9 @@ class _Run:
         self._reviews[index] = math.inf
         if len(group):
             state = group.state(now)
-            began = time.perf_counter()
+            began = time.thread_time()
             decisions = self._scheduler.decide(state)
-            self.found.decisions.append(time.perf_counter() - began)
+            self.found.decisions.append(time.thread_time() - began)
             group.apply(decisions, now)
             if self._scheduler.policy.reviews:
                 self._reviews[index] = now + max(_SHORTEST_REVIEW, self._fleet.review * group.shortest_step())
