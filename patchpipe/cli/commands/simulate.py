@@ -83,8 +83,8 @@ BasesGiven = Annotated[
     str | None,
     option(
         _LOAD,
-        "Deadlines of pictures and clips, as multiples of their seconds on one device. [dim]Default: fitted to the paper's "
-        "FCFS; 3,3 with --scenario.[/]",
+        "Deadlines of pictures and clips, times their seconds on one device. [dim]Default: fitted to the paper's FCFS; "
+        "3,3 with --scenario.[/]",
         "--bases",
         metavar="P,C",
     ),
