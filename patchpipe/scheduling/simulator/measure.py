@@ -57,6 +57,7 @@ class Figures:
         changes: Changes of degree a request.
         batched: Share of the requests that ran in a batch of several.
         decision: Mean, 99th percentile and largest milliseconds of the processor for a decision.
+        route: Likewise for the choice of a request's group.
     """
 
     policy: str
@@ -70,6 +71,7 @@ class Figures:
     changes: float
     batched: float
     decision: tuple[float, float, float]
+    route: tuple[float, float, float]
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
@@ -104,6 +106,7 @@ def figures(policy: str, per_minute: float, runs: Sequence[Simulation], devices:
         changes=sum(count.changes for count in counts) / total,
         batched=sum(count.batched for count in counts) / total,
         decision=_milliseconds([second for run in runs for second in run.decisions]),
+        route=_milliseconds([second for run in runs for second in run.routes]),
     )  # fmt: skip
 
 
