@@ -36,14 +36,15 @@ class Balanced:
 
     Attributes:
         name: ``balanced``.
-        share: Share of the devices' time that clips can count on; pictures take the rest.
+        share: Share of the devices' time that clips are planned against. Pictures take some of the rest; and work is not
+            water: it comes in clips, on 1, 2, 4 or 8 devices.
         patience: Multiple of its seconds alone after which a late clip is starved.
         starved: Largest share of the devices for starved clips.
         reserve: Share of the devices that idle rather than make a clip quicker than it must be.
     """
 
     name: str = "balanced"
-    share: float = 0.95
+    share: float = 0.5
     patience: float = 4.0
     starved: float = 0.25
     reserve: float = 0.125
@@ -117,8 +118,7 @@ def _stay(view: View, job: Job, degree: int, worth: float) -> float:
 def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
     """The clips that so many devices can bring to their ends in time, as many by weight as possible.
 
-    Moore and Hodgson's rule for one machine, for work that flows: the device seconds of a clip are those of the degree
-    that wastes least.
+    Moore and Hodgson's rule for one machine, for work that flows.
 
     Args:
         view: The view.
@@ -128,14 +128,23 @@ def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
     kept: list[tuple[float, str, float]] = []
     work = 0.0
     for job in clips:
-        if view.now + view.fastest(job) > job.request.deadline:
+        needs = device_seconds(view, job)
+        if needs is None:
             continue
-        needs = min(degree * view.seconds(job, degree) for degree in view.degrees(job.request.shape))
         heapq.heappush(kept, (job.request.weight / needs, job.id, needs))
         work += needs
         while kept and work > devices * (job.request.deadline - view.now):
             work -= heapq.heappop(kept)[2]
     return frozenset(name for _, name, _ in kept)
+
+
+def device_seconds(view: View, job: Job) -> float | None:
+    """What a job takes of the devices if it is in time: at the smallest degree that suffices, since larger ones waste."""
+    for degree in view.degrees(job.request.shape):
+        seconds = view.seconds(job, degree)
+        if view.now + seconds <= job.request.deadline:
+            return degree * seconds
+    return None
 
 
 def grown(view: View, planned: list[Wish], reserve: int) -> list[Wish]:
