@@ -36,8 +36,8 @@ class Balanced:
 
     Attributes:
         name: ``balanced``.
-        share: Share of the devices' time that clips are planned against. Pictures take some of the rest; and work is not
-            water: it comes in clips, on 1, 2, 4 or 8 devices.
+        share: Share of the devices' time that clips are planned against. Pictures take some of the rest; and work does
+            not flow like water: it comes in clips, on 1, 2, 4 or 8 devices.
         patience: Multiple of its seconds alone after which a late clip is starved.
         starved: Largest share of the devices for starved clips.
         reserve: Share of the devices that idle rather than make a clip quicker than it must be.
@@ -139,7 +139,7 @@ def carried(view: View, clips: Sequence[Job], devices: float) -> frozenset[str]:
 
 
 def device_seconds(view: View, job: Job) -> float | None:
-    """What a job takes of the devices if it is in time: at the smallest degree that suffices, since larger ones waste."""
+    """What a job takes of the devices at the smallest degree at which it is in time; ``None`` if it is late at all."""
     for degree in view.degrees(job.request.shape):
         seconds = view.seconds(job, degree)
         if view.now + seconds <= job.request.deadline:
