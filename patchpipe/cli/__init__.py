@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from patchpipe.cli.app import app
-from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, trace
+from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, simulate, trace
 
 __all__ = ["app"]
 
@@ -12,6 +12,7 @@ app.command(epilog=demo.EPILOG)(demo.demo)
 app.command(epilog=plan.EPILOG)(plan.plan)
 app.command(epilog=profile.EPILOG)(profile.profile)
 app.command(epilog=quality.EPILOG)(quality.quality)
+app.command(epilog=simulate.EPILOG)(simulate.simulate)
 app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=trace.EPILOG)(trace.trace)

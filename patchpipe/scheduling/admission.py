@@ -1,0 +1,47 @@
+"""Admission: what cannot be met is refused at once, so that its user can go elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from patchpipe.scheduling.policies.view import View
+from patchpipe.scheduling.state import Job, Request
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Refuses a request that would be late alone on the idle machine, or behind all that is due before it.
+
+    The second is reckoned as if work flowed like water: the device seconds of what is due before the request, each at
+    the degree that wastes least, shared by all devices. What is late already is not counted: it gives way.
+
+    Attributes:
+        margin: Share of the time to its deadline that a request's reckoned end may take; below 1 is stricter.
+    """
+
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.margin > 0:
+            raise ValueError(f"margin={self.margin} must be above 0")
+
+    def refusal(self, view: View, request: Request) -> str | None:
+        """Why a request should be turned away, in words for its user; ``None`` accepts it."""
+        allowed = request.deadline - view.now
+        job = Job(request, request.steps)
+        needed = view.fastest(job)
+        if needed > self.margin * allowed:
+            return f"it takes {needed:.1f} s on the idle machine, and its deadline is in {allowed:.1f} s"
+        before = [other for other in view.jobs if other.request.deadline <= request.deadline]
+        work = sum(
+            _device_seconds(view, other) for other in before if view.now + view.fastest(other) <= other.request.deadline
+        )
+        reckoned = (work + _device_seconds(view, job)) / max(1, view.room)
+        if reckoned > self.margin * allowed:
+            return f"what is due before it takes {reckoned:.1f} s, and its deadline is in {allowed:.1f} s"
+        return None
+
+
+def _device_seconds(view: View, job: Job) -> float:
+    degrees = view.costs.degrees(job.request.shape)
+    return min(degree * view.seconds(job, degree) for degree in degrees)
