@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from patchpipe.cli.app import app
-from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, trace
+from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, serve, trace
 
 __all__ = ["app"]
 
@@ -16,3 +16,4 @@ app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=trace.EPILOG)(trace.trace)
 app.command(epilog=models.EPILOG)(models.models)
+app.command(epilog=serve.EPILOG)(serve.serve)
