@@ -40,6 +40,20 @@ def run(service: Service, listener: socket.socket, on_listening: Callable[[str],
         listener: Where it listens.
         on_listening: Called with its address when it takes requests.
     """
+    address = address_of(listener)
+    try:
+        make_server(service, lambda: on_listening(address)).run([listener])
+    finally:
+        service.close()
+
+
+def make_server(service: Service, on_started: Callable[[], None]) -> uvicorn.Server:
+    """The server of a service.
+
+    Args:
+        service: The service, started.
+        on_started: Called when it takes requests.
+    """
     settings = service.settings
     config = uvicorn.Config(
         make_app(service),
@@ -49,12 +63,13 @@ def run(service: Service, listener: socket.socket, on_listening: Callable[[str],
         timeout_graceful_shutdown=int(settings.drain_seconds) + 1,
         h11_max_incomplete_event_size=64 * 1024,
     )
+    return _Server(config, service, on_started)
+
+
+def address_of(listener: socket.socket) -> str:
+    """Where clients find it."""
     host, port = listener.getsockname()[:2]
-    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    try:
-        _Server(config, service, lambda: on_listening(address)).run([listener])
-    finally:
-        service.close()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class _Server(uvicorn.Server):

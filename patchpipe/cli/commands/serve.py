@@ -157,6 +157,7 @@ def _run(
 ) -> None:
     """Loads and serves; heavy libraries come only now."""
     from patchpipe.serve import logs
+    from patchpipe.serve.clips.jobs import own
     from patchpipe.serve.models import start_models
     from patchpipe.serve.service import Service
     from patchpipe.serve.start import listen, run
@@ -165,7 +166,7 @@ def _run(
     logs.set_up(log_format)
     logging.getLogger("patchpipe.engine").setLevel(logging.WARNING)
     made: list[Service] = []
-    with listen(settings) as listener:
+    with listen(settings) as listener, own(settings.folder):
 
         def changed() -> None:
             for service in made:

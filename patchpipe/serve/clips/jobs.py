@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
 
@@ -39,19 +39,18 @@ class Clips:
     """The clips of a service.
 
     Args:
-        folder: Where their files are; one service at a time has it.
+        folder: Where their files are, owned by this process (``own``).
         database: URL of the table.
         keep_hours: Hours after which a finished clip is deleted.
         submit: Has a clip painted.
         cancel: Ends that.
 
     Raises:
-        ValueError: The folder cannot be written, another service has it, or the database cannot be opened.
+        ValueError: The database cannot be opened.
     """
 
     def __init__(self, folder: Path, database: str | None, keep_hours: float, submit: Submit, cancel: Cancel) -> None:
         self._folder = folder
-        self._lock_file = _own(folder)
         self._store = Store(database or f"sqlite:///{folder / 'queue.sqlite'}")
         self._keep, self._submit, self._cancel = keep_hours * 3600, submit, cancel
         self._tickets: dict[str, Ticket] = {}
@@ -162,10 +161,9 @@ class Clips:
         self._closing = True
 
     def close(self) -> None:
-        """Waits for files that are being written, and lets the folder go."""
+        """Waits for files that are being written."""
         self._encoding.shutdown(wait=True)
         self._store.close()
-        self._lock_file.close()
 
     def _begin(self, clip: str, work: Work) -> None:
         ticket = self._submit(work, partial(self._hear, clip))
@@ -225,8 +223,8 @@ class Clips:
         return self._folder / "clips" / clip
 
 
-def _own(folder: Path) -> Any:
-    """Takes a folder for this process alone.
+def own(folder: Path) -> IO[str]:
+    """Takes a folder for this process alone, until the file that is returned is closed.
 
     Raises:
         ValueError: It cannot be written, or another service has it.

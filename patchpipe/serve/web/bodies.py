@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+_SWITCHES = ("stream", "progress")
 _SEEDS = 2**63 - 1024  # a request's pictures count up from theirs
 
 
@@ -29,6 +30,13 @@ class _Asked(BaseModel):
     lora: dict[str, Any] | list[Any] | str | None = Field(None, description='{"name": NAME, "scale": 1.0}, or several.')
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="Seconds by which it should be there.")
     priority: int | None = Field(None, ge=-100, le=100, description="The higher, the sooner.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_numbers_from_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name not in _SWITCHES:
+            raise ValueError("must not be true or false")
+        return value
 
 
 class PictureAsked(_Asked):

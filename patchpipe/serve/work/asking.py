@@ -93,7 +93,8 @@ def ask(
     given |= size_of(asked) | _guidance(asked, facts) | dict(images or {})
     if kind == "clip":
         given |= _frames(asked)
-    arguments = {**facts.advised, **given, "prompt": _prompt(asked.get("prompt"), "prompt", limits)}
+    advised = {name: value for name, value in facts.advised.items() if name in facts.arguments}
+    arguments = {**advised, **given, "prompt": _prompt(asked.get("prompt"), "prompt", limits)}
     _fit_to_picture(arguments, given, facts)
     _check_names(given, model)
     _check_sizes(arguments, kind, limits)
@@ -219,7 +220,7 @@ def _fit_to_picture(arguments: dict[str, Any], given: Mapping[str, Any], facts: 
 def _check_names(given: Mapping[str, Any], model: Model) -> None:
     for name in given:
         if name not in model.facts.arguments:
-            shown = {"image": "a picture to start from", "mask_image": "a mask"}.get(name, name)
+            shown = {"image": "picture to start from", "mask_image": "mask"}.get(name, name)
             param = {"mask_image": "mask"}.get(name, name)
             raise bad(f"{model.public} ({model.facts.pipeline}) takes no {shown}", param, "unsupported_parameter")
 

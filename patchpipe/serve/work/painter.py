@@ -58,6 +58,7 @@ class Painter:
             ticket.attempts += 1
             ticket.started = ticket.started or monotonic()
             ticket.tell(Started())
+        engine: Engine | None = None
         try:
             engine = model.engine
             self._change_loras(engine, group[0].work.loras)
@@ -66,7 +67,7 @@ class Painter:
             else:
                 self._paint_alone(model, engine, group[0])
         except Exception as error:
-            self._settle(model, group, error)
+            self._settle(model, engine, group, error)
 
     def stop(self, ticket: Ticket) -> None:
         """Ends the work on a request at once, if it is the only one that the engine works for."""
@@ -151,7 +152,7 @@ class Painter:
 
     # -- how it ended --------------------------------------------------------------------------------
 
-    def _settle(self, model: Model, group: Sequence[Ticket], error: Exception) -> None:
+    def _settle(self, model: Model, engine: Engine | None, group: Sequence[Ticket], error: Exception) -> None:
         left = [ticket for ticket in group if not ticket.over]
         for ticket in left:
             if ticket.cancelled:
@@ -167,21 +168,12 @@ class Painter:
                 return
             refusal = Refusal(400, str(error), code="refused_by_model")
         else:
-            refusal = self._failed(model, error)
+            refusal = _failed(model, engine, error)
             again = [ticket for ticket in left if refusal.status == 503 and ticket.attempts < MOST_ATTEMPTS]
             self._put_back(again)
             left = [ticket for ticket in left if ticket not in again]
         for ticket in left:
             ticket.tell(Ended(refusal))
-
-    def _failed(self, model: Model, error: Exception) -> Refusal:
-        cause = f"{type(error).__name__}: {error}"
-        logger.error("painting failed", extra={"fields": {"model": model.name, "cause": cause}})
-        if model.usable and model.engine.closed:
-            model.revive(str(error))
-        if not model.usable:
-            return Refusal(503, f"a worker of {model.name} failed: {error}", code="worker_lost", retry_after=10)
-        return Refusal(500, f"{model.name} could not paint this: {error}", code="worker_failed")
 
     def _change_loras(self, engine: Engine, wanted: tuple[tuple[str, float], ...]) -> None:
         """Has the engine paint with these LoRAs and no others."""
@@ -193,6 +185,16 @@ class Painter:
             if (name, scale) not in loaded.items():
                 assert self._loras is not None
                 engine.load_lora(self._loras / f"{name}.safetensors", name=name, scale=scale)
+
+
+def _failed(model: Model, engine: Engine | None, error: Exception) -> Refusal:
+    """What to tell of a failure that is not the client's; gets a model up again whose engine it has ended."""
+    cause = f"{type(error).__name__}: {error}"
+    logger.error("painting failed", extra={"fields": {"model": model.name, "cause": cause}})
+    if engine is not None and not engine.closed:
+        return Refusal(500, f"{model.public} could not paint this: {error}", code="worker_failed")
+    model.revive(str(error))
+    return Refusal(503, f"a worker of {model.public} failed: {error}", code="worker_lost", retry_after=10)
 
 
 def one_output(images: Any) -> Any:
