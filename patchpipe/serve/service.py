@@ -14,6 +14,7 @@ from patchpipe.serve.clips.jobs import Clips
 from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
+from patchpipe.serve.work.asking import lora_names
 from patchpipe.serve.work.backlog import Backlog
 from patchpipe.serve.work.dispatch import Dispatch, earliest_deadline
 from patchpipe.serve.work.model import Model
@@ -194,13 +195,8 @@ class Service:
             "running": [_place(ticket) for ticket in running],
             "waiting": [_place(ticket) for ticket in waiting],
             "limits": {**vars(self.settings.limits)},
-            "loras": self.loras(),
+            "loras": lora_names(self.settings.lora_folder),
         }
-
-    def loras(self) -> list[str]:
-        """Names of the LoRAs that requests may name."""
-        folder = self.settings.lora_folder
-        return [] if folder is None else sorted(file.stem for file in folder.glob("*.safetensors"))
 
     def drain(self) -> None:
         """Says that it is not ready, so that nobody sends it anything more."""

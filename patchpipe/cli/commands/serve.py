@@ -126,7 +126,7 @@ def serve(
     settings = _settings(given)
     loading = Loading(layout, options.read_devices(devices), dtype, threads, in_flight)
     named = read_models(models or ())
-    _check_installed()
+    _check_installed(loras=lora_folder is not None)
     _run(settings, loading, named, edits, log_format)
 
 
@@ -146,10 +146,11 @@ def _settings(given: dict[str, Any]) -> Settings:
     )
 
 
-def _check_installed() -> None:
-    missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
+def _check_installed(loras: bool) -> None:
+    needed = (*_NEEDS, "peft") if loras else _NEEDS
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"the service needs {', '.join(missing)}: pip install 'patchpipe[serve]'")
+        raise ValueError(f"the service needs {', '.join(missing)}: pip install 'patchpipe[serve,lora]'")
 
 
 def _run(

@@ -65,7 +65,8 @@ class Door:
         finally:
             if scope["path"] not in _QUIET:
                 fields = {"method": scope["method"], "path": scope["path"], "status": status, "request": name}
-                logger.info("http", extra={"fields": {**fields, "name": shown, "seconds": monotonic() - began}})
+                given = {} if shown != asked else {"given": shown}
+                logger.info("http", extra={"fields": {**fields, **given, "seconds": monotonic() - began}})
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         settings, path = self._service.settings, scope["path"]

@@ -151,7 +151,7 @@ def read_loras(given: Any, folder: Path | None) -> tuple[tuple[str, float], ...]
         except ValueError:
             raise bad("lora is text that is no JSON", "lora") from None
     found = [_read_lora(one) for one in (given if isinstance(given, list) else [given])]
-    known = [] if folder is None else sorted(file.stem for file in folder.glob("*.safetensors"))
+    known = lora_names(folder)
     for name, _ in found:
         if name not in known:
             have = f"there are {', '.join(known)}" if known else "this service has none (--lora-folder)"
@@ -159,6 +159,12 @@ def read_loras(given: Any, folder: Path | None) -> tuple[tuple[str, float], ...]
     if len({name for name, _ in found}) < len(found):
         raise bad("lora names the same one twice", "lora")
     return tuple(sorted(found))
+
+
+def lora_names(folder: Path | None) -> list[str]:
+    """Names of the LoRAs that requests may name: files of a folder; a name with a dot in it names no module."""
+    files = [] if folder is None else folder.glob("*.safetensors")
+    return sorted(file.stem for file in files if "." not in file.stem)
 
 
 def _read_lora(one: Any) -> tuple[str, float]:

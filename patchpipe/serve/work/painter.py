@@ -60,6 +60,8 @@ class Painter:
             ticket.tell(Started())
         engine: Engine | None = None
         try:
+            if all(ticket.cancelled for ticket in group):
+                raise _Unwanted
             engine = model.engine
             self._change_loras(engine, group[0].work.loras)
             if len(group) > 1 or (len(group[0].work.seeds) > 1 and self._joins(model, group[0])):
