@@ -66,6 +66,7 @@ def test_pictures_go_together_where_they_can() -> None:
     alike = [ticket("a", 0.0), streamed, other, failed, ticket("b", 1.0), ticket("c", 2.0)]
     assert [one.work.id for one in earliest_deadline(2)(alike, ())] == ["a", "b"]
     assert earliest_deadline(2)([streamed, alike[0]], ()) == (streamed,)
+    assert earliest_deadline(2, lambda model: False)(alike, ()) == (alike[0],)
 
 
 def test_the_backlog_is_bounded_and_gives_every_request_an_answer() -> None:
@@ -154,7 +155,7 @@ def test_loras_are_named_and_never_a_path(tmp_path: Path) -> None:
         "[",
         ["ink", "ink"],
     ):
-        with pytest.raises(Refusal, match="lora|LoRA"):
+        with pytest.raises(Refusal, match=r"lora|LoRA"):
             read_loras(wrong, tmp_path)
 
 

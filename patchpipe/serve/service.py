@@ -50,7 +50,7 @@ class Service:
         self.metrics = Metrics()
         self.started = int(time.time())
         self._painter = Painter(self.models, settings.in_flight, settings.lora_folder, self._put_back, self._stepped)
-        order = dispatch or earliest_deadline(settings.in_flight)
+        order = dispatch or earliest_deadline(settings.in_flight, lambda name: self.models[name].facts.together)
         self.backlog = Backlog(order, self._paint, lambda name: self.models[name].usable, settings.limits.waiting)
         self.metrics.watch(self.backlog, self.models)
         self.clips = Clips(settings.folder, settings.database, settings.keep_hours, self._submit_again, self.cancel)

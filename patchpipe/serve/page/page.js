@@ -156,11 +156,11 @@ function show(blob, fields, coming) {
 function advance(step, total) {
   at("progress").max = total ?? 1;
   at("progress").value = step;
-  say(total === 100 && kind() === "clip" ? `${step} %` : `Step ${step} of ${total ?? "?"}`);
+  say(total === 100 && kind() === "clip" ? `${step} %` : `Step ${step} of ${total ?? "?"}`, null);
 }
 
 function finish(blob, fields, text, small = blob) {
-  say(text);
+  say(text, `The ${blob.type.split("/")[0]} is there: ${text}`);
   const save = at("save");
   if (save.href) URL.revokeObjectURL(save.href);
   save.href = URL.createObjectURL(blob);
@@ -169,8 +169,10 @@ function finish(blob, fields, text, small = blob) {
   keep({ blob, small, fields, text, made: Date.now() });
 }
 
-function say(text) {
+// Steps are shown and not said: a screen reader would talk all the time.
+function say(text, aloud = text) {
   at("caption").textContent = text;
+  if (aloud !== null) at("said").textContent = aloud;
 }
 
 function complain(text) {

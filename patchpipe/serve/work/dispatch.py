@@ -15,7 +15,7 @@ from patchpipe.serve.work.tickets import Ticket
 Dispatch = Callable[[Sequence[Ticket], Sequence[Ticket]], tuple[Ticket, ...]]
 
 
-def earliest_deadline(together: int = 1) -> Dispatch:
+def earliest_deadline(together: int = 1, joins: Callable[[str], bool] = lambda model: True) -> Dispatch:
     """One after the other: by priority, then deadline, then arrival.
 
     The models share this machine's devices, so one request has them all.
@@ -23,6 +23,7 @@ def earliest_deadline(together: int = 1) -> Dispatch:
     Args:
         together: Pictures that may be painted together, where they are of one model and its LoRAs, and none is to be
             seen on the way.
+        joins: Whether a model paints several together.
     """
 
     def choose(waiting: Sequence[Ticket], running: Sequence[Ticket]) -> tuple[Ticket, ...]:
@@ -30,7 +31,7 @@ def earliest_deadline(together: int = 1) -> Dispatch:
             return ()
         queue = sorted(waiting, key=_order)
         first, *others = queue
-        if together == 1 or not _joins(first, first):
+        if together == 1 or not joins(first.work.model) or not _joins(first, first):
             return (first,)
         return (first, *[one for one in others if _joins(first, one)][: together - 1])
 

@@ -116,12 +116,13 @@ class Painter:
 
     def _watch(self, model: Model, tickets: Mapping[int, Ticket], done: int = 0) -> Callable[[Progress], None]:
         """Follows the steps of calls, by number; ends them when nobody wants any of them."""
-        last = monotonic()
+        last: float | None = None  # what comes before the first step is over is more than a step
 
         def on_progress(progress: Progress) -> None:
             nonlocal last
             now = monotonic()
-            self._on_step(model.name, now - last)
+            if last is not None:
+                self._on_step(model.name, now - last)
             last = now
             ticket = tickets[progress.call]
             if progress.total is not None:
