@@ -29,7 +29,7 @@ from patchpipe.serve.service import Service
 from patchpipe.serve.settings import Limits, Settings
 from patchpipe.serve.start import address_of, listen, make_server
 from patchpipe.serve.work.model import Model
-from tests import tiny
+from tests import chromium, tiny
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -257,6 +257,38 @@ def test_bad_input_is_told_at_once_in_openais_shape(running: Running) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     for path in ("/v1/videos?limit=0", "/v1/videos?order=up", "/v1/videos?after=nothing"):
         assert running.get(path).status_code == 400
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+COUNT_PREVIEWS = """
+window.previews = 0;
+new MutationObserver(() => window.previews += document.querySelectorAll("#canvas img.coming").length ? 1 : 0)
+  .observe(document.getElementById("canvas"), { childList: true });
+"""
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="needs Chromium")
+def test_the_page_paints_by_keyboard_alone_and_fits_a_phone(running: Running, tmp_path: Path) -> None:
+    with chromium.Chromium(tmp_path) as page:
+        page.size(1280, 900)
+        page.open(running.address)
+        page.until("document.getElementById('health')?.textContent === 'ready'")
+        page.run(COUNT_PREVIEWS)
+        for _ in range(2):  # past the link that skips to the prompt
+            page.press("Tab", 9)
+        assert page.run("document.activeElement.id") == "prompt"
+        page.type("red heart, flat style")
+        page.press("Enter", 13, modifiers=2)
+        page.until("document.getElementById('said').textContent.startsWith('The image is there')", 150)
+        assert page.run("window.previews") >= 1
+        assert page.run("document.querySelector('#canvas img').naturalWidth") == 128
+        page.until("document.querySelectorAll('#pictures li').length === 1")
+        assert "pipefusion 2" in page.run("document.getElementById('models').textContent")
+        assert all(name for _, name in page.names()), page.names()
+        page.size(390, 844, phone=True)
+        assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        assert not page.problems
 
 
 # -- under load, and when something dies --------------------------------------------------------------

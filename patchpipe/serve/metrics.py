@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -34,7 +34,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        kind, own = ["model", "kind"], {"registry": self.registry}
+        kind: list[str] = ["model", "kind"]
+        own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter("patchpipe_requests", "Requests by outcome.", [*kind, "outcome"], **own)
         self.rejections = Counter("patchpipe_rejections", "Requests turned away, by reason.", ["reason"], **own)
         self.wait = Histogram("patchpipe_queue_wait_seconds", "Arrival to start.", kind, buckets=_LONG, **own)

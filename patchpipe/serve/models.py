@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.config import PLAIN, AutoLayout
 from patchpipe.demo import MODEL_DIR, call_defaults
@@ -64,7 +64,7 @@ class Loading:
         """
         from patchpipe.engine import Engine
 
-        options = {} if task is None else {"task": task}
+        options: dict[str, Any] = {} if task is None else {"task": task}
         config = PLAIN if self.layout == "plain" else self._auto(source)
         return Engine(source, config, self.devices, self.dtype, threads=self.threads, **options)
 

@@ -60,6 +60,9 @@ class Clips:
 
     def restore(self) -> int:
         """Goes on with what was accepted before; what was under way begins anew. Returns how many there are."""
+        for place in (self._folder / "clips").glob("*"):
+            if self._store.get(place.name) is None:  # of a clip that was never accepted
+                shutil.rmtree(place, ignore_errors=True)
         clips = self._store.unfinished()
         for clip in clips:
             if clip.attempts >= MOST_BEGINNINGS:
@@ -135,6 +138,8 @@ class Clips:
         if found.status != "completed":
             raise bad(f"the video is {found.status}: there is nothing to load", code="video_not_ready")
         name, kind = VARIANTS[variant]
+        if not (self._place(clip) / name).is_file():
+            raise Refusal(404, f"the file of {clip} is gone", code="not_found")
         return self._place(clip) / name, kind
 
     def delete(self, clip: str) -> None:
