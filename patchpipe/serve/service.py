@@ -15,7 +15,7 @@ from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.work.asking import lora_names
-from patchpipe.serve.work.backlog import Backlog
+from patchpipe.serve.work.backlog import Backlog, shutting_down
 from patchpipe.serve.work.dispatch import Dispatch, earliest_deadline
 from patchpipe.serve.work.model import Model
 from patchpipe.serve.work.painter import Painter
@@ -209,7 +209,7 @@ class Service:
         self.clips.stop()
         self._ending.set()
         for ticket in self.backlog.close():
-            ticket.tell(Ended(Refusal(503, "the service is shutting down", code="shutting_down", retry_after=10)))
+            ticket.tell(Ended(shutting_down()))
         for ticket in self.backlog.snapshot()[1]:
             self.cancel(ticket)
             ticket.wait(10)

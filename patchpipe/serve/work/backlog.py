@@ -47,7 +47,7 @@ class Backlog:
         """
         with self._changed:
             if self._closed:
-                raise Refusal(503, "the service is shutting down", code="shutting_down", retry_after=10)
+                raise shutting_down()
             if not accepted:
                 self.check_room()
             self._waiting.append(ticket)
@@ -64,9 +64,13 @@ class Backlog:
             raise Refusal(429, message, code="queue_full", retry_after=self._usual * 2)
 
     def put_back(self, tickets: Sequence[Ticket]) -> None:
-        """Lets requests that were begun wait once more."""
+        """Lets requests that were begun wait once more; when the service ends they end too."""
         with self._changed:
-            self._waiting.extend(tickets)
+            if not self._closed:
+                self._waiting.extend(tickets)
+                return
+        for ticket in tickets:
+            ticket.tell(Ended(shutting_down()))
 
     def withdraw(self, ticket: Ticket) -> None:
         """Takes a request that waits out of the line; one that runs ends at its next step."""
@@ -134,6 +138,11 @@ class Backlog:
                 self._running = [one for one in self._running if one not in group]
                 self._changed.notify_all()
             self.look()
+
+
+def shutting_down() -> Refusal:
+    """What a request comes to when the service ends."""
+    return Refusal(503, "the service is shutting down", code="shutting_down", retry_after=10)
 
 
 def cancelled() -> Refusal:

@@ -163,8 +163,11 @@ class Painter:
         left = [ticket for ticket in left if not ticket.over]
         if isinstance(error, (Cancelled, _Unwanted)):
             refusal = cancelled()
-        elif isinstance(error, Refusal):
-            refusal = error
+        elif isinstance(error, Refusal):  # the model went down before anything was begun: they wait until it is up
+            for ticket in left:
+                ticket.attempts -= 1
+            self._put_back(left)
+            return
         elif isinstance(error, (ValueError, TypeError, FileNotFoundError, NotImplementedError)):
             if len(group) > 1:  # whose fault it is shows when each is painted alone
                 self._put_back(left)
