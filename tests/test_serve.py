@@ -31,7 +31,7 @@ from patchpipe.serve.start import address_of, listen, make_server
 from patchpipe.serve.work.model import Model
 from tests import chromium, tiny
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {"num_inference_steps": 4}
@@ -51,7 +51,7 @@ class Running:
         return httpx2.post(self.address + path, timeout=120, **request)
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(self.address + path, timeout=120)
+        return httpx2.get(self.address + path, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def running(clips: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     made[0].close()
 
 
-def until(true: Callable[[], Any], seconds: float = 90.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 240.0) -> Any:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := true():
@@ -193,7 +193,7 @@ def test_a_clip_that_runs_ends_when_it_is_deleted(running: Running) -> None:
     until(lambda: running.get(f"/v1/videos/{clip}").json()["progress"] > 0)
     assert running.get(f"/v1/videos/{clip}/content").status_code == 400
     running.client.videos.delete(clip)
-    until(lambda: not running.get("/v1/state").json()["running"], 30)
+    until(lambda: not running.get("/v1/state").json()["running"])
     assert 'kind="clip",model="wan",outcome="cancelled"} 1.0' in running.get("/metrics").text
 
 
@@ -278,16 +278,20 @@ def test_the_page_paints_by_keyboard_alone_and_fits_a_phone(running: Running, tm
         for _ in range(2):  # past the link that skips to the prompt
             page.press("Tab", 9)
         assert page.run("document.activeElement.id") == "prompt"
-        page.type("red heart, flat style")
-        page.press("Enter", 13, modifiers=2)
-        page.until("document.getElementById('said').textContent.startsWith('The image is there')", 150)
+        for number, prompt in enumerate(("owl, flat style", "red heart, 3d style"), start=1):
+            page.run("document.getElementById('prompt').select()")
+            page.type(prompt)
+            page.press("Enter", 13, modifiers=2)
+            page.until(f"document.querySelectorAll('#pictures li').length === {number}", 200)
+            assert page.run("document.getElementById('said').textContent").startswith("The image is there")
         assert page.run("window.previews") >= 1
         assert page.run("document.querySelector('#canvas img').naturalWidth") == 128
-        page.until("document.querySelectorAll('#pictures li').length === 1")
+        page.screenshot(tmp_path / "desktop.png")
         assert "pipefusion 2" in page.run("document.getElementById('models').textContent")
         assert all(name for _, name in page.names()), page.names()
         page.size(390, 844, phone=True)
         assert page.run("document.documentElement.scrollWidth <= innerWidth")
+        page.screenshot(tmp_path / "phone.png")
         assert not page.problems
 
 
@@ -306,7 +310,7 @@ def test_clients_that_leave_and_a_queue_that_is_full(running: Running) -> None:
             running.client.images.generate(prompt="owl")
         assert 1 <= int(told.value.response.headers["retry-after"]) <= 120
         assert "patchpipe_requests_waiting" in running.get("/metrics").text
-    until(lambda: not running.get("/v1/state").json()["running"], 60)
+    until(lambda: not running.get("/v1/state").json()["running"])
     assert not running.get("/v1/state").json()["waiting"]
     assert running.client.images.generate(prompt="owl", size="64x64", extra_body=SHORT).data
 
@@ -329,7 +333,7 @@ def test_a_worker_that_is_killed_costs_time_and_nothing_else(running: Running) -
     assert running.get("/readyz").status_code == 200  # the others go on
     clip = running.post("/v1/videos", json={"prompt": "a wave", **CLIP}).json()["id"]
     until(lambda: running.get(f"/v1/videos/{clip}").json()["status"] == "completed")
-    thread.join(120)
+    thread.join(300)
     assert found[0].status_code == 200
     assert model.restarts == 1
     again = running.post("/v1/images/generations", json=asked)
