@@ -48,7 +48,7 @@ class Running:
     client: openai.OpenAI
 
     def post(self, path: str, **request: Any) -> httpx2.Response:
-        return httpx2.post(self.address + path, timeout=120, **request)
+        return httpx2.post(self.address + path, timeout=300, **request)
 
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(self.address + path, timeout=300)
@@ -365,7 +365,7 @@ def test_a_restart_goes_on_with_what_was_accepted(clips: str, tmp_path: Path) ->
         ids = [httpx2.post(f"{address}/v1/videos", json=one).json()["id"] for one in (slow, {"prompt": "x", **CLIP})]
         until(lambda: httpx2.get(f"{address}/v1/videos/{ids[0]}").json()["progress"] > 0)
         first.send_signal(signal.SIGTERM)
-        _, log = first.communicate(timeout=60)
+        _, log = first.communicate(timeout=300)
     assert first.returncode == 0, log
     assert "draining" in [json.loads(line)["event"] for line in log.splitlines()]
     with start(*arguments) as second:
@@ -373,5 +373,5 @@ def test_a_restart_goes_on_with_what_was_accepted(clips: str, tmp_path: Path) ->
         httpx2.delete(f"{address}/v1/videos/{ids[0]}")
         until(lambda: httpx2.get(f"{address}/v1/videos/{ids[1]}").json()["status"] == "completed")
         with start(*arguments) as third:  # the folder is taken
-            assert "belongs to a service that runs" in third.communicate(timeout=60)[1]
+            assert "belongs to a service that runs" in third.communicate(timeout=300)[1]
         second.kill()
