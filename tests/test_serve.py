@@ -19,7 +19,10 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from patchpipe.config import ParallelConfig
 from patchpipe.demo import MODEL_DIR
@@ -79,7 +82,9 @@ def running(clips: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
         Model("demo", demo, lambda: plain.start(demo, EDIT_TASK), changed, for_edits=True),
         Model("wan", clips, lambda: plain.start(clips), changed),
     ]
-    settings = Settings(port=0, folder=tmp_path_factory.mktemp("serve"), limits=Limits(waiting=2), in_flight=2)
+    folder = tmp_path_factory.mktemp("serve")
+    lora_folder = save_lora(tmp_path_factory.mktemp("loras") / "ink.safetensors")
+    settings = Settings(port=0, folder=folder, lora_folder=lora_folder, limits=Limits(waiting=2), in_flight=2)
     made.append(Service(settings, models))
     made[0].start()
     started, listener = threading.Event(), listen(settings)
@@ -92,6 +97,19 @@ def running(clips: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     server.should_exit = True
     thread.join(20)
     made[0].close()
+
+
+def save_lora(file: Path) -> Path:
+    """A LoRA beside the bundled model's last layer; its folder."""
+    [weights] = (MODEL_DIR / "transformer").glob("*.safetensors")
+    with safe_open(weights, "pt") as found:
+        outputs, inputs = found.get_slice("proj_out.weight").get_shape()
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"lora_A": (2, inputs), "lora_B": (outputs, 2)}
+    save_file(
+        {f"transformer.proj_out.{name}.weight": torch.randn(s, generator=draw) for name, s in shapes.items()}, file
+    )
+    return file.parent
 
 
 def until(true: Callable[[], Any], seconds: float = 240.0) -> Any:
@@ -126,6 +144,19 @@ def test_a_seed_gives_the_engines_picture_in_any_number(running: Running) -> Non
         assert picture(data.b64_json).tobytes() == model.engine(seed=seed, **arguments)[0].tobytes()
         assert (data.model_extra or {})["seed"] == seed
     assert (answer.size, answer.output_format) == ("64x64", "png")
+
+
+def test_a_lora_is_on_for_the_requests_that_name_it(running: Running) -> None:
+    def paint(**extra: Any) -> bytes:
+        asked = {"prompt": "owl", "size": "64x64", "seed": 1, "num_inference_steps": 2, **extra}
+        answer = running.post("/v1/images/generations", json=asked)
+        assert answer.status_code == 200, answer.text
+        return picture(answer.json()["data"][0]["b64_json"]).tobytes()
+
+    without, weak, strong = paint(), paint(lora={"name": "ink", "scale": 0.1}), paint(lora="ink")
+    assert len({without, weak, strong}) == 3
+    assert paint() == without
+    assert running.get("/v1/state").json()["loras"] == ["ink"]
 
 
 def test_a_stream_shows_the_picture_on_the_way(running: Running) -> None:
@@ -221,7 +252,7 @@ WRONG: list[tuple[Any, int, str]] = [
     ({"prompt": "x", "stream": True, "n": 2}, 400, "n must be 1"),
     ({"prompt": "x", "partial_images": 1}, 400, "needs stream"),
     ({"prompt": "x", "lora": {"path": "/etc/passwd"}}, 400, "files and addresses are not taken"),
-    ({"prompt": "x", "lora": "../../secret"}, 400, "this service has none"),
+    ({"prompt": "x", "lora": "../../secret"}, 400, "there are ink"),
     ({"prompt": "x", "response_format": "url"}, 400, "b64_json"),
     ({"prompt": "x", "negative_prompt": "y", "guidance_scale": 1}, 400, "no effect"),
     ([], 400, "JSON object"),
