@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from patchpipe.serve.start import address_of, listen, make_server
 from patchpipe.serve.work.model import Model
 from tests import chromium, tiny
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = {"num_inference_steps": 4}
@@ -85,6 +86,8 @@ def running(clips: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     folder = tmp_path_factory.mktemp("serve")
     lora_folder = save_lora(tmp_path_factory.mktemp("loras") / "ink.safetensors")
     settings = Settings(port=0, folder=folder, lora_folder=lora_folder, limits=Limits(waiting=2), in_flight=2)
+    with ThreadPoolExecutor() as side_by_side:
+        list(side_by_side.map(Model.start, models))
     made.append(Service(settings, models))
     made[0].start()
     started, listener = threading.Event(), listen(settings)
