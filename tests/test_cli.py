@@ -202,7 +202,7 @@ import sys
 from patchpipe.cli import app
 for name in [None, *(command.callback.__name__ for command in app.registered_commands)]:
     assert app(args=[*filter(None, [name]), "--help"]) == 0
-heavy = {"torch", "diffusers", "transformers", "huggingface_hub"} & sys.modules.keys()
+heavy = {"torch", "diffusers", "transformers", "huggingface_hub", "fastapi", "sqlalchemy"} & sys.modules.keys()
 sys.exit(heavy or None)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

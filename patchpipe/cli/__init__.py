@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from patchpipe.cli.app import app
-from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, simulate, trace
+from patchpipe.cli.commands import demo, explain, generate, info, models, plan, profile, quality, serve, simulate, trace
 
 __all__ = ["app"]
 
@@ -17,3 +17,4 @@ app.command(epilog=info.EPILOG)(info.info)
 app.command(epilog=explain.EPILOG)(explain.explain)
 app.command(epilog=trace.EPILOG)(trace.trace)
 app.command(epilog=models.EPILOG)(models.models)
+app.command(epilog=serve.EPILOG)(serve.serve)

@@ -30,6 +30,8 @@ _EPILOG = """
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 8 --device l40
 
+  [green]patchpipe serve[/] ./FLUX.1-dev
+
   [green]patchpipe info[/] black-forest-labs/FLUX.1-dev --pipefusion 4
 """
 

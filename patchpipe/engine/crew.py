@@ -70,6 +70,11 @@ class Crew:
         """Whether the workers are gone."""
         return not self._finalizer.alive
 
+    @property
+    def alive(self) -> bool:
+        """Whether all workers run."""
+        return not self.closed and all(worker.alive for worker in self.members)
+
     def take(self, layout: ParallelConfig, threads: int) -> None:
         """Keeps as many workers as a layout needs; the others go, which have nothing loaded yet.
 

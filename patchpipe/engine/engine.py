@@ -334,6 +334,11 @@ class Engine:
         return self._crew.closed
 
     @property
+    def alive(self) -> bool:
+        """Whether all workers run."""
+        return self._crew.alive
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """The device of each rank."""
         return self._crew.devices

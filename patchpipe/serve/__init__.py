@@ -1,0 +1,5 @@
+"""The service: models of this machine behind OpenAI's API.
+
+``work/`` has what is to be painted, who is next and who paints it, without a word of HTTP; ``web/`` has the routes;
+``page/`` the playground that browsers get. Only ``web/`` and ``start.py`` import FastAPI.
+"""

@@ -1,0 +1,1 @@
+"""The service's routes over HTTP, with errors in OpenAI's shape."""

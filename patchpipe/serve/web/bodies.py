@@ -1,0 +1,71 @@
+"""What clients may send: OpenAI's fields and ours, each with its type. Limits are checked later, against the model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+_SWITCHES = ("stream", "progress")
+_SEEDS = 2**63 - 1024  # a request's pictures count up from theirs
+
+
+class _Asked(BaseModel):
+    """What pictures and clips have in common."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="Which model paints; by default the first that can.")
+    prompt: str = Field(description="What to paint.")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16, or auto.")
+    user: str | None = Field(None, description="Taken and not looked at.", deprecated=True)
+    # Beyond OpenAI's API.
+    seed: int | None = Field(None, ge=0, le=_SEEDS, description="The same seed gives the same picture.")
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    guidance_scale: float | None = Field(None, ge=0, le=100, description="Guidance strength, as the model takes it.")
+    true_cfg_scale: float | None = Field(None, ge=0, le=100, description="Strength of guidance by two calls.")
+    negative_prompt: str | None = Field(None, description="What the picture should not show.")
+    height: int | None = Field(None, ge=1, description="In pixels, in place of size.")
+    width: int | None = Field(None, ge=1, description="In pixels, in place of size.")
+    lora: dict[str, Any] | list[Any] | str | None = Field(None, description='{"name": NAME, "scale": 1.0}, or several.')
+    deadline_s: float | None = Field(None, gt=0, le=1e6, description="Seconds by which it should be there.")
+    priority: int | None = Field(None, ge=-100, le=100, description="The higher, the sooner.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_numbers_from_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name not in _SWITCHES:
+            raise ValueError("must not be true or false")
+        return value
+
+
+class PictureAsked(_Asked):
+    """POST /v1/images/generations."""
+
+    n: int | None = Field(None, ge=1, description="Pictures.")
+    stream: bool | None = Field(None, description="Send events while the picture is painted.")
+    partial_images: int | None = Field(None, ge=0, description="Pictures on the way, of a stream.")
+    progress: bool | None = Field(None, description="Send patchpipe.progress events too, of a stream.")
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
+    response_format: Literal["b64_json"] | None = Field(None, description="Pictures come in the answer.")
+    background: Literal["opaque", "auto"] | None = Field(None, description="Pictures are opaque.")
+    quality: str | None = Field(None, description="Taken and not looked at: see num_inference_steps.")
+    style: str | None = Field(None, description="Taken and not looked at.")
+    moderation: str | None = Field(None, description="Taken and not looked at.")
+    safety_identifier: str | None = Field(None, description="Taken and not looked at.")
+
+
+class EditAsked(PictureAsked):
+    """POST /v1/images/edits, beside the files."""
+
+    strength: float | None = Field(None, ge=0, le=1, description="How much is painted anew.")
+    input_fidelity: str | None = Field(None, description="Taken and not looked at: see strength.")
+
+
+class ClipAsked(_Asked):
+    """POST /v1/videos, beside the file."""
+
+    seconds: float | None = Field(None, gt=0, le=600, description="How long the clip is.")
+    fps: float | None = Field(None, gt=0, le=120, description="Frames a second; 16 by default.")
+    num_frames: int | None = Field(None, ge=1, description="Frames, in place of seconds.")
