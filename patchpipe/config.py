@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.combinations import check_combination, check_compiled
+from patchpipe.layout.checks import check_at_least, plain_numbers
+from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded
+from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
 
@@ -70,6 +71,8 @@ class ParallelConfig:
             VAE: about 1/N of the memory, the same picture up to float tolerance.
         compile: Compile the blocks a rank owns with ``torch.compile``, each kind of block once for all shapes. The
             first request takes longer; results agree with eager ones to float tolerance.
+        offload: Keep weights of the blocks in host memory and copy them in chunks while others compute: an
+            ``OffloadConfig``, or ``"auto"``. The picture is the same.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -97,14 +100,16 @@ class ParallelConfig:
     distrifusion: int = 1
     parallel_vae: bool = False
     compile: bool = False
+    offload: OffloadConfig | None = None
     backend: Backend = "auto"
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "offload", OffloadConfig.of(self.offload))
         for one in dataclasses.fields(self):
-            object.__setattr__(self, one.name, _plain(getattr(self, one.name)))
+            object.__setattr__(self, one.name, plain_numbers(getattr(self, one.name)))
         for name in DEGREES:
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
             raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
         check_combination(self.methods)
@@ -128,10 +133,12 @@ class ParallelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
+        if self.offload is not None:
+            check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
-            _at_least("patches", self.patches, 1)
+            check_at_least("patches", self.patches, 1)
         if self.warmup != ALL_STEPS:
-            _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously')
+            check_at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously')
         self._freeze("patch_rows")
         self._freeze("stage_blocks")
         if self.share_blocks:
@@ -271,6 +278,7 @@ class ParallelConfig:
             degrees.append("shared blocks" if self.share_blocks else "whole blocks")
         if self.forecast:
             degrees.append("stale keys forecast")
+        degrees += [] if self.offload is None else [self.offload.describe()]
         return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
@@ -382,16 +390,3 @@ class AutoLayout:
             own |= {"patches": None, "split_batch": None, "share_blocks": None}
             own |= {} if config.parallel_vae or config.text_rank is not None else {"stage_blocks": None}
         return replace(config, **own)
-
-
-def _plain(value: Any) -> Any:
-    """Whole numbers of other libraries, such as ``numpy.int64``, as Python's own."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
-
-
-def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        tail = f", {hint}" if hint else ""
-        raise ValueError(f"{name}={value!r} must be a whole number of {low} or more{tail}")

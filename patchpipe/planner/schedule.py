@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from patchpipe.layout.split import shared_blocks
+from patchpipe.offload.choice import Chosen
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
+from patchpipe.planner.offloading import choice_for, stalled
 from patchpipe.planner.work.workload import Block
 
 PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
@@ -117,6 +119,11 @@ def total(
     )  # fmt: skip
 
 
+def _spent(blocks: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Seconds of each block, and those of them that go to exchanges."""
+    return [one + other for one, other in blocks], [other for _, other in blocks]
+
+
 def _each(calls: int, units: list[tuple[float, ...]]) -> tuple[float, ...]:
     """Seconds of each stage, over the units."""
     return tuple(calls * sum(column) for column in zip(*units, strict=True))
@@ -137,6 +144,20 @@ class Schedule:
         self.layout, self.workload, self.config = layout, layout.workload, layout.config
         self.device, self.link = layout.profile.device, layout.profile.link
         self._known: dict[tuple[Block, Tokens, bool], tuple[float, float]] = {}
+
+    @cached_property
+    def offloads(self) -> tuple[Chosen, ...]:
+        """What stays of each stage's weights and how the rest comes; nothing where all of it stays."""
+        if self.config.offload is None:
+            return ()
+        patches = self.layout.patches
+        streams = len(patches) > 1 or self.config.distrifusion > 1
+        piece = self.layout.piece(len(patches) - 1 if streams else None)
+        found = []
+        for stage in range(self.config.pipefusion):
+            spent = [self._block(block, piece, streams) for block in self.layout.held(stage)]
+            found.append(choice_for(self.layout, stage, *_spent(spent)))
+        return tuple(found)
 
     @cached_property
     def timing(self) -> Timing:
@@ -168,6 +189,8 @@ class Schedule:
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
                 exchanged = self.link.exposed(exchanged, computed)
             spending = outside + computed + exchanged
+            if self.offloads:
+                spending += stalled(self.offloads[stage], *_spent(spent))
             spending += self.link.exposed(self._keys(stage, piece, patch), spending)
             host.append(self._host(blocks, piece))
             times.append(max(spending, host[-1]))

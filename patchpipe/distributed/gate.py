@@ -1,0 +1,83 @@
+"""Tells when data of an exchange is on its way to or from this rank's device, so that copies of weights can wait.
+
+What counts is the device, not the host, which runs ahead of it: over NCCL the gate closes when the device has come to
+the operation, and opens when it has done it. Over gloo it is closed while the host waits for the exchange. A posted
+receive does not close it: nobody knows when its data sets out, and it may be long. Its sender's gate is closed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+
+LOOK_SECONDS = 5e-5  # between two looks at what is under way
+PATIENCE_SECONDS = 0.25  # a rank that comes late to an exchange must not hold up the others' weights for ever
+
+
+class Gate:
+    """Whether an exchange is on its way.
+
+    Args:
+        device: Where this rank computes.
+
+    Attributes:
+        passages: Exchanges seen so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.passages = 0
+        self._device = device
+        self._awaited = 0  # exchanges that the host waits for
+        self._under_way: list[tuple[Any, Any]] = []  # when the device came to one, and its work
+        self._changed = threading.Condition()
+
+    def began(self, work: Any) -> None:
+        """An operation was launched that the device will come to when it has done what was launched before."""
+        reached = None
+        if self._device.type == "cuda":
+            reached = torch.cuda.Event()
+            reached.record(torch.cuda.current_stream(self._device))
+        with self._changed:
+            self.passages += 1
+            self._under_way.append((reached, work))
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Around the host's wait for an exchange, where that is how long it lasts."""
+        with self._changed:
+            self.passages += 1
+            self._awaited += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._awaited -= 1
+                self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        """Whether something is on its way at this moment."""
+        with self._changed:
+            return self._closed()
+
+    def wait(self, patience: float = PATIENCE_SECONDS) -> float:
+        """Waits until nothing is on its way, or for so long.
+
+        Returns:
+            Seconds waited.
+        """
+        began = perf_counter()
+        with self._changed:
+            while self._closed() and perf_counter() - began < patience:
+                # A host's wait tells when it ends; of a device one has to ask.
+                self._changed.wait(LOOK_SECONDS if self._under_way else patience)
+        return perf_counter() - began
+
+    def _closed(self) -> bool:
+        self._under_way = [(reached, work) for reached, work in self._under_way if not work.is_completed()]
+        return self._awaited > 0 or any(reached is None or reached.query() for reached, _ in self._under_way)
