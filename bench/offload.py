@@ -2,6 +2,7 @@
 
 python -m bench.offload
 python -m bench.offload --rounds 5 --blocks 12
+python -m bench.offload --patches
 python -m bench.offload --draw
 
 The device is played: a block sleeps for as long as it would compute, with exchanges in between. The rest is real: the
@@ -61,17 +62,21 @@ class Device:
     """What blocks run on: time passes, and exchanges go over the link.
 
     Attributes:
+        share: Of a block's seconds, that a pass takes; 1 / M for a patch of M.
         exchanges: Seconds of every exchange so far.
         events: What was done when, for the drawing: a kind, what of, start and end.
     """
 
     def __init__(self, link: SharedLink, gate: Gate) -> None:
-        self.link, self.gate = link, gate
+        self.link, self.gate, self.share = link, gate, 1.0
         self.exchanges: list[float] = []
         self.events: list[tuple[str, str, float, float]] = []
 
     def compute(self, name: str) -> None:
-        """One block."""
+        """One block; a patch of several goes through a stage, which has no exchanges."""
+        if self.share < 1:
+            sleep(COMPUTE * self.share)
+            return
         for _ in range(EXCHANGES):
             began = perf_counter()
             sleep(COMPUTE / EXCHANGES)
@@ -250,6 +255,38 @@ def run(blocks: int, rounds: int, bandwidths: Sequence[int], shares: Sequence[fl
     return rows
 
 
+def by_patches(blocks: int, rounds: int) -> None:
+    """A stage whose weights come once for every patch: bytes counted, and seconds beside the model's."""
+    table = Table(
+        title=f"A step of one stage at {BANDWIDTHS[1]} MB/s, whose blocks compute for {blocks * COMPUTE:.2f} s"
+    )
+    for name in ("patches", "stays", "MB", "counted", "s", "model", "off by"):
+        table.add_column(name, justify="right")
+    model, rate = Model(blocks), BANDWIDTHS[1] * MEGABYTE
+    for patches in (2, 4, 8):
+        for share in (0.0, 0.5, 0.75):
+            with offloaded(model, BANDWIDTHS[1], OffloadConfig(resident=share, chunk=0.5, gate="off")) as (
+                moving,
+                device,
+            ):
+                model.on[:], device.share = [device], 1 / patches
+                model(torch.zeros(1))
+                copied, began = moving.stats.bytes, perf_counter()
+                for _ in range(patches * rounds):
+                    model(torch.zeros(1))
+                seconds, counted = (perf_counter() - began) / rounds, (moving.stats.bytes - copied) / rounds
+                chosen = moving.chosen
+                assert chosen is not None
+                passing = Passing(chosen.streamed, [COMPUTE / patches] * blocks)
+                predicted = patches * waiting(passing, replace(chosen.transfers, bandwidth=rate)).seconds
+                due = patches * sum(chosen.streamed)
+            table.add_row(
+                str(patches), f"{chosen.share:.0%}", f"{due / MEGABYTE:.1f}", f"{counted / MEGABYTE:.1f}",
+                f"{seconds:.3f}", f"{predicted:.3f}", f"{seconds / predicted - 1:+.0%}",
+            )  # fmt: skip
+    Console().print(table)
+
+
 def show(rows: Sequence[Row]) -> None:
     """A table for people."""
     table = Table(title="A step, by what moves the weights")
@@ -265,13 +302,16 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def main(blocks: int = 8, rounds: int = 3, draw: bool = False, keep: bool = True) -> None:
-    """Measures all ways, or with ``--draw`` draws a pass without the gate and one with it."""
+def main(blocks: int = 8, rounds: int = 3, draw: bool = False, patches: bool = False, keep: bool = True) -> None:
+    """Measures all ways, or a stage by its patches, or draws a pass without the gate and one with it."""
     torch.set_num_threads(1)
     if draw:
         from bench.offload_plot import timeline  # matplotlib, and needed here alone
 
         print(f"wrote {timeline(IMAGES / 'offload.png')}")
+        return
+    if patches:
+        by_patches(blocks, rounds)
         return
     rows = run(blocks, rounds, BANDWIDTHS, RESIDENT)
     show(rows)

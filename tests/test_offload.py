@@ -14,7 +14,7 @@ from torch import Tensor
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.cli.options import read_config
 from patchpipe.distributed.gate import Gate
-from patchpipe.offload.choice import GIB, Inventory, Link, choose, kept_at
+from patchpipe.offload.choice import GIB, Inventory, Link, choose
 from patchpipe.offload.copying import HostCopier, Throttle
 from patchpipe.offload.model import Passing, Transfers, chunk_for, hidden, least_resident, quicker_gated, waiting
 from patchpipe.offload.mover import Mover, Streamed
@@ -24,7 +24,7 @@ from patchpipe.planner import Profile, predict, preset_named
 from patchpipe.planner.report import layout_words
 from patchpipe.planner.search import Wishes, search
 
-SECONDS = 20  # that a thread may take before a test gives up
+SECONDS = 60  # that a thread may take before a test gives up
 
 
 # -- what is asked for ---------------------------------------------------------------------------
@@ -141,8 +141,8 @@ def test_little_depth_leaves_little_to_come_ahead() -> None:
     short = waiting(Passing([100] * 6, [2.0] * 6), Transfers(100.0, 10, 4, starting=0.0))
     assert short.stalled == pytest.approx(6 * 0.6)  # 40 of 100 bytes come while the block before computes
     uneven = Passing([150, 50] * 3, [1.0] * 6)
-    assert waiting(uneven, Transfers(100.0, 10, 15, starting=0.0)).stalled == pytest.approx(3 * 0.5)
-    assert waiting(uneven, Transfers(100.0, 10, 30, starting=0.0)).stalled == pytest.approx(0.0)
+    assert waiting(uneven, Transfers(100.0, 10, 10, starting=0.0)).stalled == pytest.approx(3 * 0.5)
+    assert waiting(uneven, Transfers(100.0, 10, 15, starting=0.0)).stalled == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("frames", "comes"), [(29, False), (33, False), (37, True), (81, True)])
@@ -181,8 +181,13 @@ def test_more_memory_is_never_slower_and_none_is_exceeded() -> None:
 
 
 def ring_of(inventory: Inventory, found: Any) -> int:
-    tensor = kept_at(found.share, inventory, 24e9).tensor
-    return ring_bytes(max(found.streamed), tensor, found.transfers.depth, found.transfers.chunk)
+    coming = [
+        size
+        for sizes, kept in zip(inventory.weights, found.resident, strict=True)
+        for number, size in enumerate(sizes)
+        if number not in kept
+    ]
+    return ring_bytes(max(found.streamed), max(coming), found.transfers.depth, found.transfers.chunk)
 
 
 # -- the mover -----------------------------------------------------------------------------------
@@ -389,5 +394,5 @@ def test_less_memory_takes_longer_and_more_passes_bring_more() -> None:
     few, many = (asked(4, pipefusion=2, patches=patches) for patches in (2, 8))
     assert many.uploads[0] > 3 * few.uploads[0]
     assert many.seconds > few.seconds
-    with pytest.raises(ValueError, match="need 0.* GiB of the device at least"):
+    with pytest.raises(ValueError, match=r"need 0\..* GiB of the device at least"):
         asked(0.01)

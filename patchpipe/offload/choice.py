@@ -184,7 +184,9 @@ class Kept:
 
 def kept_at(share: float, inventory: Inventory, bandwidth: float) -> Kept:
     """Spreads a share of the weights over the blocks."""
-    targets = spread(inventory.sizes, inventory.seconds, bandwidth, share * inventory.total)
+    exchanges = inventory.exchanges or [0.0] * len(inventory.seconds)
+    alone = [max(0.0, one - other) for one, other in zip(inventory.seconds, exchanges, strict=True)]
+    targets = spread(inventory.sizes, alone, bandwidth, share * inventory.total)
     staying = chosen(inventory.weights, targets)
     coming = [
         [size for number, size in enumerate(sizes) if number not in kept]

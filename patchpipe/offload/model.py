@@ -10,7 +10,7 @@ an exchange but the one that had begun; without it the exchange takes longer by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 # Of the time in which copies and a collective share a PCIe link, by which the collective is longer: NCCL's time in Wan
@@ -94,21 +94,28 @@ class Waiting:
 
 def waiting(passing: Passing, transfers: Transfers) -> Waiting:
     """Plays a pass in the steady state, in which it begins with what the one before has copied ahead."""
-    rate, most = transfers.rate, float(transfers.depth * transfers.chunk)
-    ahead = most
+    rate, most, blocks = transfers.rate, float(transfers.depth * transfers.chunk), list(_blocks(passing, transfers))
+    spare = rate * sum(window for *_, window in blocks) >= sum(passing.streamed)
+    ahead = most if spare else 0.0  # what it comes to, nearly, pass after pass
     for _ in range(PASSES):
         stalled = inflated = 0.0
-        for size, seconds, exchange in zip(passing.streamed, passing.seconds, passing.exchanged, strict=True):
+        for size, seconds, exchange, window in blocks:
             missing = max(0.0, size - ahead)
             stalled += missing / rate
             ahead = max(0.0, ahead - size)
             following = min(most - ahead, sum(passing.streamed)) / rate  # seconds of copying there is to do meanwhile
-            longer = _inflation(exchange, following, seconds, passing.count, transfers)
-            inflated += longer
-            # Without the gate both go on, each more slowly: what exchanges lose by it copies do not gain.
-            window = max(0.0, seconds - exchange) if transfers.gate else seconds
+            inflated += _inflation(exchange, following, seconds, passing.count, transfers)
             ahead = min(most, ahead + rate * window)
     return Waiting(sum(passing.seconds) + stalled + inflated, stalled, inflated, sum(passing.streamed))
+
+
+def _blocks(passing: Passing, transfers: Transfers) -> Iterator[tuple[int, float, float, float]]:
+    """Bytes of each block, seconds, those of exchanges, and those in which copies go on at their full rate.
+
+    Without the gate exchanges and copies go on together, each more slowly: what exchanges lose copies do not gain.
+    """
+    for size, seconds, exchange in zip(passing.streamed, passing.seconds, passing.exchanged, strict=True):
+        yield size, seconds, exchange, max(0.0, seconds - exchange) if transfers.gate else seconds
 
 
 def _inflation(exchange: float, copying: float, seconds: float, count: int, transfers: Transfers) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,7 @@ from patchpipe.offload.ring import Placement, Run, place
 from patchpipe.offload.weights import Home
 
 Key = Hashable
+READ_AHEAD = 4  # chunks that the disk is asked for beforehand
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Streamed:
     following: Key
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A block in the working buffer, or on its way there."""
 
@@ -112,7 +113,7 @@ class Mover:
         self._next: Key = None  # the block to be copied next
         self._current: Entry | None = None
         self._changed = threading.Condition()
-        self._closed = self._busy = False
+        self._closed = False
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -120,16 +121,6 @@ class Mover:
         """Blocks of a transformer; nothing is copied before the first is called for."""
         with self._changed:
             self._blocks.update(blocks)
-
-    def remove(self, keys: Sequence[Key]) -> None:
-        """Forgets blocks, and all that was copied ahead."""
-        with self._changed:
-            self._drop(lambda entry: True)
-            self._next = None
-            while self._busy and self._problem is None:
-                self._changed.wait()
-            for key in keys:
-                self._blocks.pop(key, None)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -221,9 +212,6 @@ class Mover:
                         self._entries.popleft()
                 else:
                     self._copy(*task)
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
         except Exception as error:
             with self._changed:
                 self._problem = error
@@ -238,11 +226,9 @@ class Mover:
                         self._entries.popleft()
                         continue
                     if self._short():
-                        self._busy = True
                         return self._entries[0]
                 found = self._next_chunk()
                 if found is not None:
-                    self._busy = True
                     return found
                 self._changed.wait()
         return None
@@ -294,7 +280,7 @@ class Mover:
 
     def _read_ahead(self, entry: Entry, run: Run) -> None:
         """Has the disk read what comes after this chunk."""
-        following = [each for each in entry.left if each is not run][: self._transfers.depth]
+        following = [each for each in entry.left if each is not run][:READ_AHEAD]
         for each in following:
             entry.home.ahead(each.source, each.size)
 

@@ -68,7 +68,7 @@ class Weight:
 
     def settle(self) -> None:
         """Has the block compute with what its plain tensors are by now; what they were before is let go."""
-        if type(self.found.data) is Tensor:
+        if _ordinary(self.found):
             self.found.data = self.plain[0]
         else:
             self.found = self.made_of(iter(self.plain))
@@ -76,7 +76,7 @@ class Weight:
 
     def made_of(self, plain: Iterator[Tensor]) -> nn.Parameter:
         """The parameter, of other plain tensors."""
-        return nn.Parameter(_joined(self.found.data, plain), requires_grad=False)
+        return nn.Parameter(_joined(self.found, plain), requires_grad=False)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def weights_of(block: nn.Module, name: str, elsewhere: Callable[[nn.Parameter], 
             weight = found.setdefault(id(parameter), Weight(whole, parameter))
             weight.owners.append((module, leaf))
     for weight in found.values():
-        weight.plain = list(_plain(weight.found.data, weight.name))
+        weight.plain = list(_plain(weight.found, weight.name))
     return [weight for weight in found.values() if _may_move(weight)]
 
 
@@ -129,7 +129,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
-    if type(tensor) in (Tensor, nn.Parameter):
+    if _ordinary(tensor):
         yield tensor.detach()
         return
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor).__module__.split(".")[0] not in PARTS:
@@ -137,16 +137,22 @@ def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
             f"{name} is a {type(tensor).__name__}, which cannot be taken apart into what it is made of: leave offload "
             f"out, or quantise with torchao"
         )
-    for part in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, part), name)
+    for part in (getattr(tensor, leaf) for leaf in tensor.__tensor_flatten__()[0]):
+        if part is not None:
+            yield from _plain(part, name)
 
 
 def _joined(like: Any, plain: Iterator[Tensor]) -> Tensor:
-    if type(like) in (Tensor, nn.Parameter):
+    if _ordinary(like):
         return next(plain)
     names, context = like.__tensor_flatten__()
-    parts = {name: _joined(getattr(like, name), plain) for name in names}
+    found = {name: getattr(like, name) for name in names}
+    parts = {name: None if part is None else _joined(part, plain) for name, part in found.items()}
     return type(like).__tensor_unflatten__(parts, context, like.size(), like.stride())
+
+
+def _ordinary(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 # -- where a block's weights are while they are not on the device --------------------------------
