@@ -363,8 +363,8 @@ FLUX = preset_named("flux.1-dev").workload(1024, 1024)  # type: ignore[union-att
 
 
 def test_layouts_that_did_not_fit_appear_with_their_seconds() -> None:
-    memory = 12 * GIB
-    with pytest.raises(ValueError, match="does not fit 1 devices of 12"):
+    memory = 16 * GIB
+    with pytest.raises(ValueError, match="does not fit 1 devices of 16"):
         search(FLUX, 1, CARD, Wishes(memory=memory))
     best = search(FLUX, 1, CARD, Wishes(memory=memory, offload=True)).best
     assert best.config.offload is not None
@@ -375,6 +375,11 @@ def test_layouts_that_did_not_fit_appear_with_their_seconds() -> None:
     assert ParallelConfig(**best.config.as_dict()) == best.config
     words = layout_words(best.config)
     assert OffloadConfig.read(words[words.index("--offload") + 1]) == best.config.offload
+
+
+def test_a_card_too_small_for_offload_says_what_it_would_take() -> None:
+    with pytest.raises(ValueError, match=r"the least any layout needs is 1\d\.\d GiB \(one device · offload to"):
+        search(FLUX, 1, CARD, Wishes(memory=4 * GIB, offload=True))
 
 
 def test_what_fits_is_left_alone() -> None:

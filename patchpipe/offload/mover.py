@@ -148,7 +148,7 @@ class Mover:
             while not entry.here and self._problem is None:
                 if not self._changed.wait(max(0.0, began + self._timeout - perf_counter())):
                     raise RuntimeError(f"the weights of {key} did not come from the host within {self._timeout:g} s")
-            if self._problem is not None:
+            if not entry.here:
                 raise RuntimeError(f"the weights of {key} could not be read: {self._problem}") from self._problem
             if waited:
                 self.stats.stalls += 1

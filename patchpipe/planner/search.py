@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -25,6 +26,7 @@ FRESH = (
 )
 ALIKE = 0.01  # a difference in time that the model cannot tell: the picture of one device then counts for more
 HEADROOM = 0.95  # of a device's memory: allocators leave gaps
+LEAST = tuple(2.0**power for power in range(-4, 6))  # GiB for a rank's blocks that are tried, the first that will do
 OFFLOADED_COUNTS = 3  # numbers of patches to try, from the fewest: weights come once for each
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -201,6 +203,7 @@ def _best_patches(
     found = next((one for one in placed if one.bytes <= memory), None)
     if found is None and wishes.offload:
         found = _offloaded(workload, tried, profile, memory)
+        placed += [] if found else _least_offloaded(workload, placed, profile)
     return found or min(placed, key=lambda one: one.bytes)
 
 
@@ -220,6 +223,17 @@ def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, me
             except ValueError:  # not even the least fits
                 continue
     return min((one for one in found if one.bytes <= memory), key=lambda one: one.seconds, default=None)
+
+
+def _least_offloaded(workload: Workload, placed: list[Prediction], profile: Profile) -> list[Prediction]:
+    """What layouts would take with nearly all weights on the host, to say so."""
+    found = []
+    for config in (one.config for one in placed[: len(PLACEMENTS)]):
+        for size in LEAST:
+            with suppress(ValueError):
+                found.append(predict(workload, replace(config, offload=OffloadConfig(memory=size)), profile))
+                break
+    return found
 
 
 def _placements(config: ParallelConfig, workload: Workload) -> Iterator[ParallelConfig]:

@@ -47,7 +47,7 @@ EPILOG = """
 
   Less memory than the model takes: what comes from the host, and how long that takes:
 
-  [green]patchpipe plan[/] --model flux.1-dev --devices 2 --device 4090 --memory 14
+  [green]patchpipe plan[/] --model flux.1-dev --devices 1 --device 4090
 
   What one device really takes makes the figures sharper:
 
