@@ -96,8 +96,10 @@ def test_tensors_lie_in_one_piece_and_blocks_fit_the_ring() -> None:
             chunks = [chunk for run in found.runs for chunk in run.chunks(1000)]
             assert sum(chunk.size for chunk in chunks) == sum(sizes)
             assert [chunk.source for chunk in chunks] == sorted(chunk.source for chunk in chunks)
-            assert max(chunk.size for chunk in chunks) <= 1000
+            assert all(chunk.size <= 1000 and chunk.start % ring + chunk.size <= ring for chunk in chunks)
             position = found.stop
+    exact = place([512, 1024, 512], 1536, 2048)  # a tensor ends where the buffer does
+    assert [(run.source, run.start, run.size) for run in exact.runs] == [(0, 1536, 512), (512, 2048, 1536)]
 
 
 # -- what stays ----------------------------------------------------------------------------------
@@ -282,6 +284,45 @@ def test_no_more_comes_ahead_than_the_depth() -> None:
     copier.allowed.release(100)
     mover.need(1)
     assert copier.copied[:8] == [1, 1, 1, 1, 2, 2, 2, 2]
+    mover.close()
+
+
+class Late(HostCopier):
+    """A device that is behind its host: what was computed has ended when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[threading.Event] = []
+        self.copies = threading.Semaphore(0)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        super().copy(target, source)
+        self.copies.release()
+
+    def leave(self) -> Any:
+        self.ends.append(threading.Event())
+        return self.ends[-1]
+
+    def finish(self, mark: Any) -> None:
+        assert mark is None or mark.wait(SECONDS)
+
+
+def test_what_a_late_device_still_reads_is_not_written_over() -> None:
+    copier = Late()
+    mover = mover_of(3, copier, depth=2)  # two blocks fit, and two chunks of a third but not in one piece
+    first = mover.need(0)
+    mover.done()
+    mover.need(1)
+    for _ in range(8):
+        assert copier.copies.acquire(timeout=SECONDS)
+    assert not copier.copies.acquire(timeout=0.2)
+    assert set(mover._ring[first.start : first.start + SIZE].tolist()) == {1}
+    copier.ends[0].set()
+    assert copier.copies.acquire(timeout=SECONDS)
+    assert copier.copies.acquire(timeout=SECONDS)
+    assert set(mover._ring[: 2 * 512].tolist()) == {3}
+    mover.done()
+    copier.ends[1].set()
     mover.close()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
-HALVINGS = 60  # of the interval in which the time is looked for that all blocks wait
+HALVINGS = 40  # of the interval in which the time is looked for that all blocks wait
 
 
 def spread(sizes: Sequence[float], seconds: Sequence[float], bandwidth: float, resident: float) -> list[float]:
@@ -22,14 +23,16 @@ def spread(sizes: Sequence[float], seconds: Sequence[float], bandwidth: float, r
     before = [seconds[block - 1] for block in range(len(sizes))]
     wanted = sum(sizes) - min(resident, sum(sizes))
 
-    def streamed(wait: float) -> list[float]:
-        return [min(size, max(0.0, bandwidth * (each + wait))) for size, each in zip(sizes, before, strict=True)]
+    def comes(size: float, each: float, wait: float) -> float:
+        return min(size, max(0.0, bandwidth * (each + wait)))
 
+    kinds = Counter(zip(sizes, before, strict=True))  # models have many blocks of few kinds
     low, high = -max(before, default=0.0), max(sizes, default=0.0) / bandwidth
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(streamed(middle)) < wanted else (low, middle)
-    return [size - come for size, come in zip(sizes, streamed(high), strict=True)]
+        come = sum(count * comes(*kind, middle) for kind, count in kinds.items())
+        low, high = (middle, high) if come < wanted else (low, middle)
+    return [size - comes(size, each, high) for size, each in zip(sizes, before, strict=True)]
 
 
 def chosen(weights: Sequence[Sequence[int]], targets: Sequence[float]) -> list[list[int]]:

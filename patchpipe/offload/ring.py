@@ -74,7 +74,7 @@ def place(sizes: Sequence[int], start: int, ring: int) -> Placement:
         if position % ring + size > ring:
             position += ring - position % ring
         starts.append(position)
-        if runs and runs[-1].stop == position:
+        if runs and runs[-1].stop == position and position % ring:
             runs[-1] = Run(runs[-1].source, runs[-1].start, runs[-1].size + size)
         else:
             runs.append(Run(source, position, size))

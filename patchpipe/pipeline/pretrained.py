@@ -149,29 +149,28 @@ def _read(
         Where weights lie that stay on disk.
     """
     model, plan, owned = transformer.model, found.plan, found.stages[group.stage].held
-    within = within_blocks(model, plan) if config.offload is not None else lambda _name: False
-    host, disk = torch.device("cpu"), config.offload is not None and config.offload.tier == "disk"
+    homes = {False: group.device, True: group.device if config.offload is None else torch.device("cpu")}
+    within = within_blocks(model, plan)
     if transformer.quantiser is not None:
         needed, blocks = needs(model, plan, owned), [place.name for place in plan.blocks_of(model)]
         with BUILDING:
-            for device, which in ((host, within), (group.device, lambda name: not within(name))):
-                if which is not within or config.offload is not None:
-                    chosen = partial(_both, needed, which)
-                    transformer.quantiser.fill(model, checkpoint, chosen, blocks, device)
+            for inner, home in homes.items():
+                chosen = partial(_needed, needed, within, inner)
+                transformer.quantiser.fill(model, checkpoint, chosen, blocks, home)
         return {}
     dtypes, names = dtypes_of(model, dtype_of(transformer.name, found.dtype)), owned_names(model, plan, owned)
-    checkpoint.fill(model, [name for name in names if not within(name)], dtypes, group.device, slices)
-    inner = [name for name in names if within(name)]
-    if disk and not slices:
-        parameters = dict(model.named_parameters())
-        checkpoint.fill(model, [name for name in inner if name not in parameters], dtypes, group.device)
-        return checkpoint.map(model, [name for name in inner if name in parameters], dtypes)
-    checkpoint.fill(model, inner, dtypes, host, slices)
-    return {}
+    if config.offload is None or config.offload.tier == "host":
+        for inner, home in homes.items():
+            checkpoint.fill(model, [name for name in names if within(name) == inner], dtypes, home, slices)
+        return {}
+    stay = {name for name, _ in model.named_parameters() if within(name)}
+    checkpoint.fill(model, [name for name in names if name not in stay], dtypes, group.device)
+    return checkpoint.map(model, [name for name in names if name in stay], dtypes)
 
 
-def _both(first: Callable[[str], bool], second: Callable[[str], bool], name: str) -> bool:
-    return first(name) and second(name)
+def _needed(needed: Callable[[str], bool], within: Callable[[str], bool], inner: bool, name: str) -> bool:
+    """Whether a rank reads a weight, and it is within a block or not, as asked."""
+    return within(name) == inner and needed(name)
 
 
 @dataclass(frozen=True)

@@ -153,11 +153,13 @@ class Schedule:
         patches = self.layout.patches
         streams = len(patches) > 1 or self.config.distrifusion > 1
         piece = self.layout.piece(len(patches) - 1 if streams else None)
-        found = []
+        known: dict[tuple[Block, ...], Chosen] = {}  # stages of the same blocks are alike
         for stage in range(self.config.pipefusion):
-            spent = [self._block(block, piece, streams) for block in self.layout.held(stage)]
-            found.append(choice_for(self.layout, stage, *_spent(spent)))
-        return tuple(found)
+            held = self.layout.held(stage)
+            if held not in known:
+                spent = [self._block(block, piece, streams) for block in held]
+                known[held] = choice_for(self.layout, stage, *_spent(spent))
+        return tuple(known[self.layout.held(stage)] for stage in range(self.config.pipefusion))
 
     @cached_property
     def timing(self) -> Timing:

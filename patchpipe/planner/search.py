@@ -209,19 +209,17 @@ def _best_patches(
 
 def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, memory: int) -> Prediction | None:
     """The fastest number of patches and placement with which weights come and go: few patches need few passes."""
-    counts = sorted({one.config.patches or 1 for one in tried})
+    counts = sorted({one.config.patches or 1 for one in tried})[:OFFLOADED_COUNTS]
     found = []
-    for base in (one.config for one in tried if (one.config.patches or 1) in counts[:OFFLOADED_COUNTS]):
-        for place in PLACEMENTS if base.world_size > 1 else PLACEMENTS[:1]:
-            config = replace(base, **place)
-            left = block_memory(Layout(workload, config, profile), memory)
-            if left <= 0:
-                continue
+    for base in (one.config for one in tried if (one.config.patches or 1) in counts):
+        places = [replace(base, **place) for place in (PLACEMENTS if base.world_size > 1 else PLACEMENTS[:1])]
+        left, config = max(
+            ((block_memory(Layout(workload, each, profile), memory), each) for each in places), key=lambda one: one[0]
+        )
+        if left > 0:
             asked = OffloadConfig(memory=max(1, int(left / GIB * 1000)) / 1000)
-            try:
+            with suppress(ValueError):  # not even the least fits
                 found.append(predict(workload, replace(config, offload=asked), profile))
-            except ValueError:  # not even the least fits
-                continue
     return min((one for one in found if one.bytes <= memory), key=lambda one: one.seconds, default=None)
 
 
