@@ -149,28 +149,28 @@ def _read(
         Where weights lie that stay on disk.
     """
     model, plan, owned = transformer.model, found.plan, found.stages[group.stage].held
-    homes = {False: group.device, True: group.device if config.offload is None else torch.device("cpu")}
-    within = within_blocks(model, plan)
+    within, around = within_blocks(model, plan), needs(model, plan, range(0))
+    places: list[tuple[torch.device, Callable[[str], bool]]] = [(group.device, lambda _name: True)]
+    if config.offload is not None:
+        places = [(torch.device("cpu"), within), (group.device, around)]
     if transformer.quantiser is not None:
         needed, blocks = needs(model, plan, owned), [place.name for place in plan.blocks_of(model)]
         with BUILDING:
-            for inner, home in homes.items():
-                chosen = partial(_needed, needed, within, inner)
-                transformer.quantiser.fill(model, checkpoint, chosen, blocks, home)
+            for device, here in places:
+                transformer.quantiser.fill(model, checkpoint, partial(_both, needed, here), blocks, device)
         return {}
     dtypes, names = dtypes_of(model, dtype_of(transformer.name, found.dtype)), owned_names(model, plan, owned)
     if config.offload is None or config.offload.tier == "host":
-        for inner, home in homes.items():
-            checkpoint.fill(model, [name for name in names if within(name) == inner], dtypes, home, slices)
+        for device, here in places:
+            checkpoint.fill(model, filter(here, names), dtypes, device, slices)
         return {}
     stay = {name for name, _ in model.named_parameters() if within(name)}
     checkpoint.fill(model, [name for name in names if name not in stay], dtypes, group.device)
     return checkpoint.map(model, [name for name in names if name in stay], dtypes)
 
 
-def _needed(needed: Callable[[str], bool], within: Callable[[str], bool], inner: bool, name: str) -> bool:
-    """Whether a rank reads a weight, and it is within a block or not, as asked."""
-    return within(name) == inner and needed(name)
+def _both(first: Callable[[str], bool], second: Callable[[str], bool], name: str) -> bool:
+    return first(name) and second(name)
 
 
 @dataclass(frozen=True)
