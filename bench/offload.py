@@ -26,13 +26,10 @@ from typing import Any
 
 import torch
 import typer
-from diffusers.hooks import apply_group_offloading
-from diffusers.hooks.group_offloading import ModuleGroup
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.rounds import IMAGES, save
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.distributed.gate import Gate
 from patchpipe.offload.choice import Link
@@ -210,11 +207,14 @@ def ours(name: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: 
 
 def group_offload(model: Model, bandwidth: int, rounds: int) -> Row:
     """diffusers' own, over the same link."""
+    from diffusers.hooks import apply_group_offloading  # heavy, as is what saves results
+    from diffusers.hooks.group_offloading import ModuleGroup
+
     link, original = SharedLink(bandwidth * MEGABYTE), ModuleGroup.onload_
     device = Device(link, Gate(torch.device("cpu")))
     came = [0, 0.0]
 
-    def throttled(group: ModuleGroup) -> None:
+    def throttled(group: Any) -> None:
         began = perf_counter()
         original(group)
         size = sum(each.nbytes for module in group.modules for each in module.parameters())
@@ -306,9 +306,9 @@ def main(blocks: int = 8, rounds: int = 3, draw: bool = False, patches: bool = F
     """Measures all ways, or a stage by its patches, or draws a pass without the gate and one with it."""
     torch.set_num_threads(1)
     if draw:
-        from bench.offload_plot import timeline  # matplotlib, and needed here alone
+        from bench.offload_plot import OUT, timeline  # matplotlib, and needed here alone
 
-        print(f"wrote {timeline(IMAGES / 'offload.png')}")
+        print(f"wrote {timeline(OUT)}")
         return
     if patches:
         by_patches(blocks, rounds)
@@ -316,6 +316,8 @@ def main(blocks: int = 8, rounds: int = 3, draw: bool = False, patches: bool = F
     rows = run(blocks, rounds, BANDWIDTHS, RESIDENT)
     show(rows)
     if keep:
+        from bench.rounds import save
+
         save("offload", COMMAND, {"blocks": blocks, "rounds": rounds, "rows": [asdict(row) for row in rows]})
 
 

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from bench.offload import Model, offloaded
 from patchpipe import OffloadConfig
 
+OUT = Path(__file__).parent.parent / "docs" / "images" / "offload.png"
 BLOCKS, BANDWIDTH = 4, 160
 ASKED = OffloadConfig(resident=0.25, chunk=1.0)
 COLOURS = {"compute": "#1f6feb", "exchange": "#d1782c", "chunk": "#3a9d5d", "gate": "#e8e3c8", "stall": "#c9d1d9"}
