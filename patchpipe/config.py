@@ -278,8 +278,9 @@ class ParallelConfig:
             degrees.append("shared blocks" if self.share_blocks else "whole blocks")
         if self.forecast:
             degrees.append("stale keys forecast")
+        degrees = degrees or ["one device"]
         degrees += [] if self.offload is None else [self.offload.describe()]
-        return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
+        return " · ".join([*degrees, steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""

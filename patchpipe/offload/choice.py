@@ -65,6 +65,7 @@ class Chosen:
     Attributes:
         resident: The weights of each block that stay, by number.
         streamed: Bytes of each block that come anew in every pass.
+        share: Share of the weights that stays.
         stays: Bytes that stay, of all transformers.
         ring: Bytes of the working buffer.
         transfers: Chunks, depth and gate.
@@ -73,6 +74,7 @@ class Chosen:
 
     resident: tuple[tuple[int, ...], ...]
     streamed: tuple[int, ...]
+    share: float
     stays: int
     ring: int
     transfers: Transfers
@@ -82,12 +84,6 @@ class Chosen:
     def bytes(self) -> int:
         """Bytes of the device that the blocks' weights take at most."""
         return self.stays + self.ring
-
-    @property
-    def share(self) -> float:
-        """Share of the weights that stays."""
-        total = sum(self.streamed) + self.stays
-        return self.stays / total if total else 1.0
 
 
 def choose(asked: OffloadConfig, inventory: Inventory, link: Link, memory: int | None = None) -> Chosen:
@@ -157,7 +153,8 @@ class Trial:
         gate = quicker_gated(passing, transfers) if self._asked.gate == "auto" else self._asked.gate == "on"
         transfers = replace(transfers, gate=gate)
         ring = ring_bytes(largest, kept.tensor, depth, self._chunk)
-        return Chosen(kept.resident, kept.streamed, kept.stays, ring, transfers, waiting(passing, transfers))
+        stays = 1 - sum(kept.streamed) / max(1, self._inventory.total + self._inventory.fixed)
+        return Chosen(kept.resident, kept.streamed, stays, kept.stays, ring, transfers, waiting(passing, transfers))
 
     def _kept(self, share: float) -> Kept:
         if share not in self._known:
