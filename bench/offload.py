@@ -40,9 +40,10 @@ from patchpipe.offload.offload import Means, Offload
 COMMAND = "python -m bench.offload"
 MEGABYTE = 10**6
 PACKET = MEGABYTE // 8  # bytes that one side sends before the other may
-MATRICES, MATRIX = 8, (512, 512)  # a block of 8.4 MB
-COMPUTE, EXCHANGES, EXCHANGED = 0.06, 4, MEGABYTE  # seconds of a block; exchanges in it, and bytes of each
+MATRICES, MATRIX = 16, (512, 512)  # a block of 16.8 MB
+COMPUTE, EXCHANGES, EXCHANGED = 0.06, 4, 2 * MEGABYTE  # seconds of a block; exchanges in it, and bytes of each
 BANDWIDTHS, RESIDENT = (80, 160, 320), (0.0, 0.25, 0.5)  # megabytes a second; shares that stay
+CHUNK = 0.5  # megabytes
 CONTENTION = 1.0  # of a link that both share evenly: an exchange beside copies takes twice as long
 
 
@@ -101,12 +102,17 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks one after the other."""
+    """Blocks one after the other.
+
+    Attributes:
+        expected: What a pass makes of nothing.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.on: list[Device] = []
         self.blocks = nn.ModuleList(Block(f"blocks.{number}", self.on) for number in range(count))
+        self.expected = sum(float(block.matrices[-1][0, 0]) for block in self.blocks)
 
     def forward(self, rows: Tensor) -> Tensor:
         """One pass."""
@@ -151,7 +157,6 @@ def measured(
         Seconds of it, megabytes that came, seconds stalled, and milliseconds of an exchange.
     """
     model.on[:] = [device]
-    expected = sum(float(block.matrices[-1][0, 0]) for block in model.blocks if not block.matrices[-1].is_meta)
     found = model(torch.zeros(1))
     device.exchanges.clear()
     before = (0, 0.0) if moved is None else moved()
@@ -161,7 +166,7 @@ def measured(
         model(torch.zeros(1))
         seconds.append(perf_counter() - began)
     after = (0, 0.0) if moved is None else moved()
-    assert moved is None or abs(float(found) - expected) < 1e-3, "a block computed with other weights"
+    assert moved is None or abs(float(found) - model.expected) < 1e-3, "a block computed with other weights"
     size, stalled = ((later - earlier) / rounds for earlier, later in zip(before, after, strict=True))
     return median(seconds), size / MEGABYTE, stalled, 1000 * sum(device.exchanges) / len(device.exchanges)
 
@@ -238,21 +243,19 @@ def _seconds(model: Model, bandwidth: int) -> list[float]:
     return [COMPUTE + EXCHANGES * EXCHANGED / bandwidth / MEGABYTE] * len(model.blocks)
 
 
-def run(blocks: int, rounds: int, bandwidths: Sequence[int], shares: Sequence[float]) -> list[Row]:
+def run(blocks: int, rounds: int, bandwidths: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
     """All ways, on all links."""
-    rows = []
+    whole = MATRICES * MATRIX[0] * MATRIX[1] * 4 / MEGABYTE
     for bandwidth in bandwidths:
         model = Model(blocks)
-        rows.append(with_all_on_the_device(model, bandwidth, rounds))
-        whole = MATRICES * MATRIX[0] * MATRIX[1] * 4 / MEGABYTE
+        yield with_all_on_the_device(model, bandwidth, rounds)
         for share in shares:
             layers = OffloadConfig(resident=share, chunk=whole, depth=1, gate="off")
-            rows.append(ours("whole layers", model, bandwidth, layers, rounds))
+            yield ours("whole layers", model, bandwidth, layers, rounds)
             for gate in ("off", "on"):
-                asked = replace(OffloadConfig(resident=share, chunk=0.5), gate=gate)
-                rows.append(ours(f"chunks, gate {gate}", model, bandwidth, asked, rounds))
-        rows.append(group_offload(Model(blocks), bandwidth, rounds))
-    return rows
+                asked = replace(OffloadConfig(resident=share, chunk=CHUNK), gate=gate)
+                yield ours(f"chunks, gate {gate}", model, bandwidth, asked, rounds)
+        yield group_offload(Model(blocks), bandwidth, rounds)
 
 
 def by_patches(blocks: int, rounds: int) -> None:
@@ -265,7 +268,7 @@ def by_patches(blocks: int, rounds: int) -> None:
     model, rate = Model(blocks), BANDWIDTHS[1] * MEGABYTE
     for patches in (2, 4, 8):
         for share in (0.0, 0.5, 0.75):
-            with offloaded(model, BANDWIDTHS[1], OffloadConfig(resident=share, chunk=0.5, gate="off")) as (
+            with offloaded(model, BANDWIDTHS[1], OffloadConfig(resident=share, chunk=CHUNK, gate="off")) as (
                 moving,
                 device,
             ):
@@ -302,7 +305,7 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def main(blocks: int = 8, rounds: int = 3, draw: bool = False, patches: bool = False, keep: bool = True) -> None:
+def main(blocks: int = 6, rounds: int = 3, draw: bool = False, patches: bool = False, keep: bool = True) -> None:
     """Measures all ways, or a stage by its patches, or draws a pass without the gate and one with it."""
     torch.set_num_threads(1)
     if draw:
@@ -313,7 +316,10 @@ def main(blocks: int = 8, rounds: int = 3, draw: bool = False, patches: bool = F
     if patches:
         by_patches(blocks, rounds)
         return
-    rows = run(blocks, rounds, BANDWIDTHS, RESIDENT)
+    rows = []
+    for row in run(blocks, rounds, BANDWIDTHS, RESIDENT):
+        print(f"{row.bandwidth} MB/s, {row.resident:.0%}: {row.name}, {row.seconds:.3f} s", flush=True)
+        rows.append(row)
     show(rows)
     if keep:
         from bench.rounds import save

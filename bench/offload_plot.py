@@ -19,7 +19,7 @@ from patchpipe import OffloadConfig
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "offload.png"
 BLOCKS, BANDWIDTH = 4, 160
-ASKED = OffloadConfig(resident=0.25, chunk=1.0)
+ASKED = OffloadConfig(resident=0.5, chunk=0.6)
 COLOURS = {"compute": "#1f6feb", "exchange": "#d1782c", "chunk": "#3a9d5d", "gate": "#e8e3c8", "stall": "#c9d1d9"}
 NAMES = {
     "compute": "a block computes", "exchange": "exchange with other ranks", "chunk": "a chunk of weights is copied",

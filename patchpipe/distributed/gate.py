@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 LOOK_SECONDS = 5e-5  # between two looks at what is under way
-PATIENCE_SECONDS = 0.25  # a rank that comes late to an exchange must not hold up the others' weights for ever
+PATIENCE_SECONDS = 0.05  # many times a usual exchange; a rank that comes late to one must not hold up weights for long
+MOST_UNSEEN = 64  # operations noted since somebody has asked
 
 
 class Gate:
@@ -45,6 +46,8 @@ class Gate:
         with self._changed:
             self.passages += 1
             self._under_way.append((reached, work))
+            if len(self._under_way) > MOST_UNSEEN:
+                self._closed()
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
