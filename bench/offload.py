@@ -1,13 +1,14 @@
 """Weights that come from a throttled host while blocks compute, beside what others do, and beside the model.
 
 python -m bench.offload
-python -m bench.offload --rounds 5 --blocks 12
+python -m bench.offload --real --rounds 5
 python -m bench.offload --patches
 python -m bench.offload --draw
 
-The device is played: a block sleeps for as long as it would compute, with exchanges in between. The rest is real: the
-engine's own thread, chunks, gate and buffers, and a link on which copies and exchanges share the bandwidth packet by
-packet. So the bytes and the stalls are the engine's own, and the seconds are those of a machine with such a link.
+The device is played: a block sleeps for as long as it would compute, with exchanges in between, on a link on which
+copies and exchanges share the bandwidth packet by packet. The rest is real: the engine's own thread, chunks, gate and
+buffers. Time is that of a clock that jumps ahead when all threads wait (``tests/virtual_time.py``), so that a busy
+machine does not show in it; with ``--real`` it is the machine's own.
 
 *Group offload* is diffusers' own, block by block from disk, which is how it runs without CUDA, over the same link.
 *Whole layers* are this engine with a block to a chunk, one ahead and no gate, as most programs do it.
@@ -35,8 +36,11 @@ from patchpipe.distributed.gate import Gate
 from patchpipe.offload.choice import Link
 from patchpipe.offload.copying import HostCopier, Throttle
 from patchpipe.offload.model import Passing, waiting
+from patchpipe.offload.mover import Mover
 from patchpipe.offload.offload import Means, Offload
+from tests.virtual_time import VirtualClock
 
+Clock = Callable[[], Any]
 COMMAND = "python -m bench.offload"
 MEGABYTE = 10**6
 PACKET = MEGABYTE // 8  # bytes that one side sends before the other may
@@ -47,13 +51,32 @@ CHUNK = 0.5  # megabytes
 CONTENTION = 1.0  # of a link that both share evenly: an exchange beside copies takes twice as long
 
 
+class RealClock:
+    """The machine's own."""
+
+    now, sleep = staticmethod(perf_counter), staticmethod(sleep)
+
+    @contextmanager
+    def of(self, mover: Mover, gate: Gate) -> Iterator[None]:
+        """Nothing need be changed."""
+        yield
+
+
 class SharedLink(Throttle):
     """A link that gives each of those that wait a packet in turn."""
+
+    def __init__(self, bandwidth: float, clock: Any) -> None:
+        super().__init__(bandwidth)
+        self.clock = clock
 
     def take(self, size: int) -> None:
         """Returns when so many bytes are through."""
         for at in range(0, size, PACKET):
-            super().take(min(PACKET, size - at))
+            with self._lock:
+                self._free = max(self._free, self.clock.now()) + min(PACKET, size - at) / self.bandwidth
+                until = self._free
+            while (left := until - self.clock.now()) > 1e-9:
+                self.clock.sleep(left)
 
 
 class Device:
@@ -72,17 +95,18 @@ class Device:
 
     def compute(self, name: str) -> None:
         """One block; a patch of several goes through a stage, which has no exchanges."""
+        clock = self.link.clock
         if self.share < 1:
-            sleep(COMPUTE * self.share)
+            clock.sleep(COMPUTE * self.share)
             return
         for _ in range(EXCHANGES):
-            began = perf_counter()
-            sleep(COMPUTE / EXCHANGES)
-            middle = perf_counter()
+            began = clock.now()
+            clock.sleep(COMPUTE / EXCHANGES)
+            middle = clock.now()
             with self.gate.awaited():
                 self.link.take(EXCHANGED)
-            self.exchanges.append(perf_counter() - middle)
-            self.events += [("compute", name, began, middle), ("exchange", name, middle, perf_counter())]
+            self.exchanges.append(clock.now() - middle)
+            self.events += [("compute", name, began, middle), ("exchange", name, middle, clock.now())]
 
 
 class Block(nn.Module):
@@ -161,27 +185,30 @@ def measured(
     device.exchanges.clear()
     before = (0, 0.0) if moved is None else moved()
     seconds = []
+    clock = device.link.clock
     for _ in range(rounds):
-        began = perf_counter()
+        began = clock.now()
         model(torch.zeros(1))
-        seconds.append(perf_counter() - began)
+        seconds.append(clock.now() - began)
     after = (0, 0.0) if moved is None else moved()
     assert moved is None or abs(float(found) - model.expected) < 1e-3, "a block computed with other weights"
     size, stalled = ((later - earlier) / rounds for earlier, later in zip(before, after, strict=True))
     return median(seconds), size / MEGABYTE, stalled, 1000 * sum(device.exchanges) / len(device.exchanges)
 
 
-def with_all_on_the_device(model: Model, bandwidth: int, rounds: int) -> Row:
+def with_all_on_the_device(model: Model, bandwidth: int, rounds: int, clock: Clock) -> Row:
     """Nothing comes."""
-    device = Device(SharedLink(bandwidth * MEGABYTE), Gate(torch.device("cpu")))
+    device = Device(SharedLink(bandwidth * MEGABYTE, clock()), Gate(torch.device("cpu")))
     seconds, *_, exchange = measured(model, device, rounds)
     return Row("all stay", bandwidth, 1.0, seconds, sum(_seconds(model, bandwidth)), 0.0, 0.0, exchange)
 
 
 @contextmanager
-def offloaded(model: Model, bandwidth: int, asked: OffloadConfig) -> Iterator[tuple[Offload, Device]]:
+def offloaded(
+    model: Model, bandwidth: int, asked: OffloadConfig, clock: Clock = VirtualClock
+) -> Iterator[tuple[Offload, Device]]:
     """The model with this engine's hooks, on a link."""
-    link, gate = SharedLink(bandwidth * MEGABYTE), Gate(torch.device("cpu"))
+    link, gate = SharedLink(bandwidth * MEGABYTE, clock()), Gate(torch.device("cpu"))
     device = Device(link, gate)
     group: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2, open_gate=lambda: gate)
     means = Means(Link(bandwidth * MEGABYTE, CONTENTION), None, lambda _: _seconds(model, bandwidth), {})
@@ -192,14 +219,15 @@ def offloaded(model: Model, bandwidth: int, asked: OffloadConfig) -> Iterator[tu
     )
     undo = offload.attach(stage)
     try:
-        yield offload, device
+        with link.clock.of(offload.mover, gate):
+            yield offload, device
     finally:
         undo()
 
 
-def ours(name: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: int) -> Row:
+def ours(name: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: int, clock: Clock) -> Row:
     """This engine."""
-    with offloaded(model, bandwidth, asked) as (offload, device):
+    with offloaded(model, bandwidth, asked, clock) as (offload, device):
         stats = lambda: (offload.stats.bytes, offload.stats.stalled_seconds)  # noqa: E731 - asked twice
         seconds, size, stalled, exchange = measured(model, device, rounds, stats)
         chosen = offload.chosen
@@ -210,21 +238,21 @@ def ours(name: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: 
         return Row(name, bandwidth, chosen.share, seconds, predicted, size, stalled, exchange, chosen.ring / MEGABYTE)
 
 
-def group_offload(model: Model, bandwidth: int, rounds: int) -> Row:
+def group_offload(model: Model, bandwidth: int, rounds: int, clock: Clock) -> Row:
     """diffusers' own, over the same link."""
     from diffusers.hooks import apply_group_offloading  # heavy, as is what saves results
     from diffusers.hooks.group_offloading import ModuleGroup
 
-    link, original = SharedLink(bandwidth * MEGABYTE), ModuleGroup.onload_
+    link, original = SharedLink(bandwidth * MEGABYTE, clock()), ModuleGroup.onload_
     device = Device(link, Gate(torch.device("cpu")))
     came = [0, 0.0]
 
     def throttled(group: Any) -> None:
-        began = perf_counter()
+        began = link.clock.now()
         original(group)
         size = sum(each.nbytes for module in group.modules for each in module.parameters())
         link.take(size)
-        came[0], came[1] = came[0] + size, came[1] + perf_counter() - began
+        came[0], came[1] = came[0] + size, came[1] + link.clock.now() - began
 
     ModuleGroup.onload_ = throttled
     try:
@@ -243,19 +271,21 @@ def _seconds(model: Model, bandwidth: int) -> list[float]:
     return [COMPUTE + EXCHANGES * EXCHANGED / bandwidth / MEGABYTE] * len(model.blocks)
 
 
-def run(blocks: int, rounds: int, bandwidths: Sequence[int], shares: Sequence[float]) -> Iterator[Row]:
+def run(
+    blocks: int, rounds: int, bandwidths: Sequence[int], shares: Sequence[float], clock: Clock = VirtualClock
+) -> Iterator[Row]:
     """All ways, on all links."""
     whole = MATRICES * MATRIX[0] * MATRIX[1] * 4 / MEGABYTE
     for bandwidth in bandwidths:
         model = Model(blocks)
-        yield with_all_on_the_device(model, bandwidth, rounds)
+        yield with_all_on_the_device(model, bandwidth, rounds, clock)
         for share in shares:
             layers = OffloadConfig(resident=share, chunk=whole, depth=1, gate="off")
-            yield ours("whole layers", model, bandwidth, layers, rounds)
+            yield ours("whole layers", model, bandwidth, layers, rounds, clock)
             for gate in ("off", "on"):
                 asked = replace(OffloadConfig(resident=share, chunk=CHUNK), gate=gate)
-                yield ours(f"chunks, gate {gate}", model, bandwidth, asked, rounds)
-        yield group_offload(Model(blocks), bandwidth, rounds)
+                yield ours(f"chunks, gate {gate}", model, bandwidth, asked, rounds, clock)
+        yield group_offload(Model(blocks), bandwidth, rounds, clock)
 
 
 def by_patches(blocks: int, rounds: int) -> None:
@@ -272,12 +302,12 @@ def by_patches(blocks: int, rounds: int) -> None:
                 moving,
                 device,
             ):
-                model.on[:], device.share = [device], 1 / patches
+                model.on[:], device.share, clock = [device], 1 / patches, device.link.clock
                 model(torch.zeros(1))
-                copied, began = moving.stats.bytes, perf_counter()
+                copied, began = moving.stats.bytes, clock.now()
                 for _ in range(patches * rounds):
                     model(torch.zeros(1))
-                seconds, counted = (perf_counter() - began) / rounds, (moving.stats.bytes - copied) / rounds
+                seconds, counted = (clock.now() - began) / rounds, (moving.stats.bytes - copied) / rounds
                 chosen = moving.chosen
                 assert chosen is not None
                 passing = Passing(chosen.streamed, [COMPUTE / patches] * blocks)
@@ -305,7 +335,9 @@ def show(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def main(blocks: int = 6, rounds: int = 3, draw: bool = False, patches: bool = False, keep: bool = True) -> None:
+def main(
+    blocks: int = 6, rounds: int = 3, draw: bool = False, patches: bool = False, real: bool = False, keep: bool = True
+) -> None:
     """Measures all ways, or a stage by its patches, or draws a pass without the gate and one with it."""
     torch.set_num_threads(1)
     if draw:
@@ -317,11 +349,11 @@ def main(blocks: int = 6, rounds: int = 3, draw: bool = False, patches: bool = F
         by_patches(blocks, rounds)
         return
     rows = []
-    for row in run(blocks, rounds, BANDWIDTHS, RESIDENT):
+    for row in run(blocks, rounds, BANDWIDTHS, RESIDENT, RealClock if real else VirtualClock):
         print(f"{row.bandwidth} MB/s, {row.resident:.0%}: {row.name}, {row.seconds:.3f} s", flush=True)
         rows.append(row)
     show(rows)
-    if keep:
+    if keep and not real:
         from bench.rounds import save
 
         save("offload", COMMAND, {"blocks": blocks, "rounds": rounds, "rows": [asdict(row) for row in rows]})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import matplotlib
@@ -54,9 +53,9 @@ def _pass(model: Model, gate: Any) -> tuple[list[tuple[str, str, float, float]],
         events = device.events
         events.clear()
         moving.mover.watch = lambda kind, key, start, end: events.append((kind, str(key), start, end))
-        began = perf_counter()
+        began = device.link.clock.now()
         model(torch.zeros(1))
-        seconds = perf_counter() - began
+        seconds = device.link.clock.now() - began
         moving.mover.watch = None
         shown = [(kind, key, start - began, end - began) for kind, key, start, end in list(events)]
         return [event for event in shown if event[3] > 0 and event[2] < seconds], seconds

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import offload as bench
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.cli.options import read_config
 from patchpipe.distributed.gate import Gate
@@ -20,9 +21,11 @@ from patchpipe.offload.model import Passing, Transfers, chunk_for, hidden, least
 from patchpipe.offload.mover import Mover, Streamed
 from patchpipe.offload.residency import chosen, spread
 from patchpipe.offload.ring import aligned, place, ring_bytes
-from patchpipe.planner import Profile, predict, preset_named
+from patchpipe.planner import Profile, predict
 from patchpipe.planner.report import layout_words
 from patchpipe.planner.search import Wishes, search
+from patchpipe.planner.work.presets import preset_named
+from tests.virtual_time import VirtualClock
 
 SECONDS = 60  # that a thread may take before a test gives up
 
@@ -442,3 +445,16 @@ def test_less_memory_takes_longer_and_more_passes_bring_more() -> None:
     assert many.seconds > few.seconds
     with pytest.raises(ValueError, match=r"need 0\..* GiB of the device at least"):
         asked(0.01)
+
+
+# -- the engine beside the model, in the time of a clock that waits for all threads ----------------
+
+
+@pytest.mark.parametrize("gate", ["off", "on"])
+def test_the_engine_takes_as_long_as_the_model_says(gate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PACKET", 250_000)
+    model = bench.Model(4)
+    for bandwidth, share in ((80, 0.25), (160, 0.0), (320, 0.5)):
+        asked = OffloadConfig(resident=share, chunk=0.5, gate=gate)
+        row = bench.ours("ours", model, bandwidth, asked, 1, VirtualClock)
+        assert row.seconds == pytest.approx(row.predicted, rel=0.1)
