@@ -317,7 +317,7 @@ def by_patches(blocks: int, rounds: int) -> None:
                 str(patches), f"{chosen.share:.0%}", f"{due / MEGABYTE:.1f}", f"{counted / MEGABYTE:.1f}",
                 f"{seconds:.3f}", f"{predicted:.3f}", f"{seconds / predicted - 1:+.0%}",
             )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -332,7 +332,7 @@ def show(rows: Sequence[Row]) -> None:
             str(row.bandwidth), f"{row.resident:.0%}", row.name, f"{row.seconds:.3f}", predicted, off,
             f"{row.megabytes:.1f}", f"{row.stalled:.3f}", f"{row.exchange:.1f}", f"{row.buffer:.1f}",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main(

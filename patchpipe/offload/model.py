@@ -119,14 +119,14 @@ def _blocks(passing: Passing, transfers: Transfers) -> Iterator[tuple[int, float
 
 
 def _inflation(exchange: float, copying: float, seconds: float, count: int, transfers: Transfers) -> float:
-    """Seconds by which a block's exchanges take longer."""
+    """Seconds by which a block's exchanges take longer: copies meet them as often as anything else in the block."""
     if not exchange or not copying:
         return 0.0
-    if transfers.gate:  # but for what is left, half of it as a rule, of the chunk that has begun with every exchange
-        share = min(1.0, copying / seconds) * count * transfers.chunk / transfers.bandwidth / 2
-    else:
-        share = min(exchange, copying)
-    return transfers.contention * min(exchange, share)
+    beside = min(1.0, copying / seconds)
+    if not transfers.gate:
+        return transfers.contention * beside * exchange
+    # But for what is left, half of it as a rule, of the chunk that has begun with every exchange.
+    return transfers.contention * min(exchange, beside * count * transfers.chunk / transfers.bandwidth / 2)
 
 
 def hidden(streamed: float, seconds: float, bandwidth: float) -> bool:
