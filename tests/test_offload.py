@@ -330,7 +330,7 @@ def test_what_a_late_device_still_reads_is_not_written_over() -> None:
 
 
 def test_a_closed_gate_holds_the_next_chunk_until_it_opens() -> None:
-    copier, gate = Slow(), Gate(torch.device("cpu"))
+    copier, gate = Slow(), Gate(torch.device("cpu"), patience=SECONDS)
     mover = mover_of(2, copier, gate)
     thread = threading.Thread(target=mover.need, args=(0,))
     thread.start()
@@ -355,11 +355,11 @@ class Work:
 
 
 def test_the_gate_opens_when_the_device_has_done_it_and_not_before() -> None:
-    gate, work, other = Gate(torch.device("cpu")), Work(), Work()
+    gate, work, other = Gate(torch.device("cpu"), patience=0.01), Work(), Work()
     gate.began(work)
     gate.began(other)
     assert gate.closed
-    assert gate.wait(patience=0.01) >= 0.01  # a late rank does not hold weights up for ever
+    assert gate.wait() >= 0.01  # a late rank does not hold weights up for ever
     work.over = True
     assert gate.closed
     other.over = True

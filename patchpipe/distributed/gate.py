@@ -25,14 +25,15 @@ class Gate:
 
     Args:
         device: Where this rank computes.
+        patience: Seconds that a chunk waits at most.
 
     Attributes:
         passages: Exchanges seen so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, patience: float = PATIENCE_SECONDS) -> None:
         self.passages = 0
-        self._device = device
+        self._device, self._patience = device, patience
         self._awaited = 0  # exchanges that the host waits for
         self._under_way: list[tuple[Any, Any]] = []  # when the device came to one, and its work
         self._changed = threading.Condition()
@@ -68,17 +69,17 @@ class Gate:
         with self._changed:
             return self._closed()
 
-    def wait(self, patience: float = PATIENCE_SECONDS) -> float:
-        """Waits until nothing is on its way, or for so long.
+    def wait(self) -> float:
+        """Waits until nothing is on its way, or patience is at its end.
 
         Returns:
             Seconds waited.
         """
         began = perf_counter()
         with self._changed:
-            while self._closed() and perf_counter() - began < patience:
+            while self._closed() and perf_counter() - began < self._patience:
                 # A host's wait tells when it ends; of a device one has to ask.
-                self._changed.wait(LOOK_SECONDS if self._under_way else patience)
+                self._changed.wait(LOOK_SECONDS if self._under_way else self._patience)
         return perf_counter() - began
 
     def _closed(self) -> bool:
