@@ -157,8 +157,15 @@ def test_requests_in_flight_together() -> None:
     def fly(place: Place, config: ParallelConfig) -> list[Any]:
         pipe = tiny.pipeline("flux")
         patchpipe.parallelize(pipe, config, group=place.join(config))
-        calls = [{**tiny.call_arguments("flux", height=height), "output_type": "latent"} for height in (64, 112)]
-        made = pipe.patchpipe.together(calls, seeds=[1, 2])
+        calls = [
+            {
+                **tiny.call_arguments("flux", height=height),
+                "output_type": "latent",
+                "generator": torch.Generator().manual_seed(height),  # torch's own one is shared by ranks in threads
+            }
+            for height in (64, 112)
+        ]
+        made = pipe.patchpipe.together(calls)
         patchpipe.restore(pipe)
         return [None if each is None else tiny.painted(each) for each in made]
 
