@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import Cancelled, PatchpipeError, RankFailed, RankLost, UnsupportedModel
+from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.version import __version__
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = [
     "AutoLayout",
     "Cancelled",
     "Engine",
+    "OffloadConfig",
     "ParallelConfig",
     "PatchpipeError",
     "RankFailed",

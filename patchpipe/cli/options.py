@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, AutoLayout, ParallelConfig, WarmupKind
+from patchpipe.layout.offloading import OffloadConfig
 
 _LAYOUT = "Layout"
 _DETAIL = "Layout, in detail"
@@ -86,6 +87,15 @@ Forecast = Annotated[
         _DETAIL,
         "Show stale keys and values where they will be: a picture much nearer to one device's. [dim]Default: no.[/]",
         "--forecast/--no-forecast",
+    ),
+]
+Offload = Annotated[
+    str | None,
+    _option(
+        _LAYOUT,
+        "Keep weights of the blocks off the device until they are needed: auto, GiB for them, or "
+        "resident=0.4,depth=8,gate=on,tier=disk. [dim]Default: all stay.[/]",
+        metavar="auto|GIB|…",
     ),
 ]
 Warmup = Annotated[
@@ -343,6 +353,7 @@ def read_config(given: dict[str, Any]) -> ParallelConfig:
         "text_rank": read_text_rank,
         "patch_rows": lambda text: read_numbers("--patch-rows", text),
         "stage_blocks": lambda text: read_numbers("--stage-blocks", text, fractions=True),
+        "offload": lambda text: None if text is None else OffloadConfig.read(text),
     }
     return ParallelConfig(
         **{name: readers[name](value) if name in readers else value for name, value in fields.items()}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import prod
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.combinations import check_combination, check_compiled
+from patchpipe.layout.checks import check_at_least, plain_numbers
+from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded
+from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
 
@@ -71,6 +72,8 @@ class ParallelConfig:
             VAE: about 1/N of the memory, the same picture up to float tolerance.
         compile: Compile the blocks a rank owns with ``torch.compile``, each kind of block once for all shapes. The
             first request takes longer; results agree with eager ones to float tolerance.
+        offload: Keep weights of the blocks in host memory and copy them in chunks while others compute: an
+            ``OffloadConfig``, or ``"auto"``. The picture is the same.
         backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
             share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
         timeout: Seconds any wait for another rank may last.
@@ -98,14 +101,16 @@ class ParallelConfig:
     distrifusion: int = 1
     parallel_vae: bool = False
     compile: bool = False
+    offload: OffloadConfig | None = None
     backend: Backend = "auto"
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "offload", OffloadConfig.of(self.offload))
         for one in dataclasses.fields(self):
-            object.__setattr__(self, one.name, _plain(getattr(self, one.name)))
+            object.__setattr__(self, one.name, plain_numbers(getattr(self, one.name)))
         for name in DEGREES:
-            _at_least(name, getattr(self, name), 1)
+            check_at_least(name, getattr(self, name), 1)
         if self.cfg > 2:
             raise ValueError(f"cfg={self.cfg} must be 1 or 2: there are two guidance branches")
         check_combination(self.methods)
@@ -129,10 +134,12 @@ class ParallelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
+        if self.offload is not None:
+            check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
-            _at_least("patches", self.patches, 1)
+            check_at_least("patches", self.patches, 1)
         if self.warmup not in (ALL_STEPS, COARSE):
-            _at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously, or "coarse"')
+            check_at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously, or "coarse"')
         if self.warmup == COARSE and self.distrifusion > 1:
             raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
@@ -283,7 +290,9 @@ class ParallelConfig:
             degrees.append("shared blocks" if self.share_blocks else "whole blocks")
         if self.forecast:
             degrees.append("stale keys forecast")
-        return " · ".join([*(degrees or ["one device"]), steps, *(["compiled"] if self.compile else [])])
+        degrees = degrees or ["one device"]
+        degrees += [] if self.offload is None else [self.offload.describe()]
+        return " · ".join([*degrees, steps, *(["compiled"] if self.compile else [])])
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
@@ -347,16 +356,3 @@ class ParallelConfig:
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
             raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}{hint}")
-
-
-def _plain(value: Any) -> Any:
-    """Whole numbers of other libraries, such as ``numpy.int64``, as Python's own."""
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
-    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
-
-
-def _at_least(name: str, value: Any, low: int, hint: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        tail = f", {hint}" if hint else ""
-        raise ValueError(f"{name}={value!r} must be a whole number of {low} or more{tail}")

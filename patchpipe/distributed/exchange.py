@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -94,8 +95,10 @@ class Exchange:
     def wait(self, work: Any) -> None:
         """Waits for an operation of the whole line."""
         started = perf_counter()
-        for one, whom in work if isinstance(work, list) else [(work, self.whom)]:
-            self.wire.wait_for(one, whom)
+        gate = self.wire.gate if self.wire.backend == "gloo" else None
+        with nullcontext() if gate is None else gate.awaited():
+            for one, whom in work if isinstance(work, list) else [(work, self.whom)]:
+                self.wire.wait_for(one, whom)
         self.waited_seconds += perf_counter() - started
 
     def _start(self, sent: Sequence[Tensor], shapes: Sequence[Shape]) -> Pieces:

@@ -15,6 +15,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.distributed.agreement import agree, gather
 from patchpipe.distributed.exchange import Exchange
 from patchpipe.distributed.failures import Failures
+from patchpipe.distributed.gate import Gate
 from patchpipe.distributed.guard import Guard, say_goodbye
 from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.distributed.rows import WireRows, join_rows
@@ -201,6 +202,13 @@ class Group:
         self.recorder = recorder
         for wire in self._all_wires:
             wire.recorder = recorder
+
+    def open_gate(self) -> Gate:
+        """From here on it is told when tensors of hops and exchanges are on their way; see ``Gate``."""
+        gate = Gate(self.device)
+        for wire in (*self._wires.values(), *(line.wire for line in self.lines.values())):
+            wire.gate = gate
+        return gate
 
     @property
     def store(self) -> dist.Store | None:

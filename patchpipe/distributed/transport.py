@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchpipe.distributed.gate import Gate
 from patchpipe.distributed.guard import Guard
 from patchpipe.layout.communicators import Link
 from patchpipe.tracing.recorder import Recorder, span
@@ -39,6 +40,7 @@ class Wire:
 
     Attributes:
         recorder: Of the request under way, if it is traced.
+        gate: Is told what is on its way, where somebody asks.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Wire:
         self.ranks: tuple[int, ...] | None = None  # of the group's members among all ranks, where they differ
         self.carries = carries
         self.recorder: Recorder | None = None
+        self.gate: Gate | None = None
         self._guard, self._links = guard, links
         self._channels: dict[int, Channel] = {}
 
@@ -95,8 +98,8 @@ class Wire:
 
     # -- operations ------------------------------------------------------------------------------
 
-    def start(self, begin: Callable[[], Any], whom: str) -> Any:
-        """Begins an operation with the ranks named; returns its work."""
+    def start(self, begin: Callable[[], Any], whom: str, *, receives: bool = False) -> Any:
+        """Begins an operation with the ranks named; returns its work. One that only receives may last long."""
         if self._guard is not None:
             self._guard.check()
         try:
@@ -105,6 +108,8 @@ class Wire:
             raise self.explain(error, whom) from error
         if self._guard is not None:
             self._guard.began(work, whom)
+        if self.gate is not None and self.backend == "nccl" and not receives:
+            self.gate.began(work)
         return work
 
     def send(self, tensor: Tensor, peer: int) -> Any:
@@ -115,7 +120,7 @@ class Wire:
     def receive(self, buffer: Tensor, peer: int) -> Any:
         """Begins to receive into a tensor."""
         group, at = self._end(peer, sending=False)
-        return self.start(lambda: group.recv([buffer], at, 0), self.name(peer))
+        return self.start(lambda: group.recv([buffer], at, 0), self.name(peer), receives=True)
 
     def _end(self, peer: int, *, sending: bool) -> tuple[Any, int]:
         """The process group to a rank or from it, and the rank's place there."""

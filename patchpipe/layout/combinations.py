@@ -91,3 +91,23 @@ def check_compiled(used: Methods) -> None:
         f"compile=True is not tested with {' × '.join(sorted(used))} and so refused: use compile=False, or one of "
         f"{tested}, each or part of it"
     )
+
+
+def check_offloaded(tensor: int, compiled: bool, tier: str) -> None:
+    """Refuses what weights that come and go are not tested with.
+
+    Args:
+        tensor: Ranks that share matrices.
+        compiled: Whether blocks are compiled.
+        tier: Where the weights come from.
+
+    Raises:
+        ValueError: It is not tested, or cannot be.
+    """
+    if compiled:
+        raise ValueError("compile=True is not tested with offload and so refused: leave one of them out")
+    if tier == "disk" and tensor > 1:
+        raise ValueError(
+            f"offload tier='disk' reads whole matrices, of which tensor={tensor} has slices: use tier='host', or "
+            f"tensor=1 with pipefusion or ulysses"
+        )

@@ -7,11 +7,13 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice
 
 STEM = "diffusion_pytorch_model"
@@ -58,9 +60,7 @@ class Checkpoint:
         """Bytes of every tensor as it is stored, by the headers of the files."""
         found = {}
         for path in self.files:
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header = json.loads(file.read(length))
+            _, header = _header(path)
             offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
             found.update({name: stop - start for name, (start, stop) in offsets.items()})
         return found
@@ -128,6 +128,40 @@ class Checkpoint:
             while self._read_some(model, path, left, dtype_of, device, slices or {}) >= MAPPED_BYTES:
                 pass
 
+    def map(self, model: nn.Module, names: Iterable[str], dtype_of: Mapping[str, torch.dtype]) -> dict[str, Stored]:
+        """Has parameters of a model built on ``meta`` lie in the files themselves, of which nothing is read yet.
+
+        Args:
+            model: The model.
+            names: What lies there.
+            dtype_of: The dtype each is to have.
+
+        Returns:
+            Where each of them lies.
+
+        Raises:
+            ValueError: A tensor is missing, has another shape or is stored in another dtype.
+        """
+        wanted, found = list(names), {}
+        self.check_complete([name for name in wanted if name not in self._file_of])
+        for path in sorted({self._file_of[name] for name in wanted}):
+            start, header = _header(path)
+            with _opened(path) as file:
+                for name in (name for name in wanted if self._file_of[name] == path):
+                    tensor, asked = file.get_tensor(name), dtype_of.get(name)
+                    if asked not in (None, tensor.dtype):
+                        raise ValueError(
+                            f"{name} is stored in {tensor.dtype} but asked for in {asked}, so that it cannot be read "
+                            f"from disk each time: load the model in its own dtype, or use tier='host'"
+                        )
+                    _check_shape(model, name, tensor.shape, path)
+                    owner, _, leaf = name.rpartition(".")
+                    parameter = nn.Parameter(tensor, requires_grad=False)
+                    model.get_submodule(owner)._parameters[leaf] = parameter
+                    first, last = header[name]["data_offsets"]
+                    found[name] = Stored(path, start + first, last - first)
+        return found
+
     def _read_some(
         self,
         model: nn.Module,
@@ -160,6 +194,13 @@ class Checkpoint:
                 f"{index.name} names: the download is incomplete, fetch the model again"
             )
         self._file_of = {name: self.folder / file for name, file in weight_map.items()}
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a file's tensors begin, and what it says of them."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return 8 + length, json.loads(file.read(length))
 
 
 def _check_shape(model: nn.Module, name: str, shape: torch.Size, path: Path) -> None:

@@ -27,3 +27,21 @@ def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {
         name: torch.float32 if any(part in name.split(".") for part in kept) else dtype for name in model.state_dict()
     }
+
+
+def within_blocks(model: nn.Module, plan: ModelPlan) -> Callable[[str], bool]:
+    """Whether a parameter or buffer of a name is part of a block."""
+    around = needs(model, plan, range(0))
+    return lambda name: not around(name)
+
+
+def move_around(model: nn.Module, plan: ModelPlan, device: torch.device) -> None:
+    """Moves to a device what surrounds the blocks, and all buffers; the blocks' weights stay where they are."""
+    within = within_blocks(model, plan)
+    for name, parameter in model.named_parameters():
+        if not within(name) and not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[leaf] = buffer.to(device)

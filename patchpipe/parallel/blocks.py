@@ -20,14 +20,24 @@ class Blocks:
         part: This rank's part of their matrices, where they are split.
         config: The layout.
         group: The ranks.
+        offload: Takes a hooked stage's weights off the device, and returns what brings them back.
 
     Attributes:
         graphs: Graphs that were compiled so far, by kind of block.
     """
 
-    def __init__(self, stage: Stage, part: TensorPart | None, config: ParallelConfig, group: Group) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        part: TensorPart | None,
+        config: ParallelConfig,
+        group: Group,
+        offload: Callable[[Stage], Callable[[], None]] | None = None,
+    ) -> None:
         self.graphs: Mapping[str, int] = {}
         self._stage, self._part, self._config, self._group = stage, part, config, group
+        self._offload = offload
+        self._bring_back: Callable[[], None] | None = None
         self._uncompile: Callable[[], None] | None = None
         self._kinds: dict[Any, Any] = {}  # of compiled blocks: their graphs outlive a change of the layers
 
@@ -35,14 +45,24 @@ class Blocks:
         """Puts the hooks on.
 
         Raises:
-            ValueError: The blocks are to be compiled, and one of them was changed in a way that would be lost.
+            ValueError: The blocks are to be compiled, and one of them was changed in a way that would be lost; or the
+                device has not the memory for the little that weights need that come and go.
         """
         if self._part is not None:
             self._part.attach(self._group.lines["tensor"])
         self._stage.attach()
         if self._config.compile:
             self._compile()
+        if self._offload is not None:
+            self._take_away(self._offload)
         self._stage.sew()
+
+    def _take_away(self, offload: Callable[[Stage], Callable[[], None]]) -> None:
+        try:
+            self._bring_back = offload(self._stage)
+        except ValueError:
+            self.detach()
+            raise
 
     def _compile(self) -> None:
         from patchpipe.stage.compiling import compile_blocks  # heavy, and needed by those alone who ask for it
@@ -79,6 +99,9 @@ class Blocks:
 
     def _unhook(self) -> None:
         self._stage.unsew()
+        if self._bring_back is not None:
+            self._bring_back()
+            self._bring_back = None
         if self._uncompile is not None:
             self._uncompile()
             self._uncompile = None

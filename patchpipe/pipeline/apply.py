@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.offload.offload import Offload
+from patchpipe.offload.weights import Stored
 from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
@@ -56,13 +58,33 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
     models = transformers_of(pipe)
     first = models["transformer"]
     layout, store = settle(config, group, partial(_choose, pipe))
-    fitted, problem = attempt(lambda: fit(pipe, models.values(), layout))
+    device = _device_of(pipe)
+    fitted, problem = attempt(lambda: _fit_in_memory(pipe, models.values(), layout, device))
     about = {"model": type(first).__name__, "model_config": settings_of(first), "transformers": sorted(models)}
-    group = meet(layout, group, _device_of(pipe), about, problem, store)
+    group = meet(layout, group, device, about, problem, store)
     assert fitted is not None
     plan, split = fitted
-    Attachment(pipe, layout, group, split, parts_of(models.values(), plan, split, group)).attach()
+    parts, offload = parts_of(models.values(), plan, split, group), offload_for(pipe, layout, group, {})
+    Attachment(pipe, layout, group, split, parts, offload).attach()
     return pipe
+
+
+def offload_for(
+    pipe: Any, config: ParallelConfig, group: Group, stored: Mapping[int, Mapping[str, Stored]]
+) -> Offload | None:
+    """What moves the blocks' weights of a pipeline; ``None`` where all of them stay on the device.
+
+    Args:
+        pipe: The pipeline.
+        config: The layout.
+        group: The ranks.
+        stored: Where the parameters of each transformer lie on disk, by the transformer's id.
+    """
+    if config.offload is None:
+        return None
+    from patchpipe.planner.means import means_for  # heavy, and needed here alone
+
+    return Offload(config, group, means_for(pipe, config, group.device, stored), len(transformers_of(pipe)))
 
 
 def parts_of(
@@ -90,6 +112,30 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
         check_tensor(model, plan, config.tensor)
         check_special(plan, config)
     return plan, stages
+
+
+def _fit_in_memory(
+    pipe: Any, models: Iterable[nn.Module], config: ParallelConfig, device: torch.device
+) -> tuple[ModelPlan, list[StageBlocks]]:
+    if config.offload is not None and config.offload.tier == "disk":
+        raise ValueError("offload tier='disk' reads the model's files each time: use from_pretrained, or tier='host'")
+    plan, stages = fit(pipe, models, config)
+    check_offload(next(iter(models)), plan, stages, config, device)
+    return plan, stages
+
+
+def check_offload(
+    model: nn.Module, plan: ModelPlan, stages: Sequence[StageBlocks], config: ParallelConfig, device: torch.device
+) -> None:
+    """Refuses a memory for weights that come and go which is too small, before any rank waits for another.
+
+    Raises:
+        ValueError: It is; says what it would take.
+    """
+    if config.offload is not None:
+        from patchpipe.planner.means import check_memory  # heavy, and needed here alone
+
+        check_memory(model, plan, stages, config, device)
 
 
 def restore(pipe: Any) -> Any:

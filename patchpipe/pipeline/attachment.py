@@ -23,6 +23,7 @@ from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.board import say_goodbye
 from patchpipe.models import plan_for, transformers_of
+from patchpipe.offload.offload import Offload
 from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.pipeline.callbacks import Callbacks
@@ -52,10 +53,9 @@ class Attachment:
         group: The ranks.
         split: The blocks of every stage.
         parts: This rank's part of the matrices of each transformer, where they are split.
+        offload: Moves the blocks' weights, where not all of them stay on the device.
 
     Attributes:
-        config: The layout.
-        group: The ranks.
         runner: Runs the transformer's calls.
     """
 
@@ -66,8 +66,9 @@ class Attachment:
         group: Group,
         split: Sequence[StageBlocks],
         parts: Sequence[TensorPart | None],
+        offload: Offload | None = None,
     ) -> None:
-        self.config, self.group = config, group
+        self.config, self.group, self.offload = config, group, offload
         plan, owned = plan_for(pipe.transformer), split[group.stage]
         kernels = watch_kernels(group.device, group.output)
         stages = [
@@ -77,7 +78,8 @@ class Attachment:
         group.open_keys(sharing_stages(split))
         shared = shared_with_neighbours(owned, stages[0].places, group)
         self.runner = Runner(plan, config, group, stages, halves=goes_in_halves(config, split), shared=shared)
-        self._blocks = [Blocks(stage, part, config, group) for stage, part in zip(stages, parts, strict=True)]
+        away = None if offload is None else offload.attach
+        self._blocks = [Blocks(stage, part, config, group, away) for stage, part in zip(stages, parts, strict=True)]
         self._adapters = Adapters(pipe, self._blocks, self.runner)
         self._pipe = pipe
         self._hooks = Hooks()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import starmap
@@ -22,13 +22,14 @@ from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
 from patchpipe.loading.folder import BUILDING, PipelineFolder
 from patchpipe.loading.options import HUB
-from patchpipe.loading.owned import dtypes_of, needs, owned_names
+from patchpipe.loading.owned import dtypes_of, move_around, needs, owned_names, within_blocks
 from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
 from patchpipe.loading.schedulers import build_scheduler
 from patchpipe.models import transformers_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
-from patchpipe.pipeline.apply import fit, parts_of
+from patchpipe.pipeline.apply import check_offload, fit, offload_for, parts_of
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.stage.balance import split_blocks
 
@@ -109,16 +110,21 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     """Reads this rank's part and attaches it to the pipeline."""
     source, models = found.source, [one.model for one in found.transformers]
     parts_held = parts_of(models, found.plan, found.stages, group)
+    stored: dict[int, dict[str, Stored]] = {}
     for transformer, part in zip(found.transformers, parts_held, strict=True):
         if transformer.checkpoint is not None:
-            _read(found, transformer, transformer.checkpoint, group, {} if part is None else part.slices)
+            slices = {} if part is None else part.slices
+            stored[id(transformer.model)] = _read(found, transformer, transformer.checkpoint, config, group, slices)
             _finish(transformer.model, group.device)
     others = source.other_parts(partial(_elsewhere, config, group), found.dtype, group.device)
     parts = {**others, **found.options, **{one.name: one.model for one in found.transformers}}
     with BUILDING:
         pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)
-    _place(pipe, group)
-    Attachment(pipe, config, group, found.stages, parts_held).attach()
+    _place(pipe, group, [] if config.offload is None else models)
+    if config.offload is not None:
+        for model in models:
+            move_around(model, found.plan, group.device)
+    Attachment(pipe, config, group, found.stages, parts_held, offload_for(pipe, config, group, stored)).attach()
     return pipe
 
 
@@ -130,17 +136,41 @@ def _elsewhere(config: ParallelConfig, group: Group, part: str) -> bool:
 
 
 def _read(
-    found: _Found, transformer: _Transformer, checkpoint: Checkpoint, group: Group, slices: Mapping[str, Slice]
-) -> None:
+    found: _Found,
+    transformer: _Transformer,
+    checkpoint: Checkpoint,
+    config: ParallelConfig,
+    group: Group,
+    slices: Mapping[str, Slice],
+) -> dict[str, Stored]:
+    """Reads what a rank owns, with offload the blocks into host memory.
+
+    Returns:
+        Where weights lie that stay on disk.
+    """
     model, plan, owned = transformer.model, found.plan, found.stages[group.stage].held
+    within, around = within_blocks(model, plan), needs(model, plan, range(0))
+    places: list[tuple[torch.device, Callable[[str], bool]]] = [(group.device, lambda _name: True)]
+    if config.offload is not None:
+        places = [(torch.device("cpu"), within), (group.device, around)]
     if transformer.quantiser is not None:
-        needed = needs(model, plan, owned)
-        blocks = [place.name for place in plan.blocks_of(model)]
+        needed, blocks = needs(model, plan, owned), [place.name for place in plan.blocks_of(model)]
         with BUILDING:
-            transformer.quantiser.fill(model, checkpoint, needed, blocks, group.device)
-        return
-    dtypes = dtypes_of(model, dtype_of(transformer.name, found.dtype))
-    checkpoint.fill(model, owned_names(model, plan, owned), dtypes, group.device, slices)
+            for device, here in places:
+                transformer.quantiser.fill(model, checkpoint, partial(_both, needed, here), blocks, device)
+        return {}
+    dtypes, names = dtypes_of(model, dtype_of(transformer.name, found.dtype)), owned_names(model, plan, owned)
+    if config.offload is None or config.offload.tier == "host":
+        for device, here in places:
+            checkpoint.fill(model, filter(here, names), dtypes, device, slices)
+        return {}
+    stay = {name for name, _ in model.named_parameters() if within(name)}
+    checkpoint.fill(model, [name for name in names if name not in stay], dtypes, group.device)
+    return checkpoint.map(model, [name for name in names if name in stay], dtypes)
+
+
+def _both(first: Callable[[str], bool], second: Callable[[str], bool], name: str) -> bool:
+    return first(name) and second(name)
 
 
 @dataclass(frozen=True)
@@ -218,6 +248,8 @@ class _Found:
             missing = sorted(set(source.transformers) - set(given))
             if missing:
                 raise ValueError(f"from_pretrained was given {', '.join(given)} but not {', '.join(missing)}: give all")
+            if config.offload is not None and config.offload.tier == "disk":
+                raise ValueError("offload tier='disk' cannot read a transformer that is given: use tier='host'")
             pipe = SimpleNamespace(**given, components={})
             plan, stages = fit(pipe, transformers_of(pipe).values(), config)
             return cls(source, plan, tuple(starmap(_Transformer, given.items())), stages, wanted, rest)
@@ -226,6 +258,10 @@ class _Found:
         transformers_of(SimpleNamespace(**{one.name: one.model for one in found}))
         stages = split_blocks(found[0].model, plan, config)
         check_tensor(found[0].model, plan, config.tensor)
+        if all(one.quantiser is None for one in found):
+            check_offload(found[0].model, plan, stages, config, device)
+        elif config.offload is not None and config.offload.tier == "disk":
+            raise ValueError("offload tier='disk' reads weights as they are stored, unquantised: use tier='host'")
         for one in found:
             one.prepare()
         return cls(source, plan, tuple(found), stages, wanted, rest)
@@ -246,8 +282,10 @@ def _finish(transformer: Any, device: torch.device) -> None:
     transformer.requires_grad_(False).eval()
 
 
-def _place(pipe: Any, group: Group) -> None:
+def _place(pipe: Any, group: Group, offloaded: Sequence[nn.Module]) -> None:
     for part in pipe.components.values():
+        if any(part is model for model in offloaded):
+            continue
         tensors = [*part.parameters(), *part.buffers()] if isinstance(part, nn.Module) else []
         if any(tensor.device != group.device for tensor in tensors) and not any(tensor.is_meta for tensor in tensors):
             part.to(group.device)

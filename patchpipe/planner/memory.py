@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patchpipe.layout.axes import Mesh
+from patchpipe.offload.choice import Chosen
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.work.workload import Block
@@ -19,7 +21,7 @@ class RankMemory:
     """Bytes of one rank.
 
     Attributes:
-        parameters: Its part of the transformer.
+        parameters: Its part of the transformer; of weights that come and go, what is on the device at most.
         components: Text encoders and VAE it holds.
         store: Keys and values it keeps from step to step.
         working: The largest activations at once.
@@ -38,23 +40,38 @@ class RankMemory:
         return self.parameters + self.components + self.store + self.working + self.runtime
 
 
-def rank_memory(layout: Layout) -> tuple[RankMemory, ...]:
-    """What every rank of a layout holds."""
+def rank_memory(layout: Layout, offloads: Sequence[Chosen] = ()) -> tuple[RankMemory, ...]:
+    """What every rank of a layout holds.
+
+    Args:
+        layout: The layout.
+        offloads: How the weights of each stage come and go, if they do.
+    """
     working = _working(layout)
     ranks = []
     for rank in range(layout.config.world_size):
         stage = Mesh(layout.config.mesh_shape, rank).at("pipe")
         blocks = layout.held(stage)
+        if offloads:
+            parameters = offloads[stage].bytes + layout.workload.embedders * layout.workload.itemsize
+        else:
+            parameters = stage_parameters(layout, blocks) * layout.workload.itemsize
         decoding = _decoding(layout) if layout.config.parallel_vae or rank == layout.config.output_rank else 0
         ranks.append(
             RankMemory(
-                stage_parameters(layout, blocks) * layout.workload.itemsize,
+                parameters,
                 _components(layout, rank),
                 stored(layout, stage),
                 max(working, decoding),
             )
         )
     return tuple(ranks)
+
+
+def block_memory(layout: Layout, memory: int) -> int:
+    """Bytes that every rank of a layout has left for its blocks' weights, of so many in all."""
+    own = layout.workload.embedders * layout.workload.itemsize
+    return memory - max(rank.total - rank.parameters + own for rank in rank_memory(layout))
 
 
 def stage_parameters(layout: Layout, blocks: tuple[Block, ...]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.split import shared_blocks
 from patchpipe.layout.volume import Volume, traffic
+from patchpipe.offload.choice import Chosen
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.machine.system import PATCHPIPE, System
@@ -28,6 +29,7 @@ class Prediction:
         traffic: Bytes a rank sends in a steady step, by method, all branches and pictures it runs.
         memory: What each rank holds.
         fresh: Mean share of the keys that are of this step.
+        uploads: Bytes that a rank of each stage gets from its host in a steady step; empty without offload.
     """
 
     config: ParallelConfig
@@ -36,6 +38,7 @@ class Prediction:
     traffic: dict[str, float]
     memory: tuple[RankMemory, ...]
     fresh: float
+    uploads: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -88,6 +91,7 @@ class Prediction:
             "host_bound": self.host_bound,
             "fresh": self.fresh,
             "traffic_bytes": self.traffic,
+            "upload_bytes": list(self.uploads),
             "memory_bytes": [rank.total for rank in self.memory],
         }
 
@@ -109,9 +113,10 @@ def predict(workload: Workload, config: ParallelConfig, profile: Profile, system
             f"pipefusion={config.pipefusion} is more stages than the {len(workload.blocks)} blocks of {workload.model}"
         )
     layout = Layout(workload, config, profile, system)
-    timing = Schedule(layout).timing
-    patches = len(layout.patches)
-    return Prediction(config, patches, timing, _traffic(layout), rank_memory(layout), fresh_share(config, patches))
+    schedule = Schedule(layout)
+    timing, memory, patches = schedule.timing, rank_memory(layout, schedule.offloads), len(layout.patches)
+    uploads = tuple(_uploaded(layout, stage, chosen) for stage, chosen in enumerate(schedule.offloads))
+    return Prediction(config, patches, timing, _traffic(layout), memory, fresh_share(config, patches), uploads)
 
 
 def fresh_share(config: ParallelConfig, patches: int) -> float:
@@ -143,6 +148,12 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
     if starting > seconds:  # the host was as fast as that, whatever the profile says
         device = dataclasses.replace(device, host=device.host * seconds / starting)
     return dataclasses.replace(profile, slowdown=slowdown, device=device)
+
+
+def _uploaded(layout: Layout, stage: int, chosen: Chosen) -> int:
+    """A stage's blocks run once for every patch, half and call of a step, and so their weights come as often."""
+    passes = len(layout.patches) * layout.halves * layout.calls
+    return passes * sum(chosen.streamed)
 
 
 def _traffic(layout: Layout) -> dict[str, float]:

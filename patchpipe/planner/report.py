@@ -27,7 +27,8 @@ def reasons(choice: Choice, fresh: float) -> list[str]:
     """
     if choice.single_is_best:
         return [line for line in (_one_device(choice), _host(choice)) if line]
-    found = [_gain(choice), _over_next(choice), _exact(choice), _stale(choice, fresh), _host(choice), _refused(choice)]
+    found = [_gain(choice), _offload(choice), _over_next(choice), _exact(choice), _stale(choice, fresh)]
+    found += [_host(choice), _refused(choice)]
     return [line for line in found if line]
 
 
@@ -50,6 +51,17 @@ def _gain(choice: Choice) -> str:
     warmup = min(config.warmup_steps, choice.workload.steps)
     spent = warmup * best.timing.synchronous
     return f"{gain}; of its {best.seconds:.2f} s, {spent:.2f} s go to the {_steps(warmup)}, in which stages wait"
+
+
+def _offload(choice: Choice) -> str:
+    best = choice.best
+    if not best.uploads:
+        return ""
+    most = max(best.uploads) / 1e9
+    return (
+        f"its weights do not fit: {most:.1f} GB of them come from the host in every step, through "
+        f"{choice.profile.device.upload / 1e9:.0f} GB/s; what of that is not hidden is in the seconds"
+    )
 
 
 def _steps(count: int) -> str:
@@ -167,6 +179,7 @@ def layout_words(config: ParallelConfig) -> list[str]:
     words += ["--stage-blocks", ",".join(map(str, config.stage_blocks))] if config.stage_blocks else []
     words += ["--text-rank", str(config.text_rank)] if config.text_rank is not None else []
     words += ["--parallel-vae"] if config.parallel_vae else []
+    words += [] if config.offload is None else ["--offload", config.offload.words]
     return [*words, "--compile"] if config.compile else words
 
 

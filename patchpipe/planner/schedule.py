@@ -8,8 +8,10 @@ from functools import cached_property
 
 from patchpipe.config import COARSE
 from patchpipe.layout.split import shared_blocks
+from patchpipe.offload.choice import Chosen
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
 from patchpipe.planner.layout import Layout
+from patchpipe.planner.offloading import choice_for, stalled
 from patchpipe.planner.work.workload import Block
 
 PREDICTION_CHANNELS = 64  # of a token of the noise prediction, which goes back to the first stage
@@ -130,6 +132,11 @@ def total(
     )  # fmt: skip
 
 
+def _spent(blocks: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Seconds of each block, and those of them that go to exchanges."""
+    return [one + other for one, other in blocks], [other for _, other in blocks]
+
+
 def _each(calls: int, units: list[tuple[float, ...]]) -> tuple[float, ...]:
     """Seconds of each stage, over the units."""
     return tuple(calls * sum(column) for column in zip(*units, strict=True))
@@ -152,6 +159,22 @@ class Schedule:
         self.layout, self.workload, self.config = layout, layout.workload, layout.config
         self.device, self.link = layout.profile.device, layout.profile.link
         self._known: dict[tuple[Block, Tokens, bool], tuple[float, float]] = {}
+
+    @cached_property
+    def offloads(self) -> tuple[Chosen, ...]:
+        """What stays of each stage's weights and how the rest comes; nothing where all of it stays."""
+        if self.config.offload is None:
+            return ()
+        patches = self.layout.patches
+        streams = len(patches) > 1 or self.config.distrifusion > 1
+        piece = self.layout.piece(len(patches) - 1 if streams else None)
+        known: dict[tuple[Block, ...], Chosen] = {}  # stages of the same blocks are alike
+        for stage in range(self.config.pipefusion):
+            held = self.layout.held(stage)
+            if held not in known:
+                spent = [self._block(block, piece, streams) for block in held]
+                known[held] = choice_for(self.layout, stage, *_spent(spent))
+        return tuple(known[self.layout.held(stage)] for stage in range(self.config.pipefusion))
 
     @cached_property
     def timing(self) -> Timing:
@@ -190,6 +213,8 @@ class Schedule:
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
                 exchanged = self.link.exposed(exchanged, computed)
             spending = outside + computed + exchanged
+            if self.offloads:
+                spending += stalled(self.offloads[stage], *_spent(spent))
             spending += self.link.exposed(self._keys(stage, piece, patch), spending)
             host.append(self._host(blocks, piece))
             times.append(max(spending, host[-1]))

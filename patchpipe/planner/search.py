@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -10,11 +11,13 @@ from typing import Any, cast
 
 from patchpipe.config import ALL_STEPS, COARSE, ParallelConfig, WarmupKind
 from patchpipe.layout.axes import DEGREES
+from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
 from patchpipe.layout.split import balanced, shared_blocks, sizes_of
 from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.machine.profiles import Profile
+from patchpipe.planner.memory import block_memory
 from patchpipe.planner.predict import Prediction, predict
 from patchpipe.planner.work.workload import Workload
 
@@ -23,6 +26,8 @@ FRESH = (
 )
 ALIKE = 0.01  # a difference in time that the model cannot tell: the picture of one device then counts for more
 HEADROOM = 0.95  # of a device's memory: allocators leave gaps
+LEAST = tuple(2.0**power for power in range(-4, 6))  # GiB for a rank's blocks that are tried, the first that will do
+OFFLOADED_COUNTS = 3  # numbers of patches to try, from the fewest: weights come once for each
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {},
     {"text_rank": "spread"},
@@ -42,6 +47,7 @@ class Wishes:
         warmup: Synchronous steps, ``"all"`` or ``"coarse"``.
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
+        offload: Whether weights may come and go where a layout does not fit otherwise.
     """
 
     exact: bool = False
@@ -50,6 +56,7 @@ class Wishes:
     warmup: WarmupKind = 1
     methods: tuple[str, ...] | None = None
     compile: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh <= 1:
@@ -193,7 +200,38 @@ def _best_patches(
     if best.bytes <= memory:
         return best
     placed = [predict(workload, config, profile) for config in _placements(best.config, workload)]
-    return next((one for one in placed if one.bytes <= memory), min(placed, key=lambda one: one.bytes))
+    found = next((one for one in placed if one.bytes <= memory), None)
+    if found is None and wishes.offload:
+        found = _offloaded(workload, tried, profile, memory)
+        placed += [] if found else _least_offloaded(workload, placed, profile)
+    return found or min(placed, key=lambda one: one.bytes)
+
+
+def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, memory: int) -> Prediction | None:
+    """The fastest number of patches and placement with which weights come and go: few patches need few passes."""
+    counts = sorted({one.config.patches or 1 for one in tried})[:OFFLOADED_COUNTS]
+    found = []
+    for base in (one.config for one in tried if (one.config.patches or 1) in counts):
+        places = [replace(base, **place) for place in (PLACEMENTS if base.world_size > 1 else PLACEMENTS[:1])]
+        left, config = max(
+            ((block_memory(Layout(workload, each, profile), memory), each) for each in places), key=lambda one: one[0]
+        )
+        if left > 0:
+            asked = OffloadConfig(memory=max(1, int(left / GIB * 1000)) / 1000)
+            with suppress(ValueError):  # not even the least fits
+                found.append(predict(workload, replace(config, offload=asked), profile))
+    return min((one for one in found if one.bytes <= memory), key=lambda one: one.seconds, default=None)
+
+
+def _least_offloaded(workload: Workload, placed: list[Prediction], profile: Profile) -> list[Prediction]:
+    """What layouts would take with nearly all weights on the host, to say so."""
+    found = []
+    for config in (one.config for one in placed[: len(PLACEMENTS)]):
+        for size in LEAST:
+            with suppress(ValueError):
+                found.append(predict(workload, replace(config, offload=OffloadConfig(memory=size)), profile))
+                break
+    return found
 
 
 def _placements(config: ParallelConfig, workload: Workload) -> Iterator[ParallelConfig]:

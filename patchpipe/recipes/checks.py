@@ -110,7 +110,7 @@ def _plain_attention(config: ParallelConfig) -> bool:
 
 
 def _unsplit(config: ParallelConfig) -> bool:
-    return config.tensor == 1 and not config.compile
+    return config.tensor == 1 and not config.compile and config.offload is None
 
 
 def _backend(seen: Seen) -> str:
@@ -187,15 +187,15 @@ RECIPES: tuple[Recipe, ...] = (
         "enable_group_offload()",
         "group_offloading",
         _unsplit,
-        "moves whole matrices that are split or compiled here",
-        "use tensor=1 and compile=False, or leave it out",
+        "moves whole matrices that are split, compiled or moved here",
+        "use tensor=1 and compile=False without offload, or leave it out: ParallelConfig(offload=…) does the same",
     ),
     _by_hook(
         "enable_layerwise_casting()",
         "layerwise_casting",
         _unsplit,
-        "casts whole matrices that are split or compiled here",
-        "use tensor=1 and compile=False, or leave it out",
+        "casts whole matrices that are split, compiled or moved here",
+        "use tensor=1 and compile=False without offload, or leave it out",
     ),
     _by_hook("FirstBlockCache", "first_block_cache", whole_on_one_rank, _ACROSS, _ONE_RANK),
     _by_hook("MagCache", "mag_cache", whole_on_one_rank, _ACROSS, _ONE_RANK),

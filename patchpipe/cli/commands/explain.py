@@ -42,6 +42,7 @@ def explain(
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
     forecast: options.Forecast = False,
+    offload: options.Offload = None,
     warmup: options.Warmup = "1",
     height: options.Height = 1024,
     width: options.Width = 1024,

@@ -40,6 +40,10 @@ EPILOG = """
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --pipefusion 4 --dtype bf16 --steps 28 \
 --height 1024 --width 1024
 
+  A model larger than a card: 10 GiB of each for the blocks' weights, the rest comes while blocks compute:
+
+  [green]patchpipe generate[/] "a fox in the snow" --model ./flux2-dev --pipefusion 2 --offload 10 --dtype bf16
+
   Paint a picture over, or only where a mask is white:
 
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --image photo.jpg --strength 0.7 --mask mask.png
@@ -112,6 +116,7 @@ def generate(
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
     forecast: options.Forecast = False,
+    offload: options.Offload = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
     stage_blocks: options.StageBlocks = None,

@@ -45,6 +45,10 @@ EPILOG = """
 
   [green]patchpipe plan[/] --model flux.1-dev --device 4090
 
+  Less memory than the model takes: what comes from the host, and how long that takes:
+
+  [green]patchpipe plan[/] --model flux.1-dev --devices 1 --device 4090
+
   What one device really takes makes the figures sharper:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 4 --device l40 --link pcie4 --single 18.4
@@ -90,6 +94,15 @@ Guided = Annotated[
 Compile = Annotated[
     bool, option(_WISHES, "Compiled blocks: fewer kernels to start, where the host is the limit.", "--compile")
 ]
+Offloaded = Annotated[
+    bool,
+    option(
+        _WISHES,
+        "Whether weights may come from the host in chunks where a layout does not fit otherwise.",
+        "--offload/--no-offload",
+        default=True,
+    ),
+]
 TextTokens = Annotated[int | None, option(_WISHES, "Tokens of the prompt. [dim]Default: as the model pads them.[/]")]
 Frames = Annotated[int | None, option(_WISHES, "Frames, for a video model.")]
 PlanDtype = Annotated[
@@ -119,6 +132,7 @@ def plan(
     warmup: options.Warmup = "1",
     exact: Exact = False,
     compile: Compile = False,
+    offload: Offloaded = True,
     fresh: Fresh = 0.5,
     memory: Memory = None,
     single: Single = None,
@@ -151,6 +165,7 @@ def plan(
         memory=None if memory is None else int(memory * 2**30),
         warmup=options.read_warmup(warmup),
         compile=compile,
+        offload=offload,
     )
     choice = search.search(workload, ranks, machine, wishes)
     layout = None if choice.single_is_best else choice.best.config

@@ -300,8 +300,9 @@ class Server:
         return getattr(getattr(self._pipe, "patchpipe", None), "last", None)
 
     def _stats(self) -> dict[str, Any]:
-        last = self._last()
-        return {} if last is None else dict(last.as_dict())
+        last, offload = self._last(), getattr(getattr(self._pipe, "patchpipe", None), "offload", None)
+        told = {} if offload is None else {"offload": offload.as_dict()}
+        return {} if last is None else {**last.as_dict(), **told}
 
     @property
     def _usable(self) -> bool:

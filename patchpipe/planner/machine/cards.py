@@ -6,11 +6,19 @@ import re
 from dataclasses import dataclass
 
 from patchpipe.errors import did_you_mean
-from patchpipe.planner.machine.devices import GB, GIB, HOST, Device
+from patchpipe.planner.machine.devices import GB, GIB, HOST, UPLOAD, Device
 
 TILE = 128 * 128  # output elements one multiprocessor works on at a time in the usual matrix kernels
 TAIL = 0.15  # of a wave of tiles idle at the end of a kernel: FLUX.1 in 8 stages of 8 patches on L40, arXiv 2411.01738
 LAUNCH = 4e-6  # seconds from one kernel to the next in eager PyTorch on a current host
+# What a card's slot makes of copies from pinned memory, by the link that usually joins such cards.
+UPLOADS = {
+    "pcie3": UPLOAD / 2,
+    "nvlink2": UPLOAD / 2,
+    "pcie5": 2 * UPLOAD,
+    "nvlink4": 2 * UPLOAD,
+    "nvlink5": 2 * UPLOAD,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,8 @@ def _card(
 ) -> Card:
     fill = TAIL * multiprocessors * TILE
     figures = (teraflops * 1e12, efficiency, gib * GIB, gigabytes * GB, fill, LAUNCH, source, HOST)
-    return Card(Device(name, *figures), link, aliases)
+    upload = UPLOADS.get(link, UPLOAD)
+    return Card(Device(name, *figures, upload), link, aliases)
 
 
 # Peak: dense 16-bit products with float32 sums, without the sparsity that data sheets like to double it by. Efficiency:

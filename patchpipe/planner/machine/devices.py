@@ -9,6 +9,7 @@ from dataclasses import dataclass
 HOST = 15e-6
 GB = 10**9
 GIB = 2**30
+UPLOAD = 24 * GB  # bytes a second of a ×16 slot of PCIe 4.0 from pinned memory
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Device:
         source: Where the figures are from.
         host: Seconds its host takes to start an operation of an eager block, while the device does what was started
             before; 0 where host and device are one.
+        upload: Bytes a second that its host copies into its memory.
     """
 
     name: str
@@ -38,9 +40,10 @@ class Device:
     launch: float
     source: str
     host: float = 0.0
+    upload: float = UPLOAD
 
     def __post_init__(self) -> None:
-        for name in ("flops", "efficiency", "memory", "bandwidth"):
+        for name in ("flops", "efficiency", "memory", "bandwidth", "upload"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} of device {self.name} must be above 0")
         for name in ("fill", "launch", "host"):

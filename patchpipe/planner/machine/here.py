@@ -55,7 +55,8 @@ def _cores(threads: int, ranks: int) -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
     name = f"{platform.machine()} CPU, {threads} core{'s' if threads > 1 else ''}"
     figures = CORE_RATE * gain, 1.0, memory, CORE_BANDWIDTH * gain, CORE_FILL * gain, CORE_LAUNCH
-    return Device(name, *figures, "nominal: a core of a current server; measure yours with `patchpipe profile`")
+    source = "nominal: a core of a current server; measure yours with `patchpipe profile`"
+    return Device(name, *figures, source, upload=CORE_BANDWIDTH / 2)  # every byte is read and written
 
 
 def _loopback(ranks: int) -> Link:

@@ -50,6 +50,7 @@ def measure_device(place: torch.device, ranks: int, threads: int | None, progres
     torch.set_num_threads(threads or (max(1, (os.cpu_count() or 1) // ranks) if cpu else kept))
     try:
         launch, bandwidth = _launch(place), _bandwidth(place)
+        upload = bandwidth / 2 if cpu else _upload(place)  # on a CPU every byte is read and written
         progress("operations and memory")
         rate, fill = _products(place, launch)
         progress("matrix products")
@@ -61,7 +62,7 @@ def measure_device(place: torch.device, ranks: int, threads: int | None, progres
     blended = 2 / (1 / rate + 1 / attention)  # half and half, as in FLUX.1 at 2048 pixels
     progress("device")
     found = name, blended, 1.0, _memory(place, ranks), bandwidth, fill, launch
-    return Device(*found, "measured by patchpipe profile", host=0.0 if cpu else HOST)
+    return Device(*found, "measured by patchpipe profile", host=0.0 if cpu else HOST, upload=upload)
 
 
 def _name(place: torch.device, threads: int) -> str:
@@ -108,6 +109,13 @@ def _bandwidth(place: torch.device) -> float:
     source = torch.ones(COPIED // 4, device=place)
     target = torch.empty_like(source)
     return 2 * COPIED / _seconds(place, lambda: target.copy_(source))
+
+
+def _upload(place: torch.device) -> float:
+    """Bytes a second from pinned host memory, as weights come with offload."""
+    source = torch.ones(COPIED // 4).pin_memory()
+    target = torch.empty(COPIED // 4, device=place)
+    return COPIED / _seconds(place, lambda: target.copy_(source, non_blocking=True))
 
 
 def _products(place: torch.device, launch: float) -> tuple[float, float]:

@@ -1,0 +1,36 @@
+"""Checks that the descriptions of a layout share."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+
+def plain_numbers(value: Any) -> Any:
+    """Whole numbers of other libraries, such as ``numpy.int64``, as Python's own."""
+    if isinstance(value, tuple):
+        return tuple(map(plain_numbers, value))
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
+
+
+def check_at_least(name: str, value: Any, low: int, hint: str = "") -> None:
+    """Refuses what is no whole number of ``low`` or more.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        tail = f", {hint}" if hint else ""
+        raise ValueError(f"{name}={value!r} must be a whole number of {low} or more{tail}")
+
+
+def check_positive(name: str, value: Any, unit: str) -> None:
+    """Refuses what is no number above 0; ``None`` is let through.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be a number of {unit} above 0")

@@ -1,0 +1,121 @@
+"""How bytes get from the host into the working buffer: by a CUDA device's copy engine, or by this thread."""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter, sleep
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Copier(Protocol):
+    """Copies for the mover. Marks are moments on the device; ``None`` is now."""
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """Starts a copy; returns the mark of its end."""
+        ...
+
+    def finish(self, mark: Any) -> None:
+        """Waits, on the host, until the device has come to a mark."""
+        ...
+
+    def arrive(self, mark: Any) -> None:
+        """Has what is computed from now on wait for a mark."""
+        ...
+
+    def leave(self) -> Any:
+        """The mark of all that was computed so far."""
+        ...
+
+
+class Throttle:
+    """A link of a set bandwidth that copies share, for trials.
+
+    Args:
+        bandwidth: Bytes a second.
+    """
+
+    def __init__(self, bandwidth: float) -> None:
+        self.bandwidth = bandwidth
+        self._free, self._lock = 0.0, threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Returns when so many bytes are through."""
+        with self._lock:
+            self._free = max(self._free, perf_counter()) + size / self.bandwidth
+            until = self._free
+        while (left := until - perf_counter()) > 0:
+            sleep(left)
+
+
+class HostCopier:
+    """Copies with the host's own cores, where the device is the host.
+
+    Args:
+        throttle: The link that bytes come over; ``None`` is as fast as memory is.
+    """
+
+    def __init__(self, throttle: Throttle | None = None) -> None:
+        self._throttle = throttle
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """See ``Copier``; it has ended when this returns."""
+        target.copy_(source)
+        if self._throttle is not None:
+            self._throttle.take(source.numel())
+
+    def finish(self, mark: Any) -> None:
+        """See ``Copier``."""
+
+    def arrive(self, mark: Any) -> None:
+        """See ``Copier``."""
+
+    def leave(self) -> None:
+        """See ``Copier``."""
+
+
+class CudaCopier:
+    """Copies on a stream of their own.
+
+    Args:
+        device: The device.
+        throttle: As for the host.
+    """
+
+    def __init__(self, device: torch.device, throttle: Throttle | None = None) -> None:
+        self._device, self._throttle = device, throttle
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, target: Tensor, source: Tensor) -> Any:
+        """See ``Copier``."""
+        mark = torch.cuda.Event()
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            mark.record(self._stream)
+        if self._throttle is not None:
+            self._throttle.take(source.numel())
+        return mark
+
+    def finish(self, mark: Any) -> None:
+        """See ``Copier``."""
+        if mark is not None:
+            mark.synchronize()
+
+    def arrive(self, mark: Any) -> None:
+        """See ``Copier``."""
+        if mark is not None:
+            torch.cuda.current_stream(self._device).wait_event(mark)
+
+    def leave(self) -> Any:
+        """See ``Copier``."""
+        mark = torch.cuda.Event()
+        mark.record(torch.cuda.current_stream(self._device))
+        return mark
+
+
+def copier_for(device: torch.device, throttle: float | None) -> Copier:
+    """What copies to a device, at no more than ``throttle`` gigabytes a second."""
+    link = None if throttle is None else Throttle(throttle * 1e9)
+    return CudaCopier(device, link) if device.type == "cuda" else HostCopier(link)
