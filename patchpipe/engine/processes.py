@@ -33,7 +33,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("patchpipe", sys.argv[2])
 package = sys.modules["patchpipe"] = module_from_spec(spec)
 spec.loader.exec_module(package)
-from patchpipe.engine.worker.serve import main
+from patchpipe.engine.worker.main import main
 main()
 """
 
