@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Annotated, Any
 
 import typer
@@ -140,7 +140,7 @@ def moving(engine: Engine, call: dict[str, Any], rounds: int, found: dict[str, l
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = perf_counter() + PATIENCE
     while not true() and perf_counter() < deadline:
-        pass
+        sleep(0.0005)
 
 
 def note(found: dict[str, list[float]], name: str, seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 import patchpipe
-from patchpipe import ParallelConfig
-from patchpipe.pipeline.streams.serving import Asked, serve
+from patchpipe import ParallelConfig, PatchpipeError
+from patchpipe.pipeline.streams.serving import CARRIED, Asked, check_carried, serve
 from patchpipe.schedule.steps.orders import Order
 from patchpipe.schedule.steps.saved import Saved
 from patchpipe.schedule.steps.stream import Told
@@ -193,3 +194,95 @@ def test_law_1_a_request_carried_to_another_layout_is_what_it_is_on_one_device()
         plain = tiny.pipeline(name)(**latent(tiny.call_arguments(name, steps=4)), generator=seeded(0))
         assert np.array_equal(found, numbers(plain)), name
         assert [one["keys"] for one in stats["resumed"]] == ["dropped"]
+
+
+# -- at any time ------------------------------------------------------------------------------------------
+
+
+class Whims(Script):
+    """Holds, wakes and withdraws three requests at random, until the first two are done."""
+
+    def __init__(self, calls: Sequence[dict[str, Any]], seed: int) -> None:
+        super().__init__(calls, [(at_once, [joins(number)]) for number in range(len(calls))])
+        self.random = random.Random(seed)
+
+    def orders(self, seconds: float) -> list[Order]:
+        if self.scenes or self.random.random() < 0.5:
+            return super().orders(seconds)
+        number = self.random.randrange(len(self.calls))
+        keys = self.random.choice([Keys.DEVICE, Keys.HOST])
+        whims = [held(number, keys), goes_on(number), goes_on(number)]
+        last = len(self.calls) - 1
+        if seconds:  # all are held
+            return [goes_on(each) for each in range(last)] + [withdrawn(last)]
+        return [self.random.choice([*whims, withdrawn(last)] if number == last else whims)]
+
+
+def live_through(place: Place, name: str, layout: dict[str, Any]) -> list[str]:
+    """What is not as it should be after a stream of whims, and in a call after it."""
+    pipe, wrong = attached(place, name, **layout), []
+    calls = [
+        latent(tiny.call_arguments(name, height=height, steps=steps)) for height, steps in ((96, 6), (64, 5), (80, 6))
+    ]
+    script = Whims(calls, 11)
+    own = [alone(pipe, script, number) for number in (0, 1)]
+    for seed in (0, 1):
+        script = Whims(calls, seed)
+        serve(pipe, script)
+        for number in (0, 1):
+            told = script.last(number)
+            if told.what != "done" or (
+                own[number] is not None and not np.array_equal(own[number], numbers(told.output))
+            ):
+                wrong.append(f"seed {seed}, call {number}: {script.what(number)}")
+        if script.last(2).what not in ("withdrawn", "done"):
+            wrong.append(f"seed {seed}: {script.what(2)}")
+    again = alone(pipe, script, 0)
+    if again is not None and not np.array_equal(own[0], again):
+        wrong.append("something was left behind")
+    hops = pipe.patchpipe.runner._hops
+    return wrong + [f"hops of {key}" for key in hops._after if isinstance(key, tuple) and key[0] != 0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"pipefusion": 2, "patches": 3, "forecast": True}, {"distrifusion": 2}],
+    ids=["pipefusion", "distrifusion"],
+)
+def test_when_orders_come_shows_nowhere(layout: dict[str, Any]) -> None:
+    assert run_threads(2, live_through, "flux", layout) == [[]] * 2
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------
+
+
+def refuse(place: Place) -> dict[str, bool]:
+    """A request that is refused, one that cannot be saved, and one given to one rank otherwise than to the other."""
+    pipe = attached(place, "flux", pipefusion=2, patches=2)
+    good = latent(tiny.call_arguments("flux", steps=3))
+    script = Script([good, {**good, "prompt": 3}], [(at_once, [joins(0), joins(1)])])
+    serve(pipe, script)
+    found = {
+        "one is refused": script.what(1) == ["refused"] and "prompt" in str(script.last(1).error),
+        "the other is not": script.what(0) == ["running", "done"],
+    }
+    script = Script([good], [(at_once, [joins(0)]), (after(2), [saved(0)])])
+    pipe.scheduler.noise = object()
+    serve(pipe, script)
+    del pipe.scheduler.noise
+    found["what cannot be saved goes on"] = script.what(0) == ["running", "not saved", "done"]
+    script = Script([{**good, "prompt": f"rank {place.rank}"}], [(at_once, [joins(0)])])
+    with pytest.raises(PatchpipeError, match="given different requests: prompt is 'rank 0' on rank 0 but 'rank 1'"):
+        serve(pipe, script)
+    return found
+
+
+def test_law_6_pipelines_that_no_test_carries_are_refused() -> None:
+    assert {type(tiny.pipeline(name)).__name__ for name in KINDS} == set(CARRIED)
+    with pytest.raises(ValueError, match="requests of SanaPipeline are not tested to go on elsewhere, and so refused"):
+        check_carried("SanaPipeline")
+
+
+def test_a_request_is_refused_alone() -> None:
+    for found in run_threads(2, refuse):
+        assert all(found.values()), found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 from patchpipe.engine.messages import OpenStream
@@ -43,12 +42,10 @@ class LaneServer(Server):
         finally:
             self._lane = None
 
-    def _cancel(self, request: int) -> None:
-        self._cancelled = request
+    def _stop(self) -> None:
         lane = self._lane
-        if request == self._request and lane is not None:
-            with contextlib.suppress(RuntimeError):
-                lane.cancel()
+        if lane is not None:
+            lane.cancel()
 
     @property
     def _usable(self) -> bool:

@@ -96,7 +96,11 @@ class Server:
         self._cancelled = request
         if request == self._request and self._start.config is not None:
             with contextlib.suppress(RuntimeError):  # where the ranks cannot hear each other, it ends anyway
-                self._attachment.cancel()
+                self._stop()
+
+    def _stop(self) -> None:
+        """Has the ranks agree where the request under way ends."""
+        self._attachment.cancel()
 
     def _answer(self, call: Call | CallTogether | LoadLora | UnloadLora | OpenStream) -> Done | Failed:
         began = time.monotonic()
@@ -181,7 +185,7 @@ class Server:
             if self._cancelled == request:
                 if self._start.config is None:
                     raise Cancelled(CANCELLED)
-                self._attachment.cancel()  # should it have been asked for before the request had begun
+                self._stop()  # should it have been asked for before the request had begun
 
         return bar
 

@@ -21,7 +21,6 @@ from patchpipe.schedule.steps.stream import Entry, Told
 CARRIED = (  # pipelines of which a test carries a request from one layout to another
     "CogView4Pipeline",
     "Flux2KleinPipeline",
-    "FluxImg2ImgPipeline",
     "FluxPipeline",
     "LTXPipeline",
     "PixArtAlphaPipeline",

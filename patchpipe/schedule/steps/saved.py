@@ -11,6 +11,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from patchpipe.lazy.latent import materialise_tree
 
 FORMAT = 1
 MARK = "patchpipe"  # of our part of a file's header
-KINDS = {"tuple": tuple, "list": list}
+KINDS = {"tuple": tuple, "list": list, "Size": torch.Size}
 LIKE = 1e-3  # of the size of an input: its elements are summed in another order elsewhere
 SECOND = "old_pred_original_sample"  # what a step is given beside the latent, where the pipeline carries two tensors
 SETTINGS = "_internal_dict"  # a scheduler's configuration, which its class was made with
@@ -82,7 +83,7 @@ class Saved:
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
-    """What a scheduler has beside its configuration, on the host; gathers what is lazy.
+    """What a scheduler has beside its configuration and functions made of it, on the host; gathers what is lazy.
 
     Raises:
         ValueError: It keeps something that is no plain data, or not all that is to be carried.
@@ -92,7 +93,8 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
             f"{type(scheduler).__name__} hands its pipeline more than the latent to carry from step to step, so its "
             f"requests cannot be carried elsewhere: hold them where they are, or use another scheduler"
         )
-    own = {name: value for name, value in vars(scheduler).items() if name != SETTINGS}
+    made = (SETTINGS, *(name for name, value in vars(scheduler).items() if isinstance(value, FunctionType)))
+    own = {name: value for name, value in vars(scheduler).items() if name not in made}
     return {name: _plain(value, f"{type(scheduler).__name__}.{name}") for name, value in own.items()}
 
 
@@ -175,9 +177,9 @@ def _plain(value: Any, name: str) -> Any:
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
         return value
-    if type(value) in (list, tuple):
-        return type(value)(_plain(each, name) for each in value)
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if type(value) in KINDS.values():
+        return type(value)([_plain(each, name) for each in value])
+    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         return {key: _plain(each, name) for key, each in value.items()}
     raise ValueError(
         f"{name} is a {type(value).__name__}, which cannot be carried elsewhere: hold the request where it is, or use "
@@ -207,7 +209,7 @@ def _flat(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return {type(value).__name__: [_flat(each, tensors) for each in value]}
     if isinstance(value, Mapping):
-        return {"dict": {key: _flat(each, tensors) for key, each in value.items()}}
+        return {"dict": [[key, _flat(each, tensors)] for key, each in value.items()]}
     return value
 
 
@@ -223,5 +225,5 @@ def _full(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             raise ValueError(f"there is no dtype {held!r}")
         return found
     if kind == "dict":
-        return {key: _full(each, tensors) for key, each in held.items()}
-    return KINDS[kind](_full(each, tensors) for each in held)
+        return {key: _full(each, tensors) for key, each in held}
+    return KINDS[kind]([_full(each, tensors) for each in held])
