@@ -22,7 +22,7 @@ from tests import tiny
 from tests.ranks import Place
 from tests.threads import run_threads
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 When = Callable[[Sequence[Told], int], bool]
 
@@ -116,7 +116,7 @@ def alone(pipe: Any, script: Script, number: int) -> np.ndarray | None:
 
 
 def attached(place: Place, name: str, **layout: Any) -> Any:
-    config = ParallelConfig(**layout, timeout=30.0)
+    config = ParallelConfig(**layout, timeout=120.0)
     return patchpipe.parallelize(tiny.pipeline(name), config, group=place.join(config))
 
 

@@ -65,9 +65,9 @@ class Desks:
 
     def move(self, ticket: Ticket, ranks: Sequence[int] | None) -> None:
         """See ``Ticket.move``."""
-        desk = self._desk(ranks)
         if self._elastic is None:
             raise ValueError("the ranks of this engine hold parts of the model: give the engine an Elastic layout")
+        desk = self._desk(ranks)
         held = ticket.director
         assert isinstance(held, Desk)
         if held is not desk:
