@@ -14,9 +14,9 @@ import torch
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
 from patchpipe.pipeline.streams.serving import CARRIED, Asked, check_carried, serve
+from patchpipe.schedule.steps.entries import Told
 from patchpipe.schedule.steps.orders import Order
 from patchpipe.schedule.steps.saved import Saved
-from patchpipe.schedule.steps.stream import Told
 from patchpipe.schedule.steps.verbs import Keys, Verb
 from tests import tiny
 from tests.ranks import Place

@@ -224,7 +224,7 @@ class Submit:
 
 @dataclass(frozen=True)
 class Direct:
-    """Parent to rank 0: what is to become of a request; see ``schedule.steps.orders``."""
+    """Parent to rank 0: what is to become of a request; see ``schedule.steps.verbs``."""
 
     request: int
     verb: int
@@ -234,7 +234,7 @@ class Direct:
 
 @dataclass(frozen=True)
 class Became:
-    """Output rank to parent: what has become of a request; see ``schedule.steps.stream.Told``."""
+    """Output rank to parent: what has become of a request; see ``schedule.steps.entries.Told``."""
 
     request: int
     ticket: int

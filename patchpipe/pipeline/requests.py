@@ -24,7 +24,8 @@ from patchpipe.pipeline.parts import OutputElsewhere
 from patchpipe.recipes.checks import check_surroundings
 from patchpipe.schedule.flights import Flights, Refused
 from patchpipe.schedule.runner import Runner
-from patchpipe.schedule.steps.stream import Source, Stream
+from patchpipe.schedule.steps.entries import Source
+from patchpipe.schedule.steps.stream import Stream
 
 logger = logging.getLogger("patchpipe")
 

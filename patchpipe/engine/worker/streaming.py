@@ -11,9 +11,9 @@ from patchpipe.engine.requests import decode, portable
 from patchpipe.engine.worker.bar import StepBar
 from patchpipe.engine.worker.letters import Letters
 from patchpipe.pipeline.streams.serving import Asked
+from patchpipe.schedule.steps.entries import Told
 from patchpipe.schedule.steps.orders import Order
 from patchpipe.schedule.steps.saved import Saved
-from patchpipe.schedule.steps.stream import Told
 from patchpipe.schedule.steps.verbs import Verb
 
 MakeBar = Callable[[int, float, int], Callable[..., StepBar]]

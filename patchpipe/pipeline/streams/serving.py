@@ -13,10 +13,10 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.inputs import NOT_GIVEN, describe_call
 from patchpipe.pipeline.requests import Requests
+from patchpipe.schedule.steps.entries import Entry, Told
 from patchpipe.schedule.steps.following import Steps
 from patchpipe.schedule.steps.orders import Order
 from patchpipe.schedule.steps.saved import Saved
-from patchpipe.schedule.steps.stream import Entry, Told
 
 CARRIED = (  # pipelines of which a test carries a request from one layout to another
     "CogView4Pipeline",
@@ -51,7 +51,7 @@ class Asked:
 
 
 class Calls(Protocol):
-    """Where calls come from; see ``schedule.steps.stream.Source``."""
+    """Where calls come from; see ``schedule.steps.entries.Source``."""
 
     def orders(self, seconds: float) -> list[Order]:
         """The next orders, on rank 0."""
