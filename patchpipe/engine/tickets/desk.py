@@ -149,7 +149,9 @@ class Desk:
         try:
             if self._crew.closed:
                 raise PatchpipeError("the engine is closed: make a new one")
-            self._crew.run(OpenStream(NUMBERED_LATER), self._progressed, on_sent=self._opened, on_other=self._hear)
+            self._crew.run(
+                OpenStream(NUMBERED_LATER, self._lane), self._progressed, on_sent=self._opened, on_other=self._hear
+            )
         except BaseException as error:
             return error
         return None
