@@ -171,6 +171,10 @@ class Group:
         self.failures.begin()
         self._in_flight = in_flight
 
+    def set_in_flight(self, requests: int) -> None:
+        """From here on there are so many requests in flight."""
+        self._in_flight = max(1, requests)
+
     def next_call(self) -> None:
         """Marks the beginning of a call of the transformer; tensors sent some calls ago are let go."""
         for end in self._ends:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.config import PLAIN, AutoLayout, ParallelConfig
+from patchpipe.engine.crew import Crew
 from patchpipe.engine.devices import available_cores, choose_devices, cuda_count
 from patchpipe.engine.messages import Plan, Planned
 from patchpipe.engine.processes import Worker
 from patchpipe.engine.watch import Watch
+from patchpipe.loading.precheck import check_folder, quantised
+from patchpipe.loading.quantised import without_tensor
 from patchpipe.planner.machine.here import cpu_ranks
 
 if TYPE_CHECKING:
@@ -50,6 +54,39 @@ def devices_for(wanted: Wanted, devices: str | Sequence[str] | None, threads: in
     else:
         count = max(1, cuda_count()) if devices in (None, "cuda") else 1
     return tuple(choose_devices(devices, count, backend))
+
+
+def settle(
+    wanted: Wanted,
+    crew: Crew,
+    folder: Path,
+    dtype: str | Mapping[str, str] | None,
+    options: Mapping[str, Any],
+    timeout: float,
+) -> tuple[ParallelConfig | None, str | None]:
+    """The layout of an engine, which the model can be loaded in, and why where it was chosen.
+
+    Args:
+        wanted: What the user asks for.
+        crew: The workers, one of which chooses.
+        folder: The model.
+        dtype: What its weights are to be.
+        options: Options of ``from_pretrained``.
+        timeout: Seconds it may take.
+
+    Raises:
+        ValueError: The model does not fit it.
+        PatchpipeError: The worker died or fell silent.
+    """
+    if not isinstance(wanted, AutoLayout):
+        return wanted, None
+    if quantised(folder, options):
+        wanted = without_tensor(wanted)
+    name = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, Mapping) else dtype
+    planned = ask(crew.members[0], wanted, str(folder), crew.devices, name, {}, timeout)
+    if planned.config is not None:
+        check_folder(folder, planned.config, options)
+    return planned.config, planned.why
 
 
 def ask(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 import socket
 import threading
@@ -19,6 +21,7 @@ from patchpipe.engine.messages import (
     Cancel,
     Done,
     LoadLora,
+    OpenStream,
     Previewed,
     Ready,
     Start,
@@ -50,7 +53,9 @@ class Crew:
         self.store: Any = None
         self._sending = threading.Lock()
         self._painting = False
-        self._request = 0
+        self._request, self._numbers = 0, itertools.count(1)
+        self._causes: list[BaseException] = []
+        self._ranks: tuple[int, ...] | None = None  # of those spoken to; all
         self._silence, self._output_rank = 0.0, 0
         self._workers = Workers(len(self.devices), threads, offline=offline)
         self._finalizer = weakref.finalize(self, self._workers.shutdown, 0.0)
@@ -58,7 +63,7 @@ class Crew:
     @property
     def members(self) -> list[Worker]:
         """The workers, by rank."""
-        return self._workers.members
+        return [worker for worker in self._workers.members if self._ranks is None or worker.rank in self._ranks]
 
     @property
     def directory(self) -> Path:
@@ -86,6 +91,16 @@ class Crew:
         self.devices, self.threads = self.devices[: layout.world_size], threads
         self._silence, self._output_rank = layout.timeout + SILENCE_GRACE, layout.output_rank
 
+    def part(self, ranks: Sequence[int]) -> Crew:
+        """Some of the workers, who work by themselves; the first gives the output.
+
+        Args:
+            ranks: Theirs, neighbours.
+        """
+        part = copy.copy(self)
+        part._ranks, part._output_rank, part._painting = tuple(ranks), ranks[0], False
+        return part
+
     def start(
         self,
         folder: Path,
@@ -94,6 +109,7 @@ class Crew:
         variant: str | None,
         load_options: Mapping[str, Any],
         timeout: float,
+        lanes: Sequence[tuple[tuple[int, ...], Mapping[str, Any]]] = (),
     ) -> list[Ready]:
         """Has every worker load its part.
 
@@ -104,6 +120,7 @@ class Crew:
             variant: File variant of the weights.
             load_options: Options of ``from_pretrained``.
             timeout: Seconds it may take.
+            lanes: Ranks that may serve a request together, and how; ``config`` is then that of one rank.
 
         Returns:
             What each worker says of itself.
@@ -121,15 +138,18 @@ class Crew:
                 store_port=None if self.store is None else self.store.port,
                 directory=str(self.directory),
                 load_options=load_options,
+                lanes=lanes,
             )
             _send(worker, start)
         return self._settle(self._watch(Ready, "starting", timeout).run())
 
     def run(
         self,
-        call: Call | CallTogether | LoadLora | UnloadLora,
+        call: Call | CallTogether | LoadLora | UnloadLora | OpenStream,
         on_progress: OnProgress | None,
         on_preview: OnPreview | None = None,
+        on_sent: Callable[[int], None] | None = None,
+        on_other: Callable[[Any], None] | None = None,
     ) -> Done:
         """Sends a request, which gets its number here, and waits for all workers.
 
@@ -137,6 +157,8 @@ class Crew:
             call: The request.
             on_progress: Called after each step.
             on_preview: Called with each preview.
+            on_sent: Called with its number when the workers have it.
+            on_other: Called with what else they tell.
 
         Returns:
             The output rank's answer.
@@ -156,11 +178,13 @@ class Crew:
         try:
             self._check_alive()
             with self._sending:
-                self._request += 1
+                self._request = next(self._numbers)
                 for worker in self.members:
                     _send(worker, replace(call, request=self._request))
                 self._painting = True
-            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step, show))
+            if on_sent is not None:
+                on_sent(self._request)
+            outcome = self._wait(self._watch(Done, "painting", self._silence, on_step, show, on_other))
         except BaseException:
             self.abandon()
             raise
@@ -169,7 +193,18 @@ class Crew:
                 self._painting = False
         if isinstance(outcome, BaseException):
             raise outcome
-        return self._settle(outcome)[self._output_rank]
+        return self._settle(outcome)[self._output_rank - self.members[0].rank]
+
+    def send(self, message: Any, ranks: Sequence[int] | None = None) -> None:
+        """Sends a message to some workers, or to all, beside the request under way.
+
+        Raises:
+            RankLost: One of them takes no messages.
+        """
+        with self._sending:
+            for worker in self.members:
+                if ranks is None or worker.rank in ranks:
+                    _send(worker, message)
 
     def cancel(self) -> bool:
         """Ends the request under way, if there is one; see ``Engine.cancel``."""
@@ -210,16 +245,23 @@ class Crew:
         silence: float,
         on_step: Callable[[int, Step], None] | None = None,
         on_preview: Callable[[Previewed], None] | None = None,
+        on_other: Callable[[Any], None] | None = None,
     ) -> Watch:
-        members = self.members
-        return Watch(members, self.devices, expected, self._request, activity, silence, on_step, on_preview)
+        told = (on_step, on_preview, on_other)
+        return Watch(self.members, self.devices, expected, self._request, activity, silence, *told)
 
     def _settle(self, outcome: Outcome) -> list[Any]:
         if outcome.failure is None:
             return outcome.answers
         if not outcome.usable:
+            self._causes.append(outcome.failure.error)
             self.abandon()
         raise outcome.failure.error
+
+    @property
+    def cause(self) -> BaseException | None:
+        """Why the workers are gone, where one of them failed: what other parts of the crew then see follows from it."""
+        return self._causes[0] if self._causes else None
 
     def abandon(self) -> None:
         """Ends the workers at once, without waiting for the request they are in."""

@@ -6,31 +6,32 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.engine import requests
-from patchpipe.engine.choosing import Wanted, ask, devices_for, read_wanted
+from patchpipe.engine.choosing import devices_for, read_wanted, settle
 from patchpipe.engine.crew import Crew, listen, serve_store
 from patchpipe.engine.devices import threads_per_rank
-from patchpipe.engine.loras import describe_lora
-from patchpipe.engine.messages import CallTogether, Planned, RankInfo, UnloadLora
+from patchpipe.engine.loras import describe_lora, loras_without
+from patchpipe.engine.messages import CallTogether, RankInfo, UnloadLora
 from patchpipe.engine.requests import NUMBERED_LATER, Seed
 from patchpipe.engine.results import OnPreview, OnProgress, Result, check_every, result_of
+from patchpipe.engine.tickets.checkpoint import Checkpoint
+from patchpipe.engine.tickets.desks import Desks
+from patchpipe.engine.tickets.elastic import Elastic
+from patchpipe.engine.tickets.ticket import Asked, Ticket
 from patchpipe.errors import PatchpipeError
 from patchpipe.layout.combinations import check_together
 from patchpipe.loading.choice import check_choice, choose_for_engine
 from patchpipe.loading.dtypes import default_dtype, one_dtype
 from patchpipe.loading.options import HUB, for_workers, read_options
-from patchpipe.loading.precheck import check_folder, quantised
-from patchpipe.loading.quantised import without_tensor
+from patchpipe.loading.precheck import check_folder
 from patchpipe.loading.source import fetch, resolve_source
 from patchpipe.parallel.refusals import check_calls
-from patchpipe.tracing.timeline import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,8 @@ class Engine:
     Args:
         path: A local folder in diffusers' format, or a hub id.
         config: The layout; ``None`` takes the planner's for the devices there are, an ``AutoLayout`` says more of what
-            is wanted of it, ``"plain"`` runs diffusers as it is in one worker.
+            is wanted of it, an ``Elastic`` gives each request as many ranks as it asks for, ``"plain"`` runs diffusers
+            as it is in one worker.
         devices: One device name for all ranks or one for each. ``None`` prefers CUDA devices.
         dtype: ``"bf16"``, ``"fp16"``, ``"fp32"`` or a ``torch.dtype``, or one for each component by name as in
             diffusers; ``torch_dtype`` is the same. ``None`` takes the checkpoint's own, where a rank computes on a CPU
@@ -74,7 +76,7 @@ class Engine:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        config: ParallelConfig | AutoLayout | Literal["plain"] | None = None,
+        config: ParallelConfig | AutoLayout | Elastic | Literal["plain"] | None = None,
         devices: str | Sequence[str] | None = None,
         dtype: torch.dtype | str | Mapping[str, Any] | None = None,
         variant: str | None = None,
@@ -86,7 +88,9 @@ class Engine:
         if sys.platform == "win32":
             raise PatchpipeError("the engine needs Linux or macOS; on Windows use torchrun")
         began = time.monotonic()
-        wanted, kind = read_wanted(config), one_dtype(dtype, load_options.pop("torch_dtype", None))
+        elastic = self.elastic = config if isinstance(config, Elastic) else None
+        wanted = read_wanted(config.widest if isinstance(config, Elastic) else config)
+        kind = one_dtype(dtype, load_options.pop("torch_dtype", None))
         source = resolve_source(path, **{name: value for name, value in load_options.items() if name in HUB})
         self.path = source.path
         given, kind_of_pipeline = choose_for_engine(load_options, source.index)
@@ -102,52 +106,20 @@ class Engine:
         listener = None if wanted is None else listen(port)
         self._crew = Crew(devices_of_all, threads_per_rank(threads, len(devices_of_all)), offline=source.offline)
         try:
-            self._take_layout(wanted, threads, folder, kind, options.load, start_timeout)
+            self.config, self.layout_reason = settle(wanted, self._crew, folder, kind, options.load, start_timeout)
+            layout = self.config or ParallelConfig()
+            self._crew.take(layout, threads_per_rank(threads, layout.world_size))
             self._crew.store = None if listener is None else serve_store(listener)
-            load = {**options.for_pipeline, **chosen}
-            ready = self._crew.start(folder, self.config, kind, variant, load, start_timeout)
+            load, lanes = {**options.for_pipeline, **chosen}, elastic.layouts if elastic else ()
+            held = elastic.of(1) if elastic else self.config
+            ready = self._crew.start(folder, held, kind, variant, load, start_timeout, lanes)
         except BaseException:
             self._crew.abandon()
             raise
         self.ranks: tuple[RankInfo, ...] = tuple(message.info for message in ready)
+        self._desks = Desks(self._crew, self._lock, elastic)
         self._ready = ready[(self.config or ParallelConfig()).output_rank]
         self.start_seconds = time.monotonic() - began
-
-    def _take_layout(
-        self,
-        wanted: Wanted,
-        threads: int | None,
-        folder: Path,
-        dtype: str | Mapping[str, str] | None,
-        options: Mapping[str, Any],
-        timeout: float,
-    ) -> None:
-        """Settles the layout, with as many workers as it needs."""
-        self.layout_reason: str | None = None
-        if isinstance(wanted, AutoLayout):
-            planned = self._plan(wanted, folder, dtype, options, timeout)
-            self.config, self.layout_reason = planned.config, planned.why
-        else:
-            self.config = wanted
-        layout = self.config or ParallelConfig()
-        self._crew.take(layout, threads_per_rank(threads, layout.world_size))
-
-    def _plan(
-        self,
-        wanted: AutoLayout,
-        folder: Path,
-        dtype: str | Mapping[str, str] | None,
-        options: Mapping[str, Any],
-        timeout: float,
-    ) -> Planned:
-        """The planner's layout, which the model can be loaded in."""
-        if quantised(folder, options):
-            wanted = without_tensor(wanted)
-        name = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, Mapping) else dtype
-        planned = ask(self._crew.members[0], wanted, str(folder), self.devices, name, {}, timeout)
-        if planned.config is not None:
-            check_folder(folder, planned.config, options)
-        return planned
 
     def __call__(
         self,
@@ -191,9 +163,11 @@ class Engine:
             RankFailed: A worker failed; the engine is closed unless all ranks could end the request (see ``closed``).
             RankLost: A worker died or fell silent; the engine is closed.
         """
-        with self._lock:
+        if self.elastic is not None and on_preview is None and trace is None:
+            return self.submit(*args, seed=seed, on_progress=on_progress, **kwargs).result()
+        with self._free():
             self._check_open()
-            place = self._trace_place(trace)
+            place = requests.trace_place(trace, plain=self.config is None)
             call, used = requests.asked(self._ready, requests.named(self._ready, args, kwargs), seed, place)
             if on_preview is not None:
                 call = replace(call, preview=check_every(preview_every))
@@ -238,13 +212,11 @@ class Engine:
             RankFailed: A worker failed; the engine is closed unless all ranks could end the request (see ``closed``).
             RankLost: A worker died or fell silent; the engine is closed.
         """
-        with self._lock:
+        with self._free():
             self._check_open()
-            if self.config is None:
-                raise ValueError("plain diffusers runs one request at a time: give the engine config=ParallelConfig()")
-            place = self._trace_place(trace)
+            self._check_together()
+            place = requests.trace_place(trace, plain=self.config is None)
             check_calls(calls)
-            check_together(self.config.methods, self.config.compile)
             own = [{name: value for name, value in call.items() if name != "seed"} for call in calls]
             asked = [
                 requests.asked(self._ready, arguments, call.get("seed"))
@@ -256,6 +228,41 @@ class Engine:
         made = zip(done.output, done.stats, asked, strict=True)
         return [result_of(output, seconds, stats, used) for output, stats, (_, used) in made]
 
+    def submit(
+        self,
+        *args: Any,
+        seed: Seed = None,
+        on_progress: OnProgress | None = None,
+        on_state: Callable[[Ticket], None] | None = None,
+        checkpoint: Checkpoint | None = None,
+        ranks: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Ticket:
+        """Takes in a request that runs beside others, joins them at a step, and can be paused; returns at once.
+
+        Requests in flight share the stages as in ``together``. A call of ``generate`` waits until all of them are over.
+
+        Args:
+            *args: The pipeline's first arguments by position.
+            seed: As for ``generate``.
+            on_progress: Called after each step, from another thread; ``Progress.call`` is the ticket's number. If it
+                raises, the request is cancelled, and ``Ticket.result`` raises that.
+            on_state: Called with the ticket when its state changes; likewise.
+            checkpoint: What it goes on from; the arguments are then those it began with, ``seed`` among them.
+            ranks: Those that serve it, of an ``Elastic`` engine; ``None`` takes all.
+            **kwargs: The pipeline's arguments by name.
+
+        Raises:
+            ValueError: An argument's value is wrong, or the layout is not tested with requests in flight together.
+            TypeError: The pipeline takes no such argument.
+        """
+        self._check_open()
+        self._check_together()
+        named = requests.named(self._ready, args, kwargs)
+        call, used = requests.asked(self._ready, named, seed)
+        state = None if checkpoint is None else checkpoint.data
+        return self._desks.submit(Asked({**named, "seed": used}, call, used, state, on_progress, on_state), ranks)
+
     def cancel(self) -> bool:
         """Ends the request under way, from another thread; the call that waits for it raises ``Cancelled``.
 
@@ -266,7 +273,7 @@ class Engine:
         Returns:
             Whether there was a request. One whose last step is over gives its picture all the same.
         """
-        return self._crew.cancel()
+        return self._desks.cancel()
 
     def load_lora(
         self,
@@ -293,7 +300,7 @@ class Engine:
             ValueError: The pipeline takes no LoRA, this one matches none of its layers, or the name is taken; the
                 engine stays usable.
         """
-        with self._lock:
+        with self._free():
             self._check_open()
             message = describe_lora(path, weight_name, name, scale, self._loras)
             self._crew.run(message, None)
@@ -309,12 +316,9 @@ class Engine:
         Raises:
             ValueError: There is none of that name.
         """
-        with self._lock:
+        with self._free():
             self._check_open()
-            if name is not None and name not in self._loras:
-                have = ", ".join(map(repr, self._loras)) or "none"
-                raise ValueError(f"there is no LoRA {name!r}: loaded are {have}")
-            left = {} if name is None else {each: scale for each, scale in self._loras.items() if each != name}
+            left = loras_without(self._loras, name)
             if self._loras:
                 self._crew.run(UnloadLora(NUMBERED_LATER, name, left), None)
             self._loras = left
@@ -323,6 +327,16 @@ class Engine:
     def loras(self) -> dict[str, float]:
         """The strength of each LoRA that is loaded, by name."""
         return dict(self._loras)
+
+    def _check_together(self) -> None:
+        if self.config is None:
+            raise ValueError("plain diffusers runs one request at a time: give the engine config=ParallelConfig()")
+        check_together(self.config.methods, self.config.compile)
+
+    def _free(self) -> threading.Lock:
+        """The engine for one call, which waits for others; not for requests that are paused."""
+        self._desks.check_free()
+        return self._lock
 
     def _check_open(self) -> None:
         if self.closed:
@@ -367,6 +381,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the workers; safe to call again."""
+        self._desks.close()
         self._crew.close()
 
     def __enter__(self) -> Engine:
@@ -386,11 +401,3 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self.devices)} workers on {', '.join(self.devices)}"
         return f"Engine({self.path!r}, {state})"
-
-    def _trace_place(self, trace: str | os.PathLike[str] | None) -> str | None:
-        """Where a timeline goes, checked before any work."""
-        if trace is None:
-            return None
-        if self.config is None:
-            raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
-        return str(check_target(Path(trace)))

@@ -58,7 +58,7 @@ class Failure:
 
 def from_message(worker: Worker, device: str, message: Failed) -> Failure:
     """The failure that a worker told about."""
-    error = _rebuild(worker.rank, device, message)
+    error = rebuild(worker.rank, device, message)
     error.__cause__ = WorkerTraceback(f"rank {worker.rank} (pid {worker.pid}) on {device}:\n{message.traceback}")
     return Failure(worker.rank, CONSEQUENCE if message.secondary else CAUSE, error, message.clean)
 
@@ -90,7 +90,8 @@ def first_cause(failures: list[Failure]) -> Failure:
     return min(failures, key=lambda failure: (failure.weight, failure.rank if failure.clean else 0))
 
 
-def _rebuild(rank: int, device: str, message: Failed) -> BaseException:
+def rebuild(rank: int, device: str, message: Failed) -> BaseException:
+    """The exception that a worker told of, as the user reads it."""
     known = _PLAIN.get(message.class_name)
     if known is not None:
         return known(message.message)

@@ -103,3 +103,19 @@ def _free_name(wanted: str, taken: Collection[str]) -> str:
     while name in taken:
         name, number = f"{wanted}_{number}", number + 1
     return name
+
+
+def loras_without(loras: Mapping[str, float], name: str | None) -> dict[str, float]:
+    """The strengths of those that are left without one.
+
+    Args:
+        loras: The strength of each, by name.
+        name: The one; ``None`` for all.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name is not None and name not in loras:
+        have = ", ".join(map(repr, loras)) or "none"
+        raise ValueError(f"there is no LoRA {name!r}: loaded are {have}")
+    return {} if name is None else {each: scale for each, scale in loras.items() if each != name}

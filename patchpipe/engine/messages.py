@@ -7,7 +7,7 @@ import pickle
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,7 +41,8 @@ class Start:
     """Parent to worker, once: everything a worker needs to build its part of the pipeline.
 
     ``path`` is bytes, since the worker may read the names of files in another encoding than its parent. ``config`` of
-    ``None`` asks for plain diffusers on one device; ``store_port`` is ``None`` then.
+    ``None`` asks for plain diffusers on one device; ``store_port`` is ``None`` then. ``lanes`` are ranks that may serve
+    a request together, and how; ``config`` is then that of one rank.
     """
 
     rank: int
@@ -55,6 +56,7 @@ class Start:
     store_port: int | None
     directory: str
     load_options: Mapping[str, Any]
+    lanes: Sequence[tuple[tuple[int, ...], Mapping[str, Any]]] = ()
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,55 @@ class Failed:
     traceback: str
     clean: bool
     secondary: bool
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """Parent to worker: serve requests that come and go, until told to end; with the ranks of a lane, or all."""
+
+    request: int
+    lane: int = 0
+
+
+@dataclass(frozen=True)
+class Submit:
+    """Parent to worker: a call that is to join the stream, from ``state`` on if it has begun before."""
+
+    request: int
+    ticket: int
+    call: Call
+    state: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Parent to rank 0: what is to become of a request; see ``schedule.steps.verbs``."""
+
+    request: int
+    verb: int
+    ticket: int = 0
+    option: int = 0
+
+
+@dataclass(frozen=True)
+class Became:
+    """Output rank to parent: what has become of a request; see ``schedule.steps.entries.Told``."""
+
+    request: int
+    ticket: int
+    what: str
+    step: int
+    output: Any = None
+    stats: Mapping[str, Any] | None = None
+    state: bytes | None = None
+    failed: Failed | None = None
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Rank 0 to parent, while all requests are held: it still listens."""
+
+    request: int
 
 
 @dataclass(frozen=True)

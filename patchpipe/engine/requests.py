@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from patchpipe.engine.messages import Call, GeneratorState, Ready
 from patchpipe.errors import did_you_mean
+from patchpipe.tracing.timeline import check_target
 
 Seed = int | Sequence[int] | None
 OwnSeed = int | list[int] | None  # once it was checked
@@ -57,6 +60,23 @@ def asked(ready: Ready, arguments: dict[str, Any], seed: Seed, trace: str | None
     used = None if seed is None else check_seed(seed)
     encoded, global_seed = encode(arguments, used, ready.arguments)
     return Call(NUMBERED_LATER, global_seed, encoded, trace), used
+
+
+def trace_place(trace: str | os.PathLike[str] | None, *, plain: bool) -> str | None:
+    """Where a timeline goes, checked before any work.
+
+    Args:
+        trace: The file, as the user names it.
+        plain: Whether the pipeline runs as diffusers has it.
+
+    Raises:
+        ValueError: It cannot be written to, or there is nothing to trace.
+    """
+    if trace is None:
+        return None
+    if plain:
+        raise ValueError("plain diffusers is not traced: give the engine config=ParallelConfig()")
+    return str(check_target(Path(trace)))
 
 
 def check_names(names: Iterable[str], known: Sequence[str], any_argument: bool, pipeline: str) -> None:

@@ -41,13 +41,14 @@ class Watch:
 
     Args:
         workers: The workers.
-        devices: Their devices, for error messages.
+        devices: The device of every rank, for error messages.
         expected: The class of the message that ends the wait for a rank.
         request: The request's number; messages of other requests are dropped.
         activity: What the workers are doing, for error messages.
         silence: Seconds without any message after which the wait is given up.
         on_step: Called with the rank and each step it tells of.
         on_preview: Called with each preview.
+        on_other: Called with each message of another kind.
 
     Attributes:
         ending: Whether the request was cancelled, so that steps are told no more.
@@ -63,14 +64,16 @@ class Watch:
         silence: float,
         on_step: Callable[[int, Step], None] | None = None,
         on_preview: Callable[[Previewed], None] | None = None,
+        on_other: Callable[[Any], None] | None = None,
     ) -> None:
         self._workers = {worker.channel.connection: worker for worker in workers}
+        self._ranks = [worker.rank for worker in workers]
         self._devices = devices
         self._expected = expected
         self._request = request
         self._activity = activity
         self._silence = silence
-        self._on_step, self._on_preview = on_step, on_preview
+        self._on_step, self._on_preview, self._on_other = on_step, on_preview, on_other
         self._answers: dict[int, Any] = {}
         self._failures: list[Failure] = []
         self._warnings: set[str] = set()
@@ -126,6 +129,8 @@ class Watch:
             self._fail(failures.from_message(worker, self._devices[worker.rank], message))
         elif isinstance(message, self._expected):
             self._answers[worker.rank] = message
+        elif self._on_other is not None:
+            self._on_other(message)
 
     def _warn(self, text: str) -> None:
         """Passes a warning on, once where several ranks have it."""
@@ -144,7 +149,7 @@ class Watch:
 
     def _waiting(self) -> list[int]:
         failed = {failure.rank for failure in self._failures}
-        return [rank for rank in range(len(self._devices)) if rank not in self._answers and rank not in failed]
+        return [rank for rank in self._ranks if rank not in self._answers and rank not in failed]
 
     def _all_clean(self) -> bool:
         return not self._waiting() and all(failure.clean for failure in self._failures)

@@ -131,6 +131,12 @@ class Board:
         self._store.delete_key(key)
         return data
 
+    def withdraw(self, topic: str) -> None:
+        """Takes this rank's note on a topic away; when all ranks have read it."""
+        key = f"{self._prefix}/{topic}/{self.rank}"
+        self._store.delete_key(key)
+        self._mine.discard(key)
+
     def forget(self) -> None:
         """Takes this rank's notes away; when all ranks have ended the request."""
         for key in self._mine:

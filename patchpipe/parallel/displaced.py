@@ -48,17 +48,25 @@ class PartStore:
         """Takes the promise of every part's rows, ``size`` bytes in all."""
         self._coming, self.bytes = coming, size
 
+    def move(self, device: torch.device) -> None:
+        """Takes all rows to another device, once those under way are there."""
+        self._arrive()
+        self._parts = [None if rows is None else rows.to(device) for rows in self._parts]
+
     def existing(self) -> tuple[Tensor, ...]:
         """Keys and values of every row some step has computed; waits for those under way.
 
         They come part by part, each with its own text rows: attention does not depend on the order of keys.
         """
+        self._arrive()
+        return torch.cat([rows for rows in self._parts if rows is not None], dim=ROWS).unbind(0)
+
+    def _arrive(self) -> None:
         if self._coming is not None:
             coming, self._coming = self._coming, None
             own = self._parts[self._exchange.index]
             self._parts[:] = coming.take()
             self._parts[self._exchange.index] = own
-        return torch.cat([rows for rows in self._parts if rows is not None], dim=ROWS).unbind(0)
 
 
 class Displaced:

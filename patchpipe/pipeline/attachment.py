@@ -57,6 +57,7 @@ class Attachment:
 
     Attributes:
         runner: Runs the transformer's calls.
+        requests: Runs requests.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Attachment:
         self._tracing: Tracing | None = None
         self._extent = Extent(group, self.runner, lambda: self._adapters.state)
         self._callbacks = Callbacks()
-        self._requests = Requests(config, group, self.runner, self._extent, self._callbacks)
+        self.requests = Requests(config, group, self.runner, self._extent, self._callbacks)
         self._parts = Parts(config, group, self.runner, self._callbacks, self._finish_previews)
         self._previews: Previews | None = None
         self._first = self  # the attachment of the pipeline that was made parallel
@@ -150,7 +151,7 @@ class Attachment:
 
     def _previewed(self, original: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
         previews = self._first._previews
-        if previews is None or self._first._calls or not self._requests.use_transformer(self._pipe):
+        if previews is None or self._first._calls or not self.requests.use_transformer(self._pipe):
             return nullcontext()
         names = [name for name in inspect.signature(original).parameters if name != "self"]
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -325,7 +326,7 @@ class Attachment:
             return self.group.share(self.config.output_rank, lambda: value)
 
     def _request(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._requests.run(
+        return self.requests.run(
             self._pipe,
             original,
             args,
@@ -382,18 +383,19 @@ class Attachment:
                 tested so. The pipeline stays usable.
             PatchpipeError: A rank failed.
         """
-        return self._requests.fly(
+        return self.requests.fly(
             self._pipe,
             calls,
             seeds,
             bars,
             own=self._first is self,
             around=self._traced,
-            copied=self._copy,
+            copied=self.copied,
             return_exceptions=return_exceptions,
         )
 
-    def _copy(self, number: int, bar: Callable[..., Any] | None) -> Any:
+    def copied(self, number: int, bar: Callable[..., Any] | None) -> Any:
+        """The pipeline once more, for one of several calls in flight; see ``requests.copy_for``."""
         copied, encode = copy_for(self._pipe, number, bar, self._encode)
         if encode is not None:
             vars(copied)["encode_prompt"] = self._parts.share_text(encode)

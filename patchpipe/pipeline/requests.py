@@ -24,6 +24,8 @@ from patchpipe.pipeline.parts import OutputElsewhere
 from patchpipe.recipes.checks import check_surroundings
 from patchpipe.schedule.flights import Flights, Refused
 from patchpipe.schedule.runner import Runner
+from patchpipe.schedule.steps.entries import Source
+from patchpipe.schedule.steps.stream import Stream
 
 logger = logging.getLogger("patchpipe")
 
@@ -118,15 +120,32 @@ class Requests:
         flights = Flights(self._runner, self._group, seeds, len(calls))
 
         def paint(number: int, call: Mapping[str, Any]) -> Any:
-            check_guidance(partial(original, pipe), (), call, self._runner.plan, self._config)
-            self._align(call.get("generator"))
-            return self._paint(copied(number, None if bars is None else bars[number]), original, (), call)
+            return self.paint(copied(number, None if bars is None else bars[number]), original, call)
 
         try:
             with self._extent.ending(), around():
                 return flights.run([partial(paint, *entry) for entry in enumerate(calls)], return_exceptions)
         except Refused as refused:
             raise refused.error from refused.error.__cause__
+
+    def paint(self, pipe: Any, original: Callable[..., Any], call: Mapping[str, Any]) -> Any:
+        """Runs one of several requests in flight, on a copy of the pipeline; see ``run``."""
+        check_guidance(partial(original, pipe), (), call, self._runner.plan, self._config)
+        self._align(call.get("generator"))
+        return self._paint(pipe, original, (), call)
+
+    def stream(self, pipe: Any, source: Source) -> None:
+        """Serves requests that come and go, until told to end; see ``streams.serving``."""
+
+        def check() -> None:
+            check_surroundings(pipe, self._runner, own=True)
+            _check_flight(pipe, self._config)
+
+        _, problem = attempt(check)
+        run: Callable[..., Any] = original_class(pipe).__call__  # type: ignore[operator]
+        self._extent.begin(partial(run, pipe), [], problem)
+        with self._extent.ending():
+            Stream(self._runner, self._group, source).run()
 
     def use_transformer(self, pipe: Any) -> bool:
         """Whether a pipeline's requests go through the stages."""

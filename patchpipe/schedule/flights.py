@@ -37,6 +37,27 @@ SEEDS = 2**32
 Paint = Callable[[], Any]
 
 
+def put_away(runner: Runner, draws: Draws) -> Where | None:
+    """Puts away what the process has once, as it is for the request at work; gives where that one is traced."""
+    draws.keep()
+    if runner.request is not None:
+        runner.request.traffic.pause()
+    runner.request, where = None, None
+    if runner.group.recorder is not None:
+        where, runner.group.recorder.where = runner.group.recorder.where, None
+    return where
+
+
+def bring_back(runner: Runner, draws: Draws, request: Request | None, where: Where | None) -> None:
+    """Brings it back."""
+    draws.restore()
+    runner.request = request
+    if request is not None:
+        request.traffic.resume()
+    if runner.group.recorder is not None:
+        runner.group.recorder.where = where
+
+
 class Refused(Exception):
     """A call is refused on every rank alike, before anything was painted.
 
@@ -205,21 +226,10 @@ class Flights:
         self._resume(flight)
 
     def _pause(self, flight: Flight) -> None:
-        """Puts away what the process has once, as it is for this request."""
-        flight.draws.keep()
-        if self._runner.request is not None:
-            self._runner.request.traffic.pause()
-        self._runner.request = None
-        if self._group.recorder is not None:
-            flight.where, self._group.recorder.where = self._group.recorder.where, None
+        flight.where = put_away(self._runner, flight.draws)
 
     def _resume(self, flight: Flight) -> None:
-        flight.draws.restore()
-        self._runner.request = flight.request
-        if flight.request is not None:
-            flight.request.traffic.resume()
-        if self._group.recorder is not None:
-            self._group.recorder.where = flight.where
+        bring_back(self._runner, flight.draws, flight.request, flight.where)
 
     # -- agreement -------------------------------------------------------------------------------
 

@@ -83,6 +83,14 @@ class Hops:
             assert channel is not None
             channel.send(streams[name].contiguous())
 
+    def forget(self, request: int) -> None:
+        """A request's calls are over; all ranks come to this alike."""
+        own = [key for key in self._after if isinstance(key, tuple) and key[0] == request]
+        for key in own:
+            del self._after[key]
+        if isinstance(self._key, tuple) and self._key[0] == request:
+            self._key = None
+
     def end(self) -> None:
         """Leaves nothing posted when the request ends."""
         self._use_up(Crossing({}, {}, large=False))

@@ -43,6 +43,7 @@ class Branch:
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
         shared: What comes and goes for blocks that two stages share.
         clock: The noise levels of its calls.
+        cold: Whether keys and values of earlier calls are gone, so that the next call must be synchronous.
     """
 
     index: int = 0
@@ -51,6 +52,7 @@ class Branch:
     parts: list[PartStore] = field(default_factory=list)
     shared: list[SharedKeys] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
+    cold: bool = False
 
     @property
     def bytes(self) -> int:
@@ -75,6 +77,8 @@ class RequestStats:
         store_bytes: Memory of the keys and values this rank held.
         waited_seconds: Time this rank spent waiting for other ranks.
         sent_bytes: Bytes this rank sent to the next stage or, from the last one, to the first.
+        resumed: Each time it went on after it was held or carried elsewhere: after which ``step``, and whether its
+            ``keys`` were ``"kept"`` or ``"dropped"``, in which case it began with one synchronous step.
     """
 
     materialisations: int = 0
@@ -88,6 +92,7 @@ class RequestStats:
     store_bytes: int = 0
     waited_seconds: float = 0.0
     sent_bytes: int = 0
+    resumed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def touched(self) -> bool:
@@ -106,7 +111,8 @@ class RequestStats:
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
-        return {**self.__dict__, "reasons": list(self.reasons), "touched": self.touched}
+        lists = {"reasons": list(self.reasons), "resumed": list(self.resumed)}
+        return {**self.__dict__, **lists, "touched": self.touched}
 
 
 class Traffic:
@@ -169,6 +175,7 @@ class Request:
         self._halves, self._shared = halves, shared
         self.traffic = Traffic(group)
         self.context: str | None = None  # how the pipeline names the guidance branch of the calls it makes now
+        self.answering = False  # whether calls are answered with nothing, since they were made elsewhere
         self.holder = group.first  # whether this rank holds the values of the lazy latent
         self.stats = RequestStats(stages=config.pipefusion)
         self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
@@ -326,22 +333,45 @@ class Request:
         if self.config.cfg > 1 and alone and not self.config.idle_branch:
             raise no_guidance(self.plan)
         if key not in self._branches:
-            branch = self._branches[key] = Branch(index=len(self._branches))
-            branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+            self._branches[key] = self._begun(Branch(index=len(self._branches)))
         return self._branches[key]
 
     def synchronous(self, branch: Branch, cut: Cut) -> bool:
         """Whether the branch's next call sees fresh keys and values only."""
-        return not self.keeps_stores(cut) or branch.calls < self.config.warmup_steps
+        return not self.keeps_stores(cut) or branch.cold or branch.calls < self.config.warmup_steps
 
     def sample(self, branch: Branch, cut: Cut) -> Sample | None:
         """The tokens that stand for all in the branch's next call, if it begins on fewer."""
-        begins = self.config.warmup == COARSE and branch.calls == 0 and self.keeps_stores(cut)
+        begins = self.config.warmup == COARSE and branch.calls == 0 and not branch.cold and self.keeps_stores(cut)
         return Sample(cut.rows) if begins else None
 
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""
         return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
+
+    def answer(self, inputs: Mapping[str, Any], branch: Branch) -> Tensor:
+        """Stands in for a call that was made elsewhere, whose result nobody reads; every rank has it."""
+        branch.calls, branch.cold = branch.calls + 1, True
+        shapes, latent = self.shapes_of(inputs), inputs[self.plan.latent]
+        return torch.zeros(shapes.output, dtype=shapes.dtype, device=latent.device)
+
+    def drop_keys(self) -> None:
+        """Lets go of all keys and values; nothing of the request is under way."""
+        for key, branch in self._branches.items():
+            self._branches[key] = self._begun(Branch(index=branch.index, calls=branch.calls, cold=True))
+
+    def move_keys(self, device: torch.device) -> None:
+        """Takes all keys and values to another device, where they wait; nothing of the request is under way."""
+        for branch in self._branches.values():
+            for half in branch.stores:
+                for store in half.values():
+                    store.move(device)
+            for part in branch.parts:
+                part.move(device)
+
+    def _begun(self, branch: Branch) -> Branch:
+        branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+        return branch
 
     def finish(self) -> None:
         """Ends the request: keys, values and lazy tensors are let go, the figures stay."""

@@ -148,7 +148,7 @@ class Runner:
             self.config, self.plan, self.group, number, halves=self._halves, shared=self._shared,
             points=self.points, stage=self.stages[0],
         )  # fmt: skip
-        self.stats[number] = request.stats
+        self.stats[number % len(self.stats)] = request.stats
         request.traffic.resume()
         try:
             yield request
@@ -194,14 +194,20 @@ class Runner:
         cut = self.request.cut_for(inputs)
         self._recut(inputs, cut)
         branch = self.request.branch_for(inputs, self.request.context)
-        plain, scale = split_scale(inputs, self.plan.ignored_inputs)
-        with scaled(stage.model, scale):
-            made, second = self._call(plain, cut, branch)
-        prediction = self.plan.grid.given(made)
-        if second is not None:
-            if inputs.get("return_dict", True):
-                raise ValueError(f"a parallel {self.plan.model} gives clip and sound as a pair: return_dict=False")
-            return prediction, second
+        prediction: Any
+        if self.request.answering:
+            if self.plan.second:
+                raise ValueError(f"{self.plan.model} gives clip and sound, so its requests cannot go on elsewhere")
+            prediction = self.plan.grid.given(self.request.answer(inputs, branch))
+        else:
+            plain, scale = split_scale(inputs, self.plan.ignored_inputs)
+            with scaled(stage.model, scale):
+                made, second = self._call(plain, cut, branch)
+            prediction = self.plan.grid.given(made)
+            if second is not None:
+                if inputs.get("return_dict", True):
+                    raise ValueError(f"a parallel {self.plan.model} gives clip and sound as a pair: return_dict=False")
+                return prediction, second
         if inputs.get("return_dict", True):
             return Transformer2DModelOutput(sample=prediction)
         return (prediction,)
@@ -216,6 +222,14 @@ class Runner:
         inputs = self.plan.bind(self._signature, args, kwargs)
         self.request.cut_for(inputs)
         share_batch(inputs[self.plan.latent].shape[0], 0, self.plan, self.config)
+
+    def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return self.plan.bind(self._signature, args, kwargs)
+
+    def forget(self, number: int) -> None:
+        """One of several requests in flight is over."""
+        self._hops.forget(number)
 
     def _recut(self, inputs: dict[str, Any], cut: Cut) -> None:
         """A lazy latent that was reshaped since it was cut is gathered, on every rank alike."""
@@ -245,7 +259,7 @@ class Runner:
         self.points.begin("goes on to the next call of the transformer")
         self.request.count(synchronous)
         self.group.next_call()
-        branch.calls += 1
+        branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
         displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous)
         if share is None:

@@ -30,7 +30,7 @@ def command(module: str, fd: int) -> list[str]:
     """The command line of a Python that runs ``main`` of one of the worker's modules.
 
     Args:
-        module: ``"serve"`` or ``"forks"``.
+        module: ``"main"`` or ``"forks"``.
         fd: The socket it is to talk over.
     """
     return [sys.executable, "-c", _BOOTSTRAP.format(module=module), str(fd), str(_PACKAGE / "__init__.py")]

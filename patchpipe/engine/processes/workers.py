@@ -68,7 +68,7 @@ class Workers:
         log = self.directory / f"rank-{rank}.log"
         with theirs, ours, log.open("wb") as output:
             forked = None if self._forks is None else self._forks.fork(theirs.fileno(), output.fileno())
-            process: Process = forked or start("serve", theirs.fileno(), self._env, output)
+            process: Process = forked or start("main", theirs.fileno(), self._env, output)
             return Worker(rank, process, Channel(ours.detach(), send_timeout=60.0), log)
 
 

@@ -12,7 +12,7 @@ import warnings
 
 from patchpipe.engine.processes.forkserver import PID
 from patchpipe.engine.processes.fresh import command
-from patchpipe.engine.worker import serve
+from patchpipe.engine.worker import main as worker
 
 LIFELINE, CHANNEL, OUTPUT = range(3)
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 def _load_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork")  # threads of the algebra library, at rest
-    serve.load_libraries()
+    worker.load_libraries()
     import patchpipe.pipeline.pretrained  # noqa: F401
 
 
@@ -66,9 +66,9 @@ def _become_worker(fds: list[int]) -> None:
     random.seed()  # as a fresh interpreter does
     if _driver_is_open():
         os.set_inheritable(fds[CHANNEL], True)
-        os.execv(sys.executable, command("serve", fds[CHANNEL]))
+        os.execv(sys.executable, command("main", fds[CHANNEL]))
     sys.argv[1] = str(fds[CHANNEL])
-    serve.main()
+    worker.main()
 
 
 def _driver_is_open() -> bool:

@@ -1,4 +1,4 @@
-"""A worker's messages: requests wait for their turn, a cancellation does not."""
+"""A worker's messages: requests wait for their turn, a cancellation and what concerns a stream do not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from patchpipe.engine.messages import Cancel, Channel
+from patchpipe.engine.messages import Cancel, Channel, Direct, Submit
+from patchpipe.engine.worker.letters import Letters
 
 
 class Inbox(threading.Thread):
@@ -16,11 +17,15 @@ class Inbox(threading.Thread):
     Args:
         channel: The way from the parent.
         on_cancel: Called, in this thread, with the number of the request to end.
+
+    Attributes:
+        letters: What came about requests of a stream.
     """
 
     def __init__(self, channel: Channel, on_cancel: Callable[[int], None]) -> None:
         super().__init__(name="inbox", daemon=True)
         self._channel, self._on_cancel = channel, on_cancel
+        self.letters = Letters()
         self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self) -> None:
@@ -30,6 +35,8 @@ class Inbox(threading.Thread):
                 message = self._channel.receive()
                 if isinstance(message, Cancel):
                     self._on_cancel(message.request)
+                elif isinstance(message, (Submit, Direct)):
+                    self.letters.put(message)
                 else:
                     self._messages.put(message)
         except (EOFError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A worker process: loads its part of the pipeline and serves requests until its parent is gone."""
+"""A worker at work: loads its part of the pipeline and answers what the parent asks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import contextlib
 import inspect
 import logging
 import os
-import shutil
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from patchpipe.config import ParallelConfig
-from patchpipe.engine.choosing import answer
 from patchpipe.engine.loras import change_loras
 from patchpipe.engine.messages import (
     Call,
@@ -25,7 +22,7 @@ from patchpipe.engine.messages import (
     Done,
     Failed,
     LoadLora,
-    Plan,
+    OpenStream,
     Previewed,
     RankInfo,
     Ready,
@@ -55,49 +52,6 @@ _CONSEQUENCES = (
 )
 
 
-def main() -> None:
-    """Serves the parent on the other end of the socket whose number is the only argument."""
-    channel = Channel(int(sys.argv[1]))
-    lifeline = Lifeline()
-    lifeline.start()
-    load_libraries()
-    try:
-        message = channel.receive()
-        if isinstance(message, Plan):
-            channel.send(answer(message))
-            message = channel.receive()
-        if isinstance(message, Close):
-            _leave(0)
-        start: Start = message
-        lifeline.directory = start.directory
-        server = Server(channel, start)
-        server.load()
-        server.serve()
-    except EOFError:
-        lifeline.end()
-    _leave(0)
-
-
-class Lifeline(threading.Thread):
-    """Ends this process as soon as its parent is gone, however that happened."""
-
-    def __init__(self) -> None:
-        super().__init__(name="lifeline", daemon=True)
-        self.directory: str | None = None
-
-    def run(self) -> None:
-        """Waits for the end of the standard input, which only the parent's end can bring."""
-        while os.read(0, 1024):
-            continue
-        self.end()
-
-    def end(self) -> None:
-        """Removes the private folder, which nobody else will, and exits."""
-        if self.directory is not None:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        os._exit(1)
-
-
 class Server:
     """Answers the parent's messages with one pipeline.
 
@@ -122,7 +76,7 @@ class Server:
             ready = self._ready()
         except Exception as error:
             self._channel.send(self._failed(_START, error, clean=False))
-            _leave(1)
+            leave(1)
         self._channel.send(ready)
 
     def serve(self) -> None:
@@ -142,14 +96,21 @@ class Server:
         self._cancelled = request
         if request == self._request and self._start.config is not None:
             with contextlib.suppress(RuntimeError):  # where the ranks cannot hear each other, it ends anyway
-                self._attachment.cancel()
+                self._stop()
 
-    def _answer(self, call: Call | CallTogether | LoadLora | UnloadLora) -> Done | Failed:
+    def _stop(self) -> None:
+        """Has the ranks agree where the request under way ends."""
+        self._attachment.cancel()
+
+    def _answer(self, call: Call | CallTogether | LoadLora | UnloadLora | OpenStream) -> Done | Failed:
         began = time.monotonic()
         try:
             if isinstance(call, CallTogether):
                 output, stats = self._run_together(call, began), [dict(one.as_dict()) for one in self._attachment.stats]
                 return Done(call.request, output, stats, time.monotonic() - began)
+            if isinstance(call, OpenStream):
+                self._stream(call)
+                return Done(call.request, None, None, time.monotonic() - began)
             if isinstance(call, (LoadLora, UnloadLora)):
                 change_loras(self._pipe, call)
                 return Done(call.request, None, None, time.monotonic() - began)
@@ -191,18 +152,40 @@ class Server:
         with self._warnings(asked.request), self._traced(asked.trace):
             return [portable(output) for output in self._attachment.together(calls, seeds=seeds, bars=bars)]
 
-    def _bar(self, request: int, began: float, call: int = 0) -> Callable[..., StepBar]:
-        """What stands in for the progress bar of one call."""
+    def _stream(self, call: OpenStream) -> None:
+        """Serves requests that come and go."""
+        from patchpipe.pipeline.streams.serving import serve
+
+        with self._warnings(call.request):
+            serve(self._pipe, self._visitors(call.request, self._group, self._attachment.config.timeout))
+
+    def _visitors(self, request: int, group: Any, timeout: float) -> Any:
+        """The calls of a stream."""
+        from patchpipe.engine.worker.streaming import Visitors
+
+        def bar(call: int, began: float, over: int) -> Callable[..., StepBar]:
+            return self._bar(request, began, call, over)
+
+        def failed(error: Exception) -> Failed:
+            return self._failed(request, error, clean=True)
+
+        told = {"output": group.output, "bar": bar, "failed": failed}
+        return Visitors(request, self._channel, self._inbox.letters, timeout, **told)
+
+    def _bar(self, request: int, began: float, call: int = 0, over: int = 0) -> Callable[..., StepBar]:
+        """What stands in for the progress bar of one call, of which some steps may be over."""
 
         def bar(iterable: Any = None, total: int | None = None) -> StepBar:
             return StepBar(tell, began, iterable, total)
 
         def tell(step: int, total: int | None, seconds: float) -> None:
+            if step <= over:
+                return
             self._channel.send(Step(request, step, total, seconds, call))
             if self._cancelled == request:
                 if self._start.config is None:
                     raise Cancelled(CANCELLED)
-                self._attachment.cancel()  # should it have been asked for before the request had begun
+                self._stop()  # should it have been asked for before the request had begun
 
         return bar
 
@@ -264,7 +247,8 @@ class Server:
         assert start.store_port is not None
         config = ParallelConfig(**start.config)
         store = TCPStore("127.0.0.1", start.store_port, None, False)
-        self._group = join(config, rank=start.rank, world_size=start.world_size, store=store, device=device)
+        place = (0, 1) if start.lanes else (start.rank, start.world_size)
+        self._group = join(config, rank=place[0], world_size=place[1], store=store, device=device)
         options = {"dtype": dtype, "device": device, "variant": start.variant, "group": self._group}
         return from_pretrained(os.fsdecode(start.path), config, **options, **start.load_options)
 
@@ -332,15 +316,6 @@ class _WarningTeller(logging.Handler):
         self._channel.send(Warned(self._request, record.getMessage()))
 
 
-def load_libraries() -> None:
-    """Loads diffusers and transformers, and keeps their bars out of the log, whose last lines explain a death."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
 def _is_consequence(error: Exception) -> bool:
     from patchpipe.errors import RankFailed, RankLost
 
@@ -352,7 +327,7 @@ def _parameters(module: Any) -> list[Any]:
     return [] if module is None else [p for p in module.parameters() if p.device.type != "meta"]
 
 
-def _leave(code: int) -> None:
+def leave(code: int) -> None:
     """Exits without the slow and, in a broken group, endless clean-up of a Python with torch in it."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -81,6 +81,13 @@ class Trend:
         """Memory of the changes."""
         return self._change.nbytes + self._scale.nbytes
 
+    def move(self, kept: Tensor) -> None:
+        """Goes where the rows have gone, which are these now."""
+        self.kept = kept
+        self._change, self._scale, self._ahead = (
+            own.to(kept.device) for own in (self._change, self._scale, self._ahead)
+        )
+
     def renew(self, ranges: Sequence[Range], fresh: Tensor, pace: Pace, *, begins: bool, known: bool) -> None:
         """Puts fresh rows in place, and their change since the last call.
 

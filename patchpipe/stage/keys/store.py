@@ -142,6 +142,12 @@ class LayerStore:
         """Memory the store holds."""
         return sum(kept.nbytes for kept in self._kept) + sum(trend.bytes for trend in self._trends)
 
+    def move(self, device: torch.device) -> None:
+        """Takes all it holds to another device."""
+        self._kept = tuple(kept.to(device) for kept in self._kept)
+        for trend, kept in zip(self._trends, self._kept, strict=False):
+            trend.move(kept)
+
     def _follow(self, pace: Pace | None) -> None:
         """Keeps the trends of what is kept, where there is to be a forecast."""
         if pace is not None and (not self._trends or self._trends[0].kept is not self._kept[0]):
