@@ -12,7 +12,7 @@ import patchpipe
 from patchpipe import ParallelConfig
 from patchpipe.models.latent import Raster
 from patchpipe.planner.schedule import Unit, total
-from patchpipe.stage.coarse import Sample
+from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.rows import Rows
 from tests import tiny
 from tests.nccl_rules import over

@@ -19,7 +19,7 @@ import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
 from patchpipe.models.latent import Raster
 from patchpipe.parallel.displaced import Displaced, PartStore, displaced_for
-from patchpipe.stage.attention import Attend, Attending
+from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.patches import Cut
 from tests import tiny
 from tests.ranks import Place, quieten, run_ranks

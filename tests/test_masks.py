@@ -19,7 +19,8 @@ from patchpipe.models import plan_for
 from patchpipe.models.latent import Latent, Raster, sizes_by_shapes
 from patchpipe.parallel.ring import Merged
 from patchpipe.parallel.tensor import TensorPart
-from patchpipe.stage.attention import Attend, Attending, attend_through
+from patchpipe.stage.attending import Attend, Attending
+from patchpipe.stage.attention import attend_through
 from patchpipe.stage.keys.masks import key_column
 from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut, Patch

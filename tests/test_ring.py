@@ -18,7 +18,7 @@ from patchpipe.errors import RankLost
 from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.models.latent import Raster
 from patchpipe.parallel.ring import Merged, Ring
-from patchpipe.stage.attention import Attend
+from patchpipe.stage.attending import Attend
 from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Cut
 from tests import parity, tiny

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.config import AutoLayout, ParallelConfig
@@ -40,8 +39,7 @@ if TYPE_CHECKING:
 class Engine:
     """A diffusers pipeline spread over worker processes of this machine.
 
-    The workers start at once and live until ``close``, the end of the ``with`` block, or the end of this
-    process, however it ends.
+    The workers start at once and live until ``close``, the end of the ``with`` block, or the end of this process.
 
     Example::
 
@@ -387,12 +385,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
             self.close()
         else:

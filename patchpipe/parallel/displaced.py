@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchpipe.distributed.exchange import Exchange, Pieces
 from patchpipe.distributed.mesh import Group
-from patchpipe.stage.attention import Attend, Attending
+from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Rows
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from patchpipe.distributed.exchange import Exchange
 from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.parallel.ulysses import Ulysses
-from patchpipe.stage.attention import Attend, Attending
+from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.masks import as_mask, gather_columns
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows

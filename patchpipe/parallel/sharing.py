@@ -5,7 +5,7 @@ from __future__ import annotations
 from patchpipe.distributed.mesh import Group
 from patchpipe.parallel.ring import Ring
 from patchpipe.parallel.ulysses import Ulysses
-from patchpipe.stage.attention import Sharing
+from patchpipe.stage.attending import Sharing
 from patchpipe.stage.patches import Patch
 
 

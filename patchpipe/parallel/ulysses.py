@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchpipe.distributed.exchange import Exchange
 from patchpipe.layout.axes import shares
-from patchpipe.stage.attention import Attend, Attending
+from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.masks import gather_columns
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows

@@ -383,15 +383,9 @@ class Attachment:
                 tested so. The pipeline stays usable.
             PatchpipeError: A rank failed.
         """
+        own, errors = self._first is self, return_exceptions
         return self.requests.fly(
-            self._pipe,
-            calls,
-            seeds,
-            bars,
-            own=self._first is self,
-            around=self._traced,
-            copied=self.copied,
-            return_exceptions=return_exceptions,
+            self._pipe, calls, seeds, bars, own=own, around=self._traced, copied=self.copied, return_exceptions=errors
         )
 
     def copied(self, number: int, bar: Callable[..., Any] | None) -> Any:

@@ -19,7 +19,7 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
-from patchpipe.stage.coarse import Sample
+from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch

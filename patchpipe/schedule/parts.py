@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from patchpipe.distributed.mesh import Group
-from patchpipe.parallel.batches import BatchShare
+from patchpipe.parallel.batches import BatchShare, ragged, slice_inputs
 from patchpipe.schedule.answers import Call
 from patchpipe.schedule.hops import Crossing, Shapes
-from patchpipe.stage.coarse import Sample
+from patchpipe.schedule.request import Request
+from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.context import Streams
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.survey import CallShapes
@@ -73,3 +74,37 @@ class Part:
         shape = list(call.shapes.output)
         shape[0], shape[dim] = self.share.size, self.piece.units[1] - self.piece.units[0]
         return torch.zeros(shape, dtype=call.shapes.dtype, device=device)
+
+
+def parts_of(call: Call, share: BatchShare, request: Request, group: Group, *, halves: bool) -> list[Part]:
+    """What a rank runs one after the other: the patches, each in halves of the batch if so configured.
+
+    In a synchronous step it is the whole latent of every entry of the batch: a stage so begins with the second branch
+    of guidance, or the second picture, while the next one is still busy with the first.
+
+    Args:
+        call: The call.
+        share: The rank's entries of the batch.
+        request: The call's request.
+        group: The ranks.
+        halves: Whether batches go through the stages in halves.
+    """
+    plan, mesh = request.plan, group.mesh
+    streams_later = call.stores is not None and request.config.distrifusion == 1 and not ragged(call.inputs)
+    shares = share.halves() if streams_later and halves else (share,)
+    if streams_later and call.patches[0].whole:
+        shares = tuple(entry for half in shares for entry in half.one_by_one())
+    batch = call.inputs[plan.latent].shape[0]
+    inputs = [slice_inputs(call.inputs, plan, batch, entries, request.memo) for entries in shares]
+    memos: list[dict[str, Any]] = [{} for _ in shares]
+    shapes = request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
+    parts = []
+    for cut, patch, sample in call.cuts:
+        pieces = cut.split(patch, mesh.parts)
+        for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
+            last, own = entries is shares[-1] and sample is None, pieces[mesh.part]
+            turn = None if patch.whole else (patch.index, len(call.patches))
+            if halves:
+                turn = entries.half or 0, 2
+            parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, sample))
+    return parts

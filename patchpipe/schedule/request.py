@@ -22,7 +22,7 @@ from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
-from patchpipe.stage.coarse import Sample
+from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut

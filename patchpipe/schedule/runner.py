@@ -21,12 +21,12 @@ from patchpipe.lockstep.points import Points
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.batches import BatchShare, ragged, share_batch, slice_inputs
+from patchpipe.parallel.batches import share_batch
 from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.hops import Crossing, Hops
-from patchpipe.schedule.parts import Part
+from patchpipe.schedule.parts import Part, parts_of
 from patchpipe.schedule.request import Branch, Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
 from patchpipe.stage.context import CallContext, Streams
@@ -255,7 +255,7 @@ class Runner:
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
-        parts = [] if share is None else self._parts(call, share)
+        parts = [] if share is None else parts_of(call, share, self.request, self.group, halves=self._halves)
         self.points.begin("goes on to the next call of the transformer")
         self.request.count(synchronous)
         self.group.next_call()
@@ -333,32 +333,6 @@ class Runner:
                     raise
                 failure = error
         return part.blank(call, crossing, self.plan.grid.dim, call.inputs[self.plan.latent].device), failure
-
-    def _parts(self, call: Call, share: BatchShare) -> list[Part]:
-        """What this rank runs one after the other: the patches, each in halves of the batch if so configured.
-
-        In a synchronous step it is the whole latent of every entry of the batch: a stage so begins with the second
-        branch of guidance, or the second picture, while the next one is still busy with the first.
-        """
-        assert self.request is not None
-        streams_later = call.stores is not None and not self._displaced and not ragged(call.inputs)
-        shares = share.halves() if streams_later and self._halves else (share,)
-        if streams_later and call.patches[0].whole:
-            shares = tuple(entry for half in shares for entry in half.one_by_one())
-        batch, kept = call.inputs[self.plan.latent].shape[0], self.request.memo
-        inputs = [slice_inputs(call.inputs, self.plan, batch, entries, kept) for entries in shares]
-        memos: list[dict[str, Any]] = [{} for _ in shares]
-        shapes = self.request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
-        parts = []
-        for cut, patch, sample in call.cuts:
-            pieces = cut.split(patch, self.group.mesh.parts)
-            for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
-                last, own = entries is shares[-1] and sample is None, pieces[self.group.mesh.part]
-                turn = None if patch.whole else (patch.index, len(call.patches))
-                if self._halves:
-                    turn = entries.half or 0, 2
-                parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, sample))
-        return parts
 
     def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
         assert self.request is not None

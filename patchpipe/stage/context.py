@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from patchpipe.models.plan import Holds
-from patchpipe.stage.attention import Sharing
-from patchpipe.stage.coarse import Offset, Sample, Sampler
+from patchpipe.stage.attending import Sharing
+from patchpipe.stage.coarse.sample import Offset, Sample, Sampler
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch

@@ -19,7 +19,8 @@ from patchpipe.kernels.choice import KernelWatch
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import BlockPlace, ModelPlan
-from patchpipe.stage.attention import Attending, attend_through, override
+from patchpipe.stage.attending import Attending
+from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.rows import Rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from patchpipe.stage.coarse import Offset
+from patchpipe.stage.coarse.sample import Offset
 
 
 class Positions(Protocol):
