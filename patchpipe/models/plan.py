@@ -9,11 +9,11 @@ refiners, padding or heads.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models.latent import IMAGE, Latent
@@ -27,8 +27,9 @@ class Holds:
     """Whose rows a tensor has.
 
     Args:
-        segments: In their order. ``"image"`` is the picture that is painted; any other name, such as ``"text"``, is of
-            rows that ride with the first patch.
+        segments: In their order. ``"image"`` is the picture that is painted, ``"reference"`` pictures that follow it in
+            the latent, which ride with the last patch; any other name, such as ``"text"``, is of rows that ride with
+            the first.
         dim: Their dim.
         ndim: Dims the tensor must have, where the model gives a tensor without rows in its place too.
     """
@@ -56,7 +57,17 @@ class BlockList:
             named go in whole.
         attention: The segments that each attention module of a block mixes, in their order; ``CROSS`` where it takes
             its keys and values from the text alone.
-        mask: Argument that masks keys of those layers where it is not ``None``. Patches without its rows get ``None``.
+        queries: The segments that ask in them, where others only answer, as a text that no block changes; all of them
+            if none is named.
+        mask: Argument that masks keys of those layers where it is a tensor, or has one. Patches without its rows get
+            ``None``. If it is not among ``rows``, it stays whole, and may mask by query and key.
+        sums: Linear attention layers: they need of other rows the sum of their keys' and values' products.
+        borders: 3×3 convolutions over the picture's rows: they need the rows next to the patch.
+        row_counts: Arguments that say how many rows the picture has.
+        whole_between: Whether the root changes streams between these blocks, as by adding rows of text for each. They
+            are then put back into the whole after every block.
+        links: Arguments that are what an earlier block of the list returned. They go from stage to stage with the
+            streams.
         text_parameters: Parts of parameter names that serve the text stream alone.
         per_call: Modules of a block whose result is the same for every patch of a call, such as modulation.
         per_request: Modules of a block whose result follows from these inputs of the call alone.
@@ -67,7 +78,13 @@ class BlockList:
     streams: tuple[str, ...]
     rows: Mapping[str, Holds | tuple[Holds, ...]]
     attention: Mapping[str, tuple[str, ...]]
+    queries: tuple[str, ...] = ()
     mask: str | None = None
+    sums: tuple[str, ...] = ()
+    borders: tuple[str, ...] = ()
+    row_counts: tuple[str, ...] = ()
+    whole_between: bool = False
+    links: tuple[str, ...] = ()
     text_parameters: tuple[str, ...] = ()
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -91,6 +108,10 @@ class ModelPlan:
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
             strength of LoRA, as ``scale``.
         unbatched_inputs: Inputs without a batch dim.
+        batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
+        idle_inputs: Inputs that are objects, and what shows that one changes nothing here; else they are refused.
+        same_length: A mask that must have as many ones for every entry of the batch, since rows of the picture begin
+            after them.
         time: The input that falls, or rises, with the noise level.
         text: The input that identifies the prompt, which tells guidance branches apart.
         embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
@@ -100,6 +121,7 @@ class ModelPlan:
         per_call: Modules whose result is the same for every patch of a call.
         per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
             ``refiner.*`` is every module of a list.
+        shared_parts: Modules of blocks that the root uses too, so that every rank needs them.
         refused_settings: Fields of the configuration that must be off, since nothing tests them.
         guidance: Whether pipelines of this class guide by two calls a step or by one batch of both branches.
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
@@ -113,6 +135,9 @@ class ModelPlan:
     inputs: tuple[str, ...]
     ignored_inputs: tuple[str, ...] = ()
     unbatched_inputs: tuple[str, ...] = ()
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
+    idle_inputs: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    same_length: str = ""
     time: str = "timestep"
     text: str = "encoder_hidden_states"
     embed: str = ""
@@ -120,6 +145,7 @@ class ModelPlan:
     tail_dims: Mapping[str, int] = field(default_factory=dict)
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shared_parts: tuple[str, ...] = ()
     refused_settings: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
     tensor: Mapping[str, Any] | Literal["class"] | None = None
@@ -136,20 +162,34 @@ class ModelPlan:
         return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
 
     @property
+    def attends(self) -> bool:
+        """Whether rows meet in attention over keys alone, so that ranks can share a patch."""
+        return not any(listing.sums or listing.borders for listing in self.blocks)
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether two stages can run a block in turns: what they then give each other is keys and values by row."""
+        return self.attends and all(listing.mask in (None, *listing.rows) for listing in self.blocks)
+
+    @property
     def makes_clips(self) -> bool:
         """Whether it makes clips of several frames."""
         return "f" in self.grid.axes
 
     def width(self, model: nn.Module) -> int:
         """Channels of the tokens between blocks."""
-        place = self.blocks_of(model)[0]
-        layer = place.block.get_submodule(next(iter(place.self_attention)))
+        layer = self._mixer(model)
         return next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
+
+    def _mixer(self, model: nn.Module) -> nn.Module:
+        """The first layer in which rows of the picture meet."""
+        place = self.blocks_of(model)[0]
+        return place.block.get_submodule(next(iter((*place.self_attention, *place.listing.sums))))
 
     def heads(self, model: nn.Module) -> int:
         """Attention heads."""
-        place = self.blocks_of(model)[0]
-        return int(place.block.get_submodule(next(iter(place.self_attention))).heads)
+        layer: Any = self._mixer(model)
+        return int(layer.heads if hasattr(layer, "heads") else layer.num_heads)
 
     def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a call by name, refusing what the plan does not cover.
@@ -171,14 +211,28 @@ class ModelPlan:
                     f"{self.model} was called with {name}, which patchpipe has not been tested with and "
                     f"refuses rather than risk a wrong picture: leave it out, or run the pipeline on one device"
                 )
+        if self.same_length:
+            self._check_lengths(inputs[self.same_length])
         return {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
+
+    def length(self, inputs: Mapping[str, Any]) -> int | None:
+        """How long the prompts of a call are, where rows inside it follow from that and not from shapes alone."""
+        return int(inputs[self.same_length][0].sum()) if self.same_length else None
+
+    def _check_lengths(self, mask: Tensor) -> None:
+        lengths = mask.sum(-1).tolist() if len(mask) > 1 else []
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{self.model} lets the picture begin where its prompt ends, and these prompts have {lengths} tokens: "
+                f"paint prompts of different lengths one after the other"
+            )
 
     def has_tail(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's rows are put back into the whole only after ``tail``."""
         return bool(self.tail) and all(inputs[name].ndim == ndim for name, ndim in self.tail_dims.items())
 
     def _ignorable(self, name: str, value: Any) -> bool:
-        if value is None or value is False:
+        if value is None or value is False or (name in self.idle_inputs and self.idle_inputs[name](value)):
             return True
         if name not in self.ignored_inputs or not isinstance(value, dict):
             return False
@@ -227,13 +281,24 @@ class BlockPlace:
     def self_attention(self) -> dict[str, tuple[str, ...]]:
         """The segments of each of its layers whose keys and values the patches change, by path."""
         listed = self.listing.attention.items()
-        return {path: mixed for path, mixed in listed if mixed and getattr(self.block, path, None) is not None}
+        return {path: mixed for path, mixed in listed if mixed and part_of(self.block, path) is not None}
 
     def layer(self, path: str) -> str:
         """The name in the model of one of its layers."""
         return f"{self.name}.{path}"
 
 
+def part_of(block: nn.Module, path: str) -> nn.Module | None:
+    """A module of a block, if the block has it; attributes that hold ``None`` count as absent."""
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
 def attention_width(layer: Any) -> int:
-    """Channels of all heads of an attention module, whether its projections are apart or fused with others."""
-    return layer.to_q.out_features if hasattr(layer, "to_q") else layer.inner_dim
+    """Channels of all heads of an attention module, whatever its projections are called or fused with."""
+    query = getattr(layer, "to_q", None) or getattr(layer, "to_query", None)
+    return layer.inner_dim if query is None else query.out_features

@@ -35,9 +35,16 @@ class Ulysses:
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: heads are exchanged for rows, attended, and exchanged back."""
-        query, key, value = self.gather([query, key, value], layer.rows)
+        query, key, value = self.gather_all(query, key, value, layer)
         columns = [self.gather_column(column, layer.rows) for column in attend.columns]
-        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), layer.rows)
+        seen = layer.remember(self.patch, key, value, *columns)
+        return self.scatter(attend(query, *seen, asking=columns[0] if columns else None), layer.asking)
+
+    def gather_all(self, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> list[Tensor]:
+        """Queries, keys and values, at once where they have the same rows."""
+        if layer.asking == layer.rows:
+            return self.gather([query, key, value], layer.rows)
+        return [*self.gather([query], layer.asking), *self.gather([key, value], layer.rows)]
 
     def gather(self, own: list[Tensor], rows: Rows) -> list[Tensor]:
         """Own rows of all heads, ``[batch, heads, own rows, channels]``, to all rows of own heads."""

@@ -52,7 +52,7 @@ class Part:
         return Crossing(entering, leaving, large=self.patch.whole)
 
     def _hop(self, call: Call, index: int) -> Shapes:
-        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece)
+        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.
@@ -67,5 +67,5 @@ class Part:
             shapes = crossing.leaving.items()
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes}
         shape = list(call.shapes.output)
-        shape[0], shape[dim] = self.share.size, self.piece.units[1] - self.piece.units[0]
+        shape[0], shape[dim] = self.share.size, self.piece.extent
         return torch.zeros(shape, dtype=call.shapes.dtype, device=device)

@@ -242,7 +242,7 @@ class Request:
 
     def shapes_of(self, inputs: Mapping[str, Any]) -> CallShapes:
         """The shapes inside a call."""
-        key = shapes_key(inputs)
+        key = (*shapes_key(inputs), self.plan.length(inputs))
         if key not in self._shapes:
             raster = self.plan.grid.rows(self.stage.model, inputs[self.plan.latent].shape, inputs)
             self._shapes[key] = self.stage.look(inputs, raster, self.memo)
@@ -270,8 +270,13 @@ class Request:
         """Refuses rows too few for the ranks that share them while no rank has begun anything.
 
         Raises:
-            ValueError: A patch has fewer rows than ranks.
+            ValueError: A patch has fewer rows than ranks, or parts of the latent are no patches and have references.
         """
+        if self.config.distrifusion > 1 and cut.rows.joined:
+            raise ValueError(
+                "distrifusion with pictures joined to the latent as references has not been tested: use pipefusion, "
+                "ulysses or ring"
+            )
         streams = self.keeps_stores(cut) and self.config.distrifusion == 1
         for patch in (cut.whole, *(cut.patches if streams else ())):
             cut.split(patch, self.group.mesh.parts)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.keys.forecast import Pace
-from patchpipe.stage.keys.masks import SHARED_BY_HEADS, as_mask, key_column
+from patchpipe.stage.keys.masks import SHARED_BY_HEADS, as_mask, key_column, row_numbers, table_of
 from patchpipe.stage.keys.store import Entries, LayerStore
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -27,6 +27,8 @@ class Attend:
         compute: The function.
         column: What its ``attn_mask`` adds to the scores of this rank's fresh keys, ``[batch, 1 or heads, rows, 1]``;
             ``None`` where no key of the layer is masked, on any rank.
+        table: The mask of all rows ``[batch, 1 or heads, rows, rows]``, where it differs from query to query. The
+            column then has the number of each key's row.
         dropout: Its ``dropout_p``.
         causal: Its ``is_causal``.
         scale: Its ``scale``; ``None`` is one over the root of the channels.
@@ -35,6 +37,7 @@ class Attend:
 
     compute: Callable[..., Tensor]
     column: Tensor | None = None
+    table: Tensor | None = None
     dropout: float = 0.0
     causal: bool = False
     scale: float | None = None
@@ -45,10 +48,25 @@ class Attend:
         """The column, if there is one: what is kept and sent beside keys and values."""
         return () if self.column is None else (self.column,)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None) -> Tensor:
-        """Attention of a query over keys and values on this rank, and the column of all those keys."""
+    def mask(self, column: Tensor, asking: Tensor | None = None) -> Tensor:
+        """A column as a mask ``[batch, 1 or heads, 1 or queries, keys]``.
+
+        Args:
+            column: Of keys.
+            asking: Of the queries, where it tells the numbers of rows; this rank's fresh rows, if not given.
+        """
+        if self.table is None:
+            return as_mask(column)
+        asking = self.column if asking is None else asking
+        assert asking is not None
+        return self.table[:, :, asking[0, 0, :, 0]][..., column[0, 0, :, 0]]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None, *, asking: Tensor | None = None
+    ) -> Tensor:
+        """Attention of a query over keys and values on this rank, and the column of all those keys; see ``mask``."""
         options = {"enable_gqa": True} if self.grouped else {}
-        mask = None if column is None else as_mask(column)
+        mask = None if column is None else self.mask(column, asking)
         return self.compute(query, key, value, mask, self.dropout, self.causal, scale=self.scale, **options)
 
 
@@ -79,11 +97,12 @@ class Attending:
         patch: This rank's rows.
         store: The layer's keys and values; ``None`` where nothing is ever stale.
         sharing: The ranks that share the patch, if there are several.
-        rows: The layer's sequence.
+        rows: The layer's sequence: its keys and values.
         masked: Whether some of its keys are masked, on whatever rank.
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
         pace: Of the call, where stale rows are forecast.
+        queries: The rows that ask, if they are not all of them.
     """
 
     patch: Patch
@@ -94,6 +113,12 @@ class Attending:
     entries: Entries | None = None
     kernels: KernelWatch | None = None
     pace: Pace | None = None
+    queries: Rows | None = None
+
+    @property
+    def asking(self) -> Rows:
+        """The rows of its queries."""
+        return self.queries or self.rows
 
     @property
     def outlives(self) -> bool:
@@ -145,8 +170,8 @@ class _StoreMode(TorchFunctionMode):
         """Attends in the place of the function a model called; the other arguments are those of torch."""
         layer = self.attending
         func = func if layer.kernels is None else layer.kernels.watching(func)
-        column = self._column(attn_mask, query, key)
-        attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
+        column, table = self._column(attn_mask, query, key)
+        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
         seen = layer.remember(layer.patch, key, value, *attend.columns)
@@ -155,23 +180,28 @@ class _StoreMode(TorchFunctionMode):
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         return attend(query, *seen)
 
-    def _column(self, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """The column of the fresh keys, if they are to meet others or to be kept."""
+    def _column(self, mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The column of the fresh keys, if they are to meet others or to be kept; the table, if there must be one."""
         layer = self.attending
         if layer.patch.uncut and layer.store is None:
-            return None
+            return None, None
         if mask is not None and not layer.masked:
             raise NotImplementedError(
                 "the model masks self-attention, which its plan does not tell (mask) and which is therefore not "
                 "supported while patches stream or are shared: use warmup='all' on one device, or with pipefusion alone"
             )
-        column = key_column(mask, key, query.dtype) if layer.masked else None
-        if column is not None and layer.sharing is not None and column.shape[1] != SHARED_BY_HEADS:
+        table = table_of(mask, layer.rows, query.dtype) if layer.masked else None
+        if table is not None:
+            column = row_numbers(layer.rows.ranges(layer.patch), key)
+        else:
+            column = key_column(mask, key, query.dtype) if layer.masked else None
+        by_heads = [each for each in (column, table) if each is not None and each.shape[1] != SHARED_BY_HEADS]
+        if by_heads and layer.sharing is not None:
             raise NotImplementedError(
                 "a self-attention mask that differs from head to head is not supported while ranks share patches: use "
                 "pipefusion instead of ulysses, ring or distrifusion"
             )
-        return column
+        return column, table
 
 
 class _LookMode(TorchFunctionMode):

@@ -40,6 +40,8 @@ class CallContext:
         leaving: What to do after it.
         trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
         tail: Whether what follows the last block takes the patch's rows as they are.
+        patches: All patches of the latent.
+        results: What blocks of this stage returned that later blocks take, by their place.
         masked: Whether the block at work masks some keys, on whatever rank.
     """
 
@@ -59,6 +61,8 @@ class CallContext:
     trailing: Callable[[], Any] | None = None
     tail: bool = False
     masked: bool = False
+    patches: tuple[Patch, ...] = ()
+    results: dict[int, Tensor] = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 
     @cached_property
@@ -71,6 +75,9 @@ class CallContext:
     def narrowed(self, value: Any, held: Holds | tuple[Holds, ...]) -> Any:
         """The patch's rows of an argument that many blocks are given; cut once."""
         assert self.cutter is not None
+        if isinstance(value, (tuple, list)):  # which may be made anew for every block, of the same tensors
+            each = held if isinstance(held, tuple) else (held,) * len(value)
+            return type(value)(self.narrowed(part, own) for part, own in zip(value, each, strict=True))
         key = (id(value), held)
         if key not in self._narrowed:  # the argument is kept too, lest another one takes its id
             self._narrowed[key] = (value, self.cutter.narrow(value, held))

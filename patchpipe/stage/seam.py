@@ -19,7 +19,7 @@ from torch import Tensor
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.plan import BlockPlace
 from patchpipe.stage.context import CallContext, Streams
-from patchpipe.stage.survey import Survey
+from patchpipe.stage.survey import Survey, has_tensor, link_name
 
 
 class StageDone(Exception):
@@ -86,14 +86,13 @@ class Seam:
         """The block's streams; of blocks that other stages run, what they were given."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.passage.survey is not None:
-            self.passage.survey.see(self.listing, arguments)
-            return self._through(arguments)
+            return self._through(self.passage.survey.see(self.listing, arguments, self.index))
         context, now = self.passage.at_work, self.passage.now
         if self.index < now.start:
-            return self._through(arguments)
+            return context.received.get(link_name(self.index), self._through(arguments))
         if self.index == now.start and not self.passage.first:
             self._receive(arguments, context)
-        elif self.first and context.cutter is not None:
+        elif (self.first or self.listing.whole_between) and context.cutter is not None:
             arguments |= {
                 name: context.cutter.narrow(arguments[name], self.listing.rows[name])
                 for name in self.listing.streams
@@ -120,17 +119,24 @@ class Seam:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
         if self.passage.trails:
             context.trailing = partial(self._run, arguments, context)
-        raise StageDone({name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None})
+        streams = {name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None}
+        for source in context.shapes.linked(self.index):
+            name = link_name(source)
+            streams[name] = context.results[source] if source in context.results else context.received[name]
+        raise StageDone(streams)
 
     def _run(self, arguments: dict[str, Any], context: CallContext) -> Any:
         listing = self.listing
-        context.masked = listing.mask is not None and arguments.get(listing.mask) is not None
+        context.masked = has_tensor(arguments.get(listing.mask or ""))
         if context.cutter is not None:
             arguments = {**arguments, **self._others(arguments, context)}
         context.before(self.index)
         result = self.compute(**arguments)
         context.after(self.index)
-        if context.cutter is None or not self.last or (self.ends and context.tail):
+        if self.index in context.shapes.links.values():
+            context.results[self.index] = result
+        widens = self.last or self.listing.whole_between
+        if context.cutter is None or not widens or (self.ends and context.tail):
             return result
         values = result if isinstance(result, tuple) else (result,)
         return self._returned(
@@ -147,6 +153,8 @@ class Seam:
             value = arguments.get(name)
             if value is not None and name not in self.listing.streams:
                 found[name] = context.narrowed(value, held)
+        low, high = context.patch.rows
+        found |= dict.fromkeys(self.listing.row_counts, high - low)
         mask = found.get(self.listing.mask or "")
         if isinstance(mask, Tensor) and mask.numel() == 0:
             found[self.listing.mask or ""] = None

@@ -22,6 +22,8 @@ from patchpipe.models.plan import BlockPlace, ModelPlan
 from patchpipe.stage.attention import Attending, attend_through, override
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.store import LayerStore
+from patchpipe.stage.mixing import bordered, summed
+from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Seam, StageDone
 from patchpipe.stage.survey import CallShapes, Survey
@@ -83,12 +85,14 @@ class Stage:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
         for place in self.blocks:
             self._hook_attention(place)
+            self._hook_others(place)
             for path in place.listing.per_call:
                 self._share_between_patches(place.layer(path))
             for path, names in place.listing.per_request.items():
                 self._share_between_calls(place.layer(path), names)
-        for path in self.plan.per_call:
-            self._share_between_patches(path)
+        for pattern in self.plan.per_call:
+            for path in self._matching(pattern):
+                self._share_between_patches(path)
         for pattern, names in self.plan.per_request.items():
             for path in self._matching(pattern):
                 self._share_between_calls(path, names)
@@ -138,8 +142,8 @@ class Stage:
             self.passage.context = self._kept = None
         if context.patch.uncut:
             return prediction
-        start, stop = context.patch.units
-        return prediction.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+        rows = spans_of(prediction, self.plan.grid.dim, context.patch)
+        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, self.plan.grid.dim)
 
     def trail(self, context: CallContext) -> None:
         """Runs the block that the next stage has begun to run, so that this one knows its keys and values too."""
@@ -175,7 +179,8 @@ class Stage:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name != "return_dict"}
         given[self.plan.latent] = self.plan.grid.given(latent)
-        return self.plan.grid.joined(self._forward(**given, return_dict=False)[0])
+        result = self._forward(**given, return_dict=False)
+        return self.plan.grid.joined(result if isinstance(result, Tensor) else result[0])
 
     def _whole(self, shape: Tensor, latent: Tensor | None, context: CallContext) -> Tensor:
         """The latent uncut, with zeros wherever this stage does not know it."""
@@ -183,9 +188,10 @@ class Stage:
             return torch.zeros((), dtype=shape.dtype, device=shape.device).expand(shape.shape)
         if context.patch.uncut:
             return latent
-        whole = latent.new_zeros(shape.shape)
-        start, stop = context.patch.units
-        whole.narrow(self.plan.grid.dim, start, stop - start).copy_(latent)
+        whole, dim = latent.new_zeros(shape.shape), self.plan.grid.dim
+        targets = spans_of(whole, dim, context.patch)
+        for target, rows in zip(targets, latent.split([each.shape[dim] for each in targets], dim), strict=True):
+            target.copy_(rows)
         return whole
 
     def _widen_after(self, path: str) -> Callable[[], None]:
@@ -240,21 +246,30 @@ class Stage:
 
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, segments in place.self_attention.items():
-            layer, find = place.block.get_submodule(path), partial(self._attending, place.layer(path), segments)
+            layer, find = place.block.get_submodule(path), partial(self._attending, place, path, segments)
             self._undo.append(attend_through(layer, find, self.kernels))
 
-    def _attending(self, name: str, segments: tuple[str, ...]) -> Attending | None:
+    def _hook_others(self, place: BlockPlace) -> None:
+        for kind, paths in ((summed, place.listing.sums), (bordered, place.listing.borders)):
+            for path in paths:
+                layer = place.block.get_submodule(path)
+                forward = kind(layer, place.layer(path), lambda: self.passage.at_work)
+                self._undo.append(override(layer, forward))
+
+    def _attending(self, place: BlockPlace, path: str, segments: tuple[str, ...]) -> Attending | None:
         """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
-        context = self.passage.at_work
+        context, name = self.passage.at_work, place.layer(path)
         if context.stores is None and context.sharing is None:
             return None
         rows, store = Rows.of(segments, context.shapes.sizes, context.shapes.raster), None
         if context.stores is not None:
             store = context.stores.setdefault(name, LayerStore(rows))
         masked = context.masked and len(segments) > 1
+        asking = place.listing.queries
         return Attending(
-            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace
-        )
+            context.patch, store, context.sharing, rows, masked, context.entries, self.kernels, context.pace,
+            queries=Rows.of(asking, context.shapes.sizes, context.shapes.raster) if asking else rows,
+        )  # fmt: skip
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""
@@ -265,6 +280,11 @@ class Stage:
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf, None)
+
+
+def spans_of(whole: Tensor, dim: int, piece: Patch) -> list[Tensor]:
+    """What a piece has of a whole latent, as views."""
+    return [whole.narrow(dim, start, stop - start) for start, stop in piece.spans]
 
 
 def _identity(value: Any) -> Any:

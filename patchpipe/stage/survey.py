@@ -7,13 +7,13 @@ Nothing of it need be in a plan, and every rank finds the same, whatever blocks 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import BlockList, Holds, ModelPlan
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows, has_rows
@@ -27,11 +27,17 @@ class StreamKind:
         rows: Its rows.
         width: Its channels.
         dtype: What it is in.
+        dim: The dim of its rows; the batch is in the other of the first two.
     """
 
     rows: Rows
     width: int
     dtype: torch.dtype
+    dim: int = 1
+
+    def shape(self, batch: int, count: int) -> torch.Size:
+        """Of so many rows of it."""
+        return torch.Size((count, batch, self.width) if self.dim == 0 else (batch, count, self.width))
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class CallShapes:
         streams: The streams of every block list, by its path.
         output: Shape of the prediction.
         dtype: What it is in.
+        links: Blocks that take what an earlier block returned, and which one, by their place among all blocks.
     """
 
     raster: Raster
@@ -51,29 +58,45 @@ class CallShapes:
     streams: Mapping[str, Mapping[str, StreamKind]]
     output: torch.Size
     dtype: torch.dtype
+    links: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def riders(self) -> int:
-        """Rows that go through the blocks beside the picture's."""
-        return sum(size for name, size in self.sizes.items() if name != IMAGE)
+        """Rows that go through the blocks with the first patch, beside the picture's."""
+        return sum(size for name, size in self.sizes.items() if name not in (IMAGE, REFERENCE))
 
     @property
     def width(self) -> int:
         """Channels of the tokens between blocks."""
         return next(kind.width for streams in self.streams.values() for kind in streams.values())
 
-    def hop(self, listing: BlockList, batch: int, piece: Patch) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """What goes from stage to stage before a block of this list, by stream; streams without rows do not."""
+    def linked(self, index: int) -> list[int]:
+        """The blocks before a place whose results blocks from there on take."""
+        return sorted({source for taker, source in self.links.items() if source < index <= taker})
+
+    def hop(
+        self, listing: BlockList, batch: int, piece: Patch, index: int = 0
+    ) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """What goes from stage to stage before a block of this list, by stream; streams without rows do not.
+
+        Args:
+            listing: The list.
+            batch: Entries of the batch.
+            piece: The rows.
+            index: The block's place among all blocks, where results of earlier ones may go along.
+        """
         found = {}
         for name, kind in self.streams[listing.path].items():
             count = kind.rows.count(piece)
             if count:
-                found[name] = torch.Size((batch, count, kind.width)), kind.dtype
-        return found
+                found[name] = kind.shape(batch, count), kind.dtype
+        first = next(iter(found.values()))
+        return found | {link_name(source): first for source in self.linked(index)}
 
     def blank(self, listing: BlockList, name: str, like: Tensor) -> Tensor:
         """A stream without rows, as the blocks of a list take it."""
-        return like.new_zeros(like.shape[0], 0, self.streams[listing.path][name].width)
+        kind = self.streams[listing.path][name]
+        return like.new_zeros(kind.shape(like.shape[1 - kind.dim], 0))
 
 
 class Survey:
@@ -87,10 +110,19 @@ class Survey:
     def __init__(self, plan: ModelPlan, raster: Raster) -> None:
         self._plan, self._raster = plan, raster
         self._seen: dict[str, Mapping[str, Any]] = {}
+        self._returned: list[tuple[int, Any]] = []  # kept, lest another tensor takes its id
+        self._links: dict[int, int] = {}
 
-    def see(self, listing: BlockList, arguments: Mapping[str, Any]) -> None:
-        """Takes a look at a block's arguments."""
+    def see(self, listing: BlockList, arguments: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """Takes a look at a block's arguments; returns those that the block hands through."""
         self._seen.setdefault(listing.path, arguments)
+        if not listing.links:
+            return arguments
+        for given in (arguments[name] for name in listing.links if arguments.get(name) is not None):
+            self._links[index] = next(source for source, result in self._returned if result is given)
+        through = {name: arguments[name].view_as(arguments[name]) for name in listing.streams}  # known by identity
+        self._returned += [(index, result) for result in through.values()]
+        return {**arguments, **through}
 
     def shapes(self, prediction: Tensor) -> CallShapes:
         """What was found.
@@ -103,7 +135,7 @@ class Survey:
         """
         sizes = self._sizes()
         streams = {listing.path: self._streams(listing, sizes) for listing in self._plan.blocks}
-        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype)
+        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype, self._links)
 
     def _sizes(self) -> dict[str, int]:
         sizes = {IMAGE: self._raster.total}
@@ -111,7 +143,7 @@ class Survey:
             for name, held in listing.rows.items():
                 for each, value in _pairs(held, self._seen[listing.path].get(name)):
                     unknown = [segment for segment in each.segments if segment not in sizes]
-                    if len(unknown) == 1 and has_rows(value, each):
+                    if len(unknown) == 1 and (has_rows(value, each) or name in listing.streams):
                         sizes[unknown[0]] = value.shape[each.dim] - sum(
                             sizes[segment] for segment in each.segments if segment in sizes
                         )
@@ -130,7 +162,7 @@ class Survey:
                     f"{name} has {value.shape[held.dim]} rows before {listing.path}, which is not what the plan of "
                     f"{self._plan.model} makes of it ({', '.join(f'{key} {size}' for key, size in sizes.items())})"
                 )
-            found[name] = StreamKind(rows, value.shape[-1], value.dtype)
+            found[name] = StreamKind(rows, value.shape[-1], value.dtype, held.dim)
         return found
 
 
@@ -149,6 +181,16 @@ def _first_tensor(value: Any) -> Tensor | None:
         return value
     values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
     return next((each for each in values if isinstance(each, Tensor)), None)
+
+
+def has_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor, or a tuple, list or dict with one."""
+    return _first_tensor(value) is not None
+
+
+def link_name(index: int) -> str:
+    """What a block's result is called where it goes from stage to stage."""
+    return f"block {index}"
 
 
 def shapes_key(inputs: Mapping[str, Any]) -> tuple[Any, ...]:
