@@ -84,8 +84,11 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
 
 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
+    from tests import tiny_images
+
     torch.manual_seed(seed)
     build = {
+        **tiny_images.BUILD,
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
         "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
@@ -114,6 +117,10 @@ def call_arguments(
 
     ``qwen-padded`` has two prompts of different lengths in each branch, so that attention is masked throughout.
     """
+    from tests import tiny_images
+
+    if name in tiny_images.CALLS:
+        return tiny_images.call_arguments(name, guided=guided, height=height, width=width, steps=steps)
     arguments: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -158,7 +165,7 @@ def call_arguments(
 
 def painted(output: Any) -> Any:
     """The pictures of what a pipeline returned, or the frames of its clip."""
-    return output.frames if hasattr(output, "frames") else output.images
+    return next(getattr(output, name) for name in ("frames", "images", "image") if hasattr(output, name))
 
 
 def _stir(module: torch.nn.Module) -> None:
