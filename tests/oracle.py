@@ -11,9 +11,10 @@ are NaN: to read one would show.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,23 +31,27 @@ class Facts:
 
     Attributes:
         dim: Of the latent, along which it is cut.
-        plane: Its dims of rows and columns.
+        plane: Its dims beside that, such as rows and columns of a frame; none where its entries are tokens.
         pixels: How many of their entries are one token.
-        text_first: Whether all riders stand before the clip in attention.
+        text_first: Whether all riders stand before the picture or clip in attention.
         after: How many of them stand after it, from the call's arguments, where some stand before.
         aside: Parts whose attention is among text alone; ``blocks.*`` is every one of a list.
         sound: The argument that is the sound of the clip: it asks the clip, and the clip asks it.
         sections: Whether one call makes a clip section by section.
+        joined: Whether the picture attends to itself and the text at once, though the text asks nothing.
+        mixes: Whether rows meet in sums and convolutions instead of attention.
     """
 
     dim: int = 2
-    plane: tuple[int, int] = (3, 4)
+    plane: tuple[int, ...] = (3, 4)
     pixels: int = 4
     text_first: bool = False
     after: Callable[[dict[str, Any]], int] | None = None
     aside: tuple[str, ...] = ()
     sound: str = ""
     sections: bool = False
+    joined: bool = False
+    mixes: bool = False
 
 
 CLIPS = {
@@ -71,6 +76,25 @@ CLIPS = {
     "LTX2VideoTransformer3DModel": Facts(sound="audio_hidden_states"),
     "EasyAnimateTransformer3DModel": Facts(text_first=True),
 }
+PICTURE = Facts(plane=(3,), pixels=2)
+TEXT_THEN_TOKENS = Facts(dim=1, plane=(), text_first=True)
+TEXT_THEN_PICTURE = replace(PICTURE, text_first=True)
+IMAGES = {
+    **dict.fromkeys(
+        ("ChromaTransformer2DModel", "OvisImageTransformer2DModel", "LongCatImageTransformer2DModel",
+         "BriaTransformer2DModel", "BriaFiboTransformer2DModel"), TEXT_THEN_TOKENS,
+    ),
+    **dict.fromkeys(
+        ("AuraFlowTransformer2DModel", "CogView3PlusTransformer2DModel", "GlmImageTransformer2DModel",
+         "Lumina2Transformer2DModel"), TEXT_THEN_PICTURE,
+    ),
+    **dict.fromkeys(("DiTTransformer2DModel", "HiDreamImageTransformer2DModel", "HunyuanDiT2DModel"), PICTURE),
+    "Krea2Transformer2DModel": replace(TEXT_THEN_TOKENS, aside=("text_fusion",)),
+    "ErnieImageTransformer2DModel": replace(PICTURE, pixels=1),
+    "SanaTransformer2DModel": replace(PICTURE, mixes=True),
+    "PRXTransformer2DModel": replace(TEXT_THEN_PICTURE, joined=True),
+}  # fmt: skip
+FACTS = {**CLIPS, **IMAGES}
 PACKED = ("FluxTransformer2DModel", "Flux2Transformer2DModel", "QwenImageTransformer2DModel",
           "LTXVideoTransformer3DModel", "LTX2VideoTransformer3DModel")  # fmt: skip
 TEXT_FIRST = (*PACKED, "CogView4Transformer2DModel")  # in attention
@@ -95,6 +119,46 @@ class History:
 Table = dict[int, list[History]]  # by attention layer, in the order they run: keys and values
 
 
+class _Mixing(TorchFunctionMode):
+    """Sums over all rows and convolutions in one pass over one patch: what other patches have is from their last one.
+
+    Args:
+        table: What is known, by layer: products of values and keys by patch, rows of convolutions.
+        patches: The tokens of every patch.
+        fresh: Those of this pass.
+        row: Tokens of a row.
+    """
+
+    def __init__(self, table: dict[Any, Any], patches: Sequence[range], fresh: range, row: int) -> None:
+        super().__init__()
+        self.table, self.patches, self.fresh, self.row = table, patches, fresh, row
+        self.products = self.convolutions = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.matmul:
+            self.products += 1
+            if self.products % 2:  # values by keys; the other one is by queries
+                return self._sum(func, *args)
+        if func is torch.conv2d and args[6] > 1:  # groups: of all convolutions the one that is not by row
+            self.convolutions += 1
+            return func(self._rows(args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _sum(self, func: Any, value: Tensor, key: Tensor) -> Tensor:
+        parts = self.table.setdefault(("products", self.products), {})
+        for index, tokens in enumerate(self.patches):
+            if tokens.start in self.fresh:
+                own = slice(tokens.start, tokens.stop)
+                parts[index] = func(value[..., own], key[..., own, :])
+        return torch.stack(list(parts.values())).sum(0)
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        known = self.table.setdefault(("rows", self.convolutions), torch.zeros_like(rows))
+        own = slice(self.fresh.start // self.row, self.fresh.stop // self.row)
+        known[:, :, own] = rows[:, :, own]
+        return known
+
+
 class _Pass(TorchFunctionMode):
     """The self-attention of one pass over one patch."""
 
@@ -109,13 +173,16 @@ class _Pass(TorchFunctionMode):
         pace: tuple[float, bool] | None = None,
         stands_for: Sequence[int] = (),
         sound: int = 0,
+        joined: bool = False,
+        references: tuple[int, bool, bool] = (0, False, False),
     ) -> None:
         super().__init__()
+        self.references = references  # how many rows follow the picture's, whether they are refreshed, and there at all
         self.stands_for = stands_for  # the token in whose place each is shown from then on
         self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.with_text, self.after = with_text, after  # riders that stand after the picture; all, if not said
-        self.layer, self.idle, self.sound = -1, False, sound
+        self.layer, self.idle, self.sound, self.joined = -1, False, sound, joined
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention or self.idle:
@@ -123,7 +190,7 @@ class _Pass(TorchFunctionMode):
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
         known = self.sound and key.shape[2] in (self.sound, self.tokens)
-        if query.shape[2] != key.shape[2] and not known:  # cross-attention: the text does not change
+        if query.shape[2] != key.shape[2] and not (known or self.joined):  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
         rows, seen = self._rows(key, value)
@@ -134,14 +201,16 @@ class _Pass(TorchFunctionMode):
     def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
         blank = [torch.full_like(rows, torch.nan) for rows in computed]
         self.table.setdefault(self.layer, [History(one, torch.zeros_like(one), one.clone()) for one in blank])
-        count = computed[0].shape[2]
-        image_at = 0 if self.after is None else count - self.tokens - self.after
-        text = [row for row in range(count) if not 0 <= row - image_at < self.tokens]
+        count, (others, with_others, others_exist) = computed[0].shape[2], self.references
+        image_at = 0 if self.after is None else count - self.tokens - others - self.after
+        text = [row for row in range(count) if not 0 <= row - image_at < self.tokens + others]
+        reference = list(range(image_at + self.tokens, image_at + self.tokens + others))
         if self.sound and count == self.sound:  # of which the clip is no part
             text = list(range(count))
             return self._shown(computed, text if self.with_text else [], text), text
         refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
-        seen = sorted([image_at + row for row in self.exist] + text)
+        refreshed += reference if with_others else []
+        seen = sorted([image_at + row for row in self.exist] + text + (reference if others_exist else []))
         shown = self._shown(computed, refreshed, seen)
         for kept in self.table[self.layer] if self.stands_for else []:
             image = slice(image_at, image_at + self.tokens)
@@ -187,18 +256,20 @@ class _Naive:
         branches: int,
         forecast: bool = False,
         coarse: bool = False,
+        references: int = 0,
     ) -> None:
-        self.coarse = coarse
+        self.coarse, self.references = coarse, references
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
         kind = type(model).__name__
         self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
-        self.facts = CLIPS.get(kind)
+        self.facts = FACTS.get(kind)
         if self.facts is not None:
             self.text_first = self.facts.text_first
         self.level = float("inf")
         self.tables: list[Table] = [{} for _ in range(branches)]
+        self.mixed: list[dict[Any, Any]] = [{} for _ in range(branches)]
         self.calls = 0
         self.attention: _Pass | None = None
         for part in _aside(model):  # attention among text alone, whole in every pass
@@ -224,13 +295,13 @@ class _Naive:
         latent = torch.stack(args[0]) if self.listed else args[0]
         dim = 1 if self.packed else 3 if self.listed else 2 if self.facts is None else self.facts.dim
         rows = sum(self.patch_rows)
-        units = latent.shape[dim] // rows  # of the latent, per row of tokens
-        assert units * rows == latent.shape[dim]
+        units = (latent.shape[dim] - self.references) // rows  # of the latent, per row of tokens
+        assert units * rows == latent.shape[dim] - self.references
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
         if self.facts is not None:
-            tokens_per_row = (
-                units if self.packed else prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
-            )
+            tokens_per_row = prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
+        if self.packed or (self.facts is not None and not self.facts.plane):
+            tokens_per_row = units
         after = 0 if self.text_first else None
         if self.facts is not None and self.facts.after is not None:
             after = self.facts.after(given)
@@ -245,13 +316,16 @@ class _Naive:
             exist = rows if step > 0 or self.coarse else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
             sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
-            self.attention = _Pass(self.tables[branch], *sizes, index == 0, after, pace, sound=sound)
-            with self.attention:
+            references = self.references, stop == rows, step > 0 or stop == rows
+            joined = self.facts is not None and self.facts.joined
+            self.attention = _Pass(self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references)
+            with self.attention, self._mixing(branch, fresh, tokens_per_row):
                 result = self.forward(*args, **{**kwargs, "return_dict": False})
             second = result[1] if sound and index == 0 else second
             result = result[0] if isinstance(result, tuple) else result
             whole = torch.stack(result) if self.listed else result
-            results.append(whole.narrow(dim, start * units, count * units))
+            others = self.references if stop == rows else 0
+            results.append(whole.narrow(dim, start * units, count * units + others))
             start = stop
         prediction = torch.cat(results, dim=dim)
         if second is not None:
@@ -268,6 +342,14 @@ class _Naive:
         self.attention = _Pass(self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for)
         with self.attention:
             self.forward(*args, **{**kwargs, "return_dict": False})
+
+    def _mixing(self, branch: int, fresh: range, row: int) -> Any:
+        """Where rows meet in sums and convolutions."""
+        if self.facts is None or not self.facts.mixes:
+            return nullcontext()
+        bounds = list(itertools.accumulate(self.patch_rows, initial=0))
+        spans = [range(low * row, high * row) for low, high in itertools.pairwise(bounds)]
+        return _Mixing(self.mixed[branch], spans, fresh, row)
 
     def _begin(self, given: dict[str, Any]) -> None:
         """A clip in sections begins again from noise, with nothing known of its keys and values."""
@@ -291,7 +373,7 @@ class _Naive:
 
 
 def _aside(model: Any) -> list[Any]:
-    facts, found = CLIPS.get(type(model).__name__, Facts()), list(getattr(model, "context_refiner", ()))
+    facts, found = FACTS.get(type(model).__name__, Facts()), list(getattr(model, "context_refiner", ()))
     for path in facts.aside:
         part = model.get_submodule(path.removesuffix(".*"))
         found += list(part) if path.endswith(".*") else [part]
@@ -307,6 +389,7 @@ def naive_pipefusion(
     branches: int = 1,
     forecast: bool = False,
     coarse: bool = False,
+    references: int = 0,
 ) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
@@ -317,10 +400,11 @@ def naive_pipefusion(
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
         forecast: Whether stale rows are shown where they will be.
         coarse: Whether a quarter of the tokens goes ahead, and stands for all.
+        references: Tokens of pictures that follow the one that is painted; they go with its last patch.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse)
+        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse, references)
     try:
         yield
     finally:

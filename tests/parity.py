@@ -15,7 +15,7 @@ import torch
 import patchpipe
 from patchpipe import ParallelConfig
 from patchpipe.distributed.mesh import Group
-from tests import tiny, tiny_video
+from tests import tiny, tiny_images, tiny_video
 from tests.oracle import naive_pipefusion
 from tests.ranks import Place, quieten, run_ranks
 
@@ -89,22 +89,26 @@ def expected(name: str, schedule_text: str, call_text: str) -> np.ndarray:
     """Latents of plain diffusers on one device, under the naive PipeFusion of ``tests/oracle.py`` if patches stream."""
     quieten()
     schedule, call = json.loads(schedule_text), json.loads(call_text)
-    pipe = tiny.pipeline(name, dtype=torch.float64)
+    pipe = tiny.pipeline(name, dtype=tiny_images.DTYPES.get(name, torch.float64))
     arguments = {**tiny.call_arguments(name, height=HEIGHT), **call}
     config, oracle = ParallelConfig(**pinned(schedule, rows_of(arguments, name))), nullcontext()
     if not config.synchronous and config.patch_rows is not None:
         two_calls = arguments.get("true_cfg_scale", 1.0) > 1 and arguments.get("negative_prompt") is not None
-        two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS))
-        oracle = naive_pipefusion(pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls)
+        two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS, *tiny_images.TWO_CALLS))
+        references = tiny_images.REFERENCES.get(name, 0)
+        oracle = naive_pipefusion(
+            pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls, references=references
+        )
     with oracle:
-        return tiny.painted(call_pipeline(pipe, arguments)).numpy()
+        return np.asarray(tiny.painted(call_pipeline(pipe, arguments)))
 
 
 def paint(
     place: Place, name: str, layouts: list[dict[str, Any]], schedules: Sequence[dict[str, Any]], call: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Latents and figures of every layout and schedule, on this rank."""
-    pipes = {model: tiny.pipeline(model, dtype=torch.float64) for model in {suited(name, each) for each in layouts}}
+    dtype = tiny_images.DTYPES.get(name, torch.float64)
+    pipes = {model: tiny.pipeline(model, dtype=dtype) for model in {suited(name, each) for each in layouts}}
     arguments = {**tiny.call_arguments(name, height=HEIGHT), **call}
     found = {}
     for layout in layouts:
@@ -114,7 +118,7 @@ def paint(
             patchpipe.parallelize(pipe, config, group=place.join(config))
             output = call_pipeline(pipe, arguments)
             figures = {**pipe.patchpipe.last.as_dict(), "sent": sent_by_method(pipe.patchpipe.group)}
-            latents = None if output is None else tiny.painted(output).numpy()
+            latents = None if output is None else np.asarray(tiny.painted(output))
             found[str((layout, schedule))] = {"latents": latents, **figures}
             patchpipe.restore(pipe)
     return found
@@ -150,14 +154,16 @@ def suited(name: str, layout: dict[str, Any]) -> str:
 
 def tolerance(name: str) -> float:
     """Relative error that a model's latents may have."""
-    rounds = name.startswith(IN_FLOAT32) or (name in tiny_video.FRAMES and not name.startswith(tiny_video.IN_FLOAT64))
-    return ROUNDED if rounds else TOLERANCE
+    rounded = name in tiny_images.BUILD and not name.startswith(tiny_images.EXACT)
+    rounded |= name in tiny_video.FRAMES and not name.startswith(tiny_video.IN_FLOAT64)
+    return ROUNDED if rounded or name.startswith(IN_FLOAT32) else TOLERANCE
 
 
 def rows_of(arguments: dict[str, Any], name: str = "") -> int:
     """Rows of tokens of a picture, or frames of a clip's latent."""
-    if name in tiny_video.FRAMES:
-        return tiny_video.FRAMES[name]
+    rows = tiny_video.FRAMES | tiny_images.ROWS
+    if name in rows:
+        return rows[name]
     frames = arguments.get("num_frames")
     if frames is None:
         return int(arguments["height"]) // 16

@@ -71,7 +71,7 @@ def test_they_are_exact_and_stream_as_they_should(name: str) -> None:
     """Bit-equal where every step is synchronous; where patches stream, as one process does and as the oracle."""
     exact = latents(made(name))
     assert np.array_equal(run_threads(2, painted, name)[0][0], exact)
-    rows = (3, 5) if name == "FluxKontextPipeline" else (1, 3)  # Kontext: the picture's four rows, the reference's four
+    rows, references = (1, 3), 12 if name == "FluxKontextPipeline" else 0  # as large as the picture
     schedule = {"patch_rows": rows, "warmup": 1}
 
     def stream(place: Place) -> tuple[np.ndarray | None, int]:
@@ -82,7 +82,7 @@ def test_they_are_exact_and_stream_as_they_should(name: str) -> None:
     assert both[1] == 1
     plain = made(name)
     guided = "negative_prompt" in inspect.signature(type(plain).__call__).parameters
-    with naive_pipefusion(plain, rows, 1, branches=1 + guided):
+    with naive_pipefusion(plain, rows, 1, branches=1 + guided, references=references):
         expected = latents(plain)
     assert relative(alone, expected) < TOLERANCE
     assert relative(alone, exact) > TOLERANCE

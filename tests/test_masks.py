@@ -278,14 +278,14 @@ def test_a_column_is_attended_with_as_its_mask_is() -> None:
 @pytest.mark.parametrize(
     ("shapes", "text"),
     [
-        ([[(1, 4, 3), (1, 2, 2)]], "references or layers are not supported"),
+        ([[(1, 4, 3), (1, 2, 2)]], r"describes 1 × 4 × 3 \+ 1 × 2 × 2 tokens but the latent has 12"),
         ([[(1, 4, 3)], [(1, 3, 4)]], "does not describe pictures of one size"),
         ([[(2, 2, 3)]], "pictures of one frame"),
         ([[(1, 5, 3)]], "describes 1 × 5 × 3 tokens but the latent has 12"),
     ],
 )
 def test_pictures_that_do_not_form_one_raster_are_refused(shapes: list[list[tuple[int, ...]]], text: str) -> None:
-    grid, latent = Latent("bnc", sizes=sizes_by_shapes()), torch.zeros(2, 12, 16)
+    grid, latent = Latent("bnc", sizes=sizes_by_shapes(), references=True), torch.zeros(2, 12, 16)
     with pytest.raises(ValueError, match=text):
         grid.rows(nn.Module(), latent.shape, {"hidden_states": latent, "img_shapes": shapes})
     right = {"hidden_states": latent, "img_shapes": [(1, 4, 3)] * 2}
@@ -294,12 +294,12 @@ def test_pictures_that_do_not_form_one_raster_are_refused(shapes: list[list[tupl
 
 def test_configurations_nothing_tests_are_refused(tmp_path: Any) -> None:
     pipe = tiny.pipeline("qwen")
-    pipe.transformer.register_to_config(zero_cond_t=True)
-    with pytest.raises(UnsupportedModel, match="with zero_cond_t=True has not been tested"):
+    pipe.transformer.register_to_config(use_layer3d_rope=True)
+    with pytest.raises(UnsupportedModel, match="with use_layer3d_rope=True has not been tested"):
         patchpipe.parallelize(pipe, ParallelConfig())
     pipe.save_pretrained(tmp_path)
     for refuse in (lambda: patchpipe.from_pretrained(tmp_path), lambda: check_folder(tmp_path, ParallelConfig())):
-        with pytest.raises(UnsupportedModel, match="zero_cond_t"):
+        with pytest.raises(UnsupportedModel, match="use_layer3d_rope"):
             refuse()
 
 

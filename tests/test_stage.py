@@ -107,11 +107,11 @@ def hooks(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("outer", [1, 3])
-@pytest.mark.parametrize("segments", [("image",), ("text", "image"), ("image", "text"), ("text", "image", "reference")])
+@pytest.mark.parametrize("segments", [("image",), ("text", "image"), ("image", "text"), ("text", "image", "register")])
 def test_rows_that_are_cut_out_and_put_back_are_those_of_the_whole(segments: tuple[str, ...], outer: int) -> None:
     """Patch by patch, and piece by piece of a patch that ranks share; a clip's rows lie apart in the model's order."""
     raster = Raster(count=5, tokens=2 * outer, units=2, outer=outer)
-    sizes = {"image": raster.total, "text": 3, "reference": 4}
+    sizes = {"image": raster.total, "text": 3, "register": 4}
     whole = torch.randn(2, sum(sizes[name] for name in segments), 3)
     cut, held = Cut.of(raster, ParallelConfig(patch_rows=(2, 3))), of(*segments)
     patches: list[Patch] = list(cut.patches)

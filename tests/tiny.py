@@ -84,11 +84,11 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
 
 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
-    from tests import tiny_video
+    from tests import tiny_images, tiny_video
 
     torch.manual_seed(seed)
     build = {
-        **tiny_video.BUILD,
+        **tiny_images.BUILD, **tiny_video.BUILD,
         "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
         "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
         "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
@@ -117,10 +117,12 @@ def call_arguments(
 
     ``qwen-padded`` has two prompts of different lengths in each branch, so that attention is masked throughout.
     """
-    from tests import tiny_video
+    from tests import tiny_images, tiny_video
 
     if name in tiny_video.CALLS:
         return tiny_video.call_arguments(name)
+    if name in tiny_images.CALLS:
+        return tiny_images.call_arguments(name, guided=guided, height=height, width=width, steps=steps)
     arguments: dict[str, Any] = {
         "prompt": PROMPT,
         "height": height,
@@ -165,7 +167,7 @@ def call_arguments(
 
 def painted(output: Any) -> Any:
     """The pictures of what a pipeline returned, or the frames of its clip."""
-    found = output.frames if hasattr(output, "frames") else output.images
+    found = next(getattr(output, name) for name in ("frames", "images", "image") if hasattr(output, name))
     return found[-1] if isinstance(found, list) and isinstance(found[-1], torch.Tensor) else found  # of all sections
 
 

@@ -92,7 +92,7 @@ class PipelineFolder:
     @property
     def transformers(self) -> list[str]:
         """Names of its transformers: one, or several that take turns over the steps."""
-        entries = {name: entry for name, entry in self.index.items() if isinstance(entry, list) and entry[1]}
+        entries = {name: entry for name, entry in self.index.items() if is_component(entry)}
         return list(filter(names_transformer, entries))
 
     def config(self, part: str) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class PipelineFolder:
         parts: dict[str, Any] = {}
         taken = inspect.signature(self.pipeline_class.__init__).parameters
         for part, entry in self.index.items():
-            if not isinstance(entry, list) or not entry[1] or part not in taken:
+            if not is_component(entry) or part not in taken:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             if (encodes or part == "vae") and elsewhere(part):
@@ -144,7 +144,8 @@ class PipelineFolder:
         return parts
 
     def _weighted(self) -> int:
-        return sum(part == "vae" or part.startswith("text_encoder") for part in self.index)
+        parts = [part for part, entry in self.index.items() if is_component(entry)]
+        return sum(part == "vae" or part.startswith("text_encoder") for part in parts)
 
 
 @contextmanager
@@ -155,3 +156,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(kept)
+
+
+def is_component(entry: Any) -> bool:
+    """Whether an entry of ``model_index.json`` names a part that is there, and not a setting that is a list too."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) and name for name in entry)

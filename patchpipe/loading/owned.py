@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -18,7 +18,11 @@ def owned_names(model: nn.Module, plan: ModelPlan, owned: range) -> list[str]:
 def needs(model: nn.Module, plan: ModelPlan, owned: range) -> Callable[[str], bool]:
     """Whether a stage needs the parameter or buffer of a name."""
     skipped = [place.name for index, place in enumerate(plan.blocks_of(model)) if index not in owned]
-    return lambda name: not any(name == part or name.startswith(part + ".") for part in skipped)
+
+    def within(name: str, parts: Sequence[str]) -> bool:
+        return any(name == part or name.startswith(part + ".") for part in parts)
+
+    return lambda name: not within(name, skipped) or within(name, plan.shared_parts)
 
 
 def dtypes_of(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

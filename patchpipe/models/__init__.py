@@ -17,44 +17,40 @@ from patchpipe.models.families.clips.kandinsky5 import KANDINSKY5
 from patchpipe.models.families.clips.ltx2 import LTX2
 from patchpipe.models.families.clips.mochi import MOCHI
 from patchpipe.models.families.clips.wan_relatives import ANYFLOW, CHRONO_EDIT, SKYREELS_V2, WAN_ANIMATE, WAN_VACE
-from patchpipe.models.families.cogview4 import COGVIEW4
-from patchpipe.models.families.flux import FLUX
-from patchpipe.models.families.flux2 import FLUX2
+from patchpipe.models.families.cross.dit import DIT
+from patchpipe.models.families.cross.hunyuandit import HUNYUAN_DIT
+from patchpipe.models.families.cross.pixart import PIXART
+from patchpipe.models.families.cross.prx import PRX
+from patchpipe.models.families.cross.sana import SANA
+from patchpipe.models.families.dual.bria import BRIA
+from patchpipe.models.families.dual.chroma import CHROMA
+from patchpipe.models.families.dual.fibo import BRIA_FIBO
+from patchpipe.models.families.dual.flux import FLUX
+from patchpipe.models.families.dual.flux2 import FLUX2
+from patchpipe.models.families.dual.longcat import LONGCAT_IMAGE
+from patchpipe.models.families.dual.ovis import OVIS_IMAGE
+from patchpipe.models.families.joint.auraflow import AURAFLOW
+from patchpipe.models.families.joint.cogview3 import COGVIEW3_PLUS
+from patchpipe.models.families.joint.cogview4 import COGVIEW4
+from patchpipe.models.families.joint.glm import GLM_IMAGE
+from patchpipe.models.families.joint.hidream import HIDREAM
+from patchpipe.models.families.joint.qwen import QWEN_IMAGE
+from patchpipe.models.families.joint.sd3 import SD3
 from patchpipe.models.families.ltx import LTX
-from patchpipe.models.families.pixart import PIXART
-from patchpipe.models.families.qwen import QWEN_IMAGE
-from patchpipe.models.families.sd3 import SD3
+from patchpipe.models.families.single.ernie import ERNIE_IMAGE
+from patchpipe.models.families.single.krea2 import KREA2
+from patchpipe.models.families.single.lumina2 import LUMINA2
+from patchpipe.models.families.single.zimage import Z_IMAGE
 from patchpipe.models.families.wan import WAN
-from patchpipe.models.families.zimage import Z_IMAGE
 from patchpipe.models.plan import ModelPlan
 from patchpipe.models.refused import REFUSED
 
 PLANS: tuple[ModelPlan, ...] = (
-    FLUX,
-    SD3,
-    PIXART,
-    QWEN_IMAGE,
-    FLUX2,
-    WAN,
-    Z_IMAGE,
-    COGVIEW4,
-    LTX,
-    LTX2,
-    HUNYUAN_VIDEO,
-    COGVIDEOX,
-    HUNYUAN_VIDEO_15,
-    FRAMEPACK,
-    MOCHI,
-    COSMOS,
-    KANDINSKY5,
-    ALLEGRO,
-    EASY_ANIMATE,
-    HELIOS,
-    CHRONO_EDIT,
-    ANYFLOW,
-    SKYREELS_V2,
-    WAN_VACE,
-    WAN_ANIMATE,
+    *(FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX),
+    *(CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, KREA2, LUMINA2, ERNIE_IMAGE, AURAFLOW, COGVIEW3_PLUS, GLM_IMAGE),
+    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, SANA, DIT, PRX),
+    *(LTX2, HUNYUAN_VIDEO, COGVIDEOX, HUNYUAN_VIDEO_15, FRAMEPACK, MOCHI, COSMOS, KANDINSKY5, ALLEGRO, EASY_ANIMATE),
+    *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE),
 )
 
 

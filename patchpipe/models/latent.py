@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IMAGE, TEXT = "image", "text"
+IMAGE, TEXT, REFERENCE = "image", "text", "reference"
 SPACE = "fhw"  # frames, rows and columns, the order in which every model numbers its tokens
 PACKED = "n"  # a dim that holds the tokens of all of them
 NAMES = {"f": "frames", "h": "rows", "w": "columns"}
@@ -28,12 +28,14 @@ class Raster:
         units: Entries of the latent's cut dim in one of them.
         outer: Pieces that the tokens of one row lie in, in the model's order: 1 where a picture is cut by rows or a
             clip by frames, the number of frames where a clip is cut by rows.
+        joined: Entries of the latent's cut dim, tokens, that follow the picture's: pictures given as references.
     """
 
     count: int
     tokens: int
     units: int
     outer: int = 1
+    joined: int = 0
 
     @property
     def total(self) -> int:
@@ -57,6 +59,7 @@ class Latent:
         sizes: Tokens along f, h and w, of those there are, for a model and the inputs of a call; where the latent is
             not packed they follow from its shape.
         name: The input.
+        references: Whether pictures given as references may follow it, in its dim of tokens; see ``Holds``.
         listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
             wherever patchpipe holds it.
     """
@@ -66,6 +69,7 @@ class Latent:
     sizes: Callable[[nn.Module, Mapping[str, Any]], Sizes] | None = None
     name: str = "hidden_states"
     listed: bool = False
+    references: bool = False
 
     @property
     def dim(self) -> int:
@@ -104,7 +108,13 @@ class Latent:
         if PACKED not in self.axes:
             return Raster(sizes[self.cut], outer * inner, self.spans_of(model)[self.cut], outer)
         assert outer == 1, "a packed latent is cut along its first axis"
-        return Raster(sizes[self.cut], inner, inner)
+        joined = shape[self.dim] - sizes[self.cut] * inner
+        if joined and not self.references:
+            raise ValueError(
+                f"a picture of {sizes[self.cut]} × {inner} tokens is followed by {joined} others: pictures joined to "
+                f"the latent as references are not supported for this model"
+            )
+        return Raster(sizes[self.cut], inner, inner, joined=joined)
 
     def _from_shape(self, model: nn.Module, shape: torch.Size) -> dict[str, int]:
         spans, found = self.spans_of(model), {}
@@ -133,25 +143,29 @@ def patch_sizes(config: Any) -> Sizes:
     return {"f": getattr(config, "patch_size_t", None) or 1, "h": size, "w": size}
 
 
-def sizes_by_ids(ids: str = "img_ids", column: int = 1) -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:
+def sizes_by_ids(
+    ids: str = "img_ids", column: int = 1, *, of_text: bool = False
+) -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:
     """Rows and columns, read off an input with a position for each image token, ``[tokens, axes]``.
 
     Args:
         ids: The input.
         column: The axis of the ids that counts rows.
+        of_text: Whether the positions of text come first in it.
     """
 
     def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
         found = inputs[ids]
         found = found[0] if found.ndim == 3 else found
-        rows = found[:, column].tolist()
+        found = found[-inputs["hidden_states"].shape[1] :] if of_text else found
+        others = (found[:, :column] != found[0, :column]).any(1)  # positions of references differ in other axes
+        rows = found[: int(others.int().argmax()) if others.any() else len(found), column].tolist()
         width = next((i for i, row in enumerate(rows) if row != rows[0]), len(rows))
         count, tokens = len(rows) // width, inputs["hidden_states"].shape[1]
         raster = all(len(set(rows[r * width : (r + 1) * width])) == 1 for r in range(count))
-        if count * width != tokens or not raster:
+        if count * width != len(rows) or len(found) != tokens or not raster:
             raise ValueError(
-                f"{ids} does not describe one picture in raster order ({len(rows)} positions, {tokens} tokens): "
-                f"pictures joined to the latent as references are not supported"
+                f"{ids} does not describe one picture in raster order ({len(found)} positions, {tokens} tokens)"
             )
         return {"h": count, "w": width}
 
@@ -162,21 +176,19 @@ def sizes_by_shapes(shapes: str = "img_shapes") -> Callable[[nn.Module, Mapping[
     """Rows and columns, read off an input with a list of pictures ``(frames, rows, columns)`` for each batch entry.
 
     Args:
-        shapes: The input.
+        shapes: The input. Pictures after the first are references.
     """
 
     def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
         entries = [entry if isinstance(entry, list) else [entry] for entry in inputs[shapes]]
-        if any(entry != entries[0] for entry in entries) or len(entries[0]) != 1:
-            raise ValueError(
-                f"{shapes}={inputs[shapes]} does not describe pictures of one size, each alone: pictures "
-                f"joined to the latent as references or layers are not supported"
-            )
+        if any(entry != entries[0] for entry in entries):
+            raise ValueError(f"{shapes}={inputs[shapes]} does not describe pictures of one size for the whole batch")
         (frames, count, width), tokens = entries[0][0], inputs["hidden_states"].shape[1]
-        if frames != 1 or count * width != tokens:
+        if frames != 1 or sum(map(prod, entries[0])) != tokens:
+            described = " + ".join(" × ".join(map(str, each)) for each in entries[0])
             raise ValueError(
-                f"{shapes} describes {frames} × {count} × {width} tokens but the latent has {tokens}: pictures of one "
-                f"frame are supported, and nothing joined to them"
+                f"{shapes} describes {described} tokens but the latent has {tokens}: only pictures of one frame are "
+                f"supported"
             )
         return {"h": count, "w": width}
 

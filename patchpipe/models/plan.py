@@ -9,11 +9,11 @@ refiners, padding or heads.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models.latent import IMAGE, Latent
@@ -27,8 +27,9 @@ class Holds:
     """Whose rows a tensor has.
 
     Args:
-        segments: In their order. ``"image"`` is the picture that is painted; any other name, such as ``"text"``, is of
-            rows that ride with the first patch.
+        segments: In their order. ``"image"`` is the picture that is painted, ``"reference"`` pictures that follow it in
+            the latent, which ride with the last patch; any other name, such as ``"text"``, is of rows that ride with
+            the first.
         dim: Their dim.
         ndim: Dims the tensor must have, where the model gives a tensor without rows in its place too.
     """
@@ -56,19 +57,26 @@ class BlockList:
             goes in whole. Arguments that are not named go in whole.
         attention: The segments that each attention module of a block mixes, in their order; ``CROSS`` where it takes
             its keys and values from the text alone.
-        asking: The segments that ask in a module, where they are not those that answer, as a clip asks its sound.
-        mask: Argument that masks keys of those layers where it is not ``None``. Patches without its rows get ``None``.
-        masks_queries: Whether layers make of it a mask of queries by keys. Only keys matter: what a masked query comes
-            to is nothing that any key shows.
+        asking: The segments that ask in a module, where they are not those that answer: a clip asks its sound, and a
+            text that no block changes asks nothing.
+        mask: Argument that masks keys of those layers where it is a tensor, or has one. Patches without its rows get
+            ``None``. If it is not among ``rows``, it stays whole, and may mask by query and key.
+        masks_queries: Whether layers make a mask of queries by keys out of one of rows. Only keys matter then: what a
+            masked query comes to is nothing that any key shows.
         drops_masked: Whether layers attend to the entries of the batch one by one, with the masked rows left out. They
             are given a mask of nothing, and keys are masked where they are kept, so that all entries have as many.
         never_empty: Arguments that a block cannot take without rows, since it slices them off the end (``[:, :-0]`` is
             nothing). A patch that has none of them is given a row of zeros, which attention leaves out.
+        sums: Linear attention layers: they need of other rows the sum of their keys' and values' products.
+        borders: 3×3 convolutions over the picture's rows: they need the rows next to the patch.
+        row_counts: Arguments that say how many rows the picture has.
         whole_between: Whether the root changes streams between these blocks, as by adding rows of text for each. They
             are then put back into the whole after every block.
-        passes: Arguments a block takes and does not return, though blocks of a later list begin with them.
+        links: Arguments that are a stream as an earlier block of the list returned it. It goes from stage to stage with
+            the streams, up to the block that takes it.
         emits: What a block returns before its streams, which the root keeps and adds to those of a later list: rows
-            like its first stream's. It goes from stage to stage with the streams.
+            like its first stream's. It goes from stage to stage likewise, to the last block.
+        passes: Arguments a block takes and does not return, though blocks of a later list begin with them.
         counts: Arguments that say how many of the picture's tokens, from its first on, are special, such as those of
             a given first frame. A patch is told how many of them it has.
         text_parameters: Parts of parameter names that serve the text stream alone.
@@ -86,13 +94,23 @@ class BlockList:
     masks_queries: bool = False
     drops_masked: bool = False
     never_empty: tuple[str, ...] = ()
+    sums: tuple[str, ...] = ()
+    borders: tuple[str, ...] = ()
+    row_counts: tuple[str, ...] = ()
     whole_between: bool = False
-    passes: tuple[str, ...] = ()
+    links: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     counts: tuple[str, ...] = ()
     text_parameters: tuple[str, ...] = ()
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def special(self) -> bool:
+        """Whether rows meet in more than one attention a layer, or blocks are given and return more than streams."""
+        meets = self.drops_masked or self.never_empty or self.asking or self.sums or self.borders
+        return bool(meets or self.emits or self.links or self.whole_between)
 
     @property
     def segments_never_empty(self) -> tuple[str, ...]:
@@ -118,6 +136,8 @@ class ModelPlan:
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
             strength of LoRA, as ``scale``.
         unbatched_inputs: Inputs without a batch dim.
+        batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
+        idle_inputs: Inputs that are objects, and what shows that one changes nothing here; else they are refused.
         time: The input that falls, or rises, with the noise level.
         text: The input that identifies the prompt, which tells guidance branches apart.
         embed: Module that turns the latent into tokens: after the first stage it has nothing to do.
@@ -127,6 +147,7 @@ class ModelPlan:
         per_call: Modules whose result is the same for every patch of a call; ``encoder.*`` is every module of a list.
         per_request: Modules whose result follows from these inputs of the call alone; of the latent, from its shape.
             ``refiner.*`` is every module of a list.
+        shared_parts: Modules of blocks that the root uses too, so that every rank needs them.
         sections: Whether pipelines make a clip section by section in one call, one after the other from noise. A noise
             level above the last one then begins a section, whose first steps are warm-up steps; to see that, every
             call waits for its time.
@@ -137,6 +158,8 @@ class ModelPlan:
         tensor: How the Linears of the blocks split under tensor parallelism, as in diffusers' ``_tp_plan``: by glob,
             ``"colwise"`` or ``"rowwise"``. ``"class"`` takes the class's own; ``None`` covers none.
         lengths: Masks whose number of ones decides how many rows a segment has.
+        same_lengths: Whether they must have as many ones for every entry of the batch, since rows of the picture begin
+            after them.
         second: The segment whose rows the class predicts too, as its second output, such as the sound of a clip. All
             ranks get it at the end of every call, so that the stages wait for each other once a step.
         frames_per_second: How fast its clips play, as its makers show them.
@@ -149,6 +172,8 @@ class ModelPlan:
     inputs: tuple[str, ...]
     ignored_inputs: tuple[str, ...] = ()
     unbatched_inputs: tuple[str, ...] = ()
+    batch_dims: Mapping[str, int] = field(default_factory=dict)
+    idle_inputs: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     time: str = "timestep"
     text: str = "encoder_hidden_states"
     embed: str = ""
@@ -156,12 +181,14 @@ class ModelPlan:
     tail_dims: Mapping[str, int] = field(default_factory=dict)
     per_call: tuple[str, ...] = ()
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    shared_parts: tuple[str, ...] = ()
     sections: bool = False
     between: tuple[str, ...] = ()
     refused_settings: tuple[str, ...] = ()
     guidance: Literal["calls", "batch"] = "batch"
     tensor: Mapping[str, Any] | Literal["class"] | None = None
     lengths: tuple[str, ...] = ()
+    same_lengths: bool = False
     second: str = ""
     frames_per_second: float = 16
     pipelines: tuple[str, ...] = ()
@@ -178,9 +205,19 @@ class ModelPlan:
 
     @property
     def plain(self) -> bool:
-        """Whether blocks attend once a layer, to rows that their own patch has, and return nothing but streams."""
-        special = (each.drops_masked or each.never_empty or each.emits or each.asking for each in self.blocks)
-        return not (any(special) or self.second or self.sections)
+        """Whether all that rows meet in is one attention a layer, and nothing but streams goes from block to block."""
+        return self.shares_blocks and not (self.second or self.sections or any(each.special for each in self.blocks))
+
+    @property
+    def attends(self) -> bool:
+        """Whether rows meet in attention over keys alone, so that ranks can share a patch."""
+        return not any(listing.sums or listing.borders for listing in self.blocks)
+
+    @property
+    def shares_blocks(self) -> bool:
+        """Whether two stages can run a block in turns: what they then give each other is keys and values by row."""
+        more = any(each.drops_masked or each.asking or each.emits for each in self.blocks)
+        return self.attends and not more and all(each.mask in (None, *each.rows) for each in self.blocks)
 
     @property
     def makes_clips(self) -> bool:
@@ -189,14 +226,17 @@ class ModelPlan:
 
     def width(self, model: nn.Module) -> int:
         """Channels of the tokens between blocks."""
-        place = self.blocks_of(model)[0]
-        layer = place.block.get_submodule(next(iter(place.self_attention)))
+        layer = self._mixer(model)
         return next(module.in_features for module in layer.modules() if isinstance(module, nn.Linear))
+
+    def _mixer(self, model: nn.Module) -> nn.Module:
+        """The first layer in which rows of the picture meet."""
+        place = self.blocks_of(model)[0]
+        return place.block.get_submodule(next(iter((*place.self_attention, *place.listing.sums))))
 
     def heads(self, model: nn.Module) -> int:
         """Attention heads."""
-        place = self.blocks_of(model)[0]
-        layer = place.block.get_submodule(next(iter(place.self_attention)))
+        layer: Any = self._mixer(model)
         return int(layer.heads if hasattr(layer, "heads") else layer.num_heads)
 
     def bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -219,14 +259,24 @@ class ModelPlan:
                     f"{self.model} was called with {name}, which patchpipe has not been tested with and "
                     f"refuses rather than risk a wrong picture: leave it out, or run the pipeline on one device"
                 )
+        for name in self.lengths if self.same_lengths else ():
+            self._check_lengths(inputs[name])
         return {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
+
+    def _check_lengths(self, mask: Tensor) -> None:
+        lengths = mask.sum(-1).tolist() if len(mask) > 1 else []
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"{self.model} lets the picture begin where its prompt ends, and these prompts have {lengths} tokens: "
+                f"paint prompts of different lengths one after the other"
+            )
 
     def has_tail(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call's rows are put back into the whole only after ``tail``."""
         return bool(self.tail) and all(inputs[name].ndim == ndim for name, ndim in self.tail_dims.items())
 
     def _ignorable(self, name: str, value: Any) -> bool:
-        if value is None or value is False:
+        if value is None or value is False or (name in self.idle_inputs and self.idle_inputs[name](value)):
             return True
         if name not in self.ignored_inputs or not isinstance(value, dict):
             return False
@@ -275,14 +325,24 @@ class BlockPlace:
     def self_attention(self) -> dict[str, tuple[str, ...]]:
         """The segments of each of its layers whose keys and values the patches change, by path."""
         listed = self.listing.attention.items()
-        return {path: mixed for path, mixed in listed if mixed and getattr(self.block, path, None) is not None}
+        return {path: mixed for path, mixed in listed if mixed and part_of(self.block, path) is not None}
 
     def layer(self, path: str) -> str:
         """The name in the model of one of its layers."""
         return f"{self.name}.{path}"
 
 
+def part_of(block: nn.Module, path: str) -> nn.Module | None:
+    """A module of a block, if the block has it; attributes that hold ``None`` count as absent."""
+    found: Any = block
+    for name in path.split("."):
+        found = getattr(found, name, None)
+        if found is None:
+            return None
+    return found
+
+
 def attention_width(layer: Any) -> int:
-    """Channels of all heads of an attention module, whether its projections are apart or fused with others."""
-    projection = getattr(layer, "to_q", getattr(layer, "to_query", None))
-    return layer.inner_dim if projection is None else projection.out_features
+    """Channels of all heads of an attention module, whatever its projections are called or fused with."""
+    query = getattr(layer, "to_q", None) or getattr(layer, "to_query", None)
+    return layer.inner_dim if query is None else query.out_features

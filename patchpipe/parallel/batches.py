@@ -128,9 +128,16 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
+    dim = plan.batch_dims.get(name, 0)
+    if isinstance(value, list) and dim > 0:
+        return [_along(each, dim - 1, f"{name}.{at}", batch, part, kept) for at, each in enumerate(value)]
     if isinstance(value, list) and len(value) == batch:
         return value[part[0] : part[1]]
-    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != batch:
+    return _along(value, dim, name, batch, part, kept)
+
+
+def _along(value: Any, dim: int, name: str, batch: int, part: Range, kept: dict[tuple[Any, ...], Any]) -> Any:
+    if not isinstance(value, Tensor) or value.ndim <= dim or value.shape[dim] != batch:
         return value
     key = ("batch", name, part)
     known: list[tuple[Tensor, int, Tensor]] = kept.setdefault(key, ([], None))[0]
@@ -138,6 +145,6 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
     for tensor, seen, piece in known:
         if tensor is value and seen == version:
             return piece
-    known.append((value, version, value[part[0] : part[1]].contiguous()))
+    known.append((value, version, value.narrow(dim, part[0], part[1] - part[0]).contiguous()))
     del known[:-SLICES_KEPT]  # what changes from call to call, such as the residuals of a ControlNet, must not pile up
     return known[-1][2]

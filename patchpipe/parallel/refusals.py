@@ -109,6 +109,8 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
         raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
     if config.compile and any(listing.drops_masked for listing in plan.blocks):
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
+    if config.compile and not plan.attends:
+        raise ValueError(f"compile=True is not for {plan.model}, in which rows meet in sums and convolutions")
 
 
 def heads_of(plan: ModelPlan, heads: int) -> str:

@@ -7,7 +7,8 @@ their log-sum-exp. Where patches stream, every rank stores all rows, so that onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +50,9 @@ class Ring:
         _check(attend)
         columns = [self._gather_columns(column, layer) for column in attend.columns]
         if self.ulysses is None:
-            return self._attend(query, key, value, columns, attend.scale, layer)
+            return self._attend(query, key, value, columns, attend, layer)
         query, key, value = self.ulysses.gather_all(query, key, value, layer)
-        return self.ulysses.scatter(self._attend(query, key, value, columns, attend.scale, layer), layer.asking)
+        return self.ulysses.scatter(self._attend(query, key, value, columns, attend, layer), layer.asking)
 
     def _attend(
         self,
@@ -59,21 +60,23 @@ class Ring:
         key: Tensor,
         value: Tensor,
         columns: list[list[Tensor]],
-        scale: float | None,
+        attend: Attend,
         layer: Attending,
     ) -> Tensor:
         """Own rows over all rows there are, ``[batch, own heads, own rows, channels]`` all three.
 
         Where keys are masked, ``columns`` has one entry: the column of every slice of the ring.
         """
-        merged = Merged(query, scale)
+        tabled = attend.table is not None
+        asking = columns[0][self.exchange.index] if columns else None
+        merged = Merged(query, attend.scale, partial(attend.mask, asking=asking))
         fresh: dict[int, Tensor] = {}
         streams = layer.store is not None and not self.patch.whole
         late = streams and layer.pace is not None and self.patch.index == 0  # what is fresh decides on the forecast
-        stale = self._others(layer) if streams and not late else []
+        stale = self._others(layer, tabled) if streams and not late else []
         for source, chunk in self._around(torch.stack([key, value]), layer.rows):
             riders = any(layer.rows.riders(piece) for piece in self.slices[source])
-            masks = [column[source] for column in columns if riders]  # of image rows none is masked
+            masks = [column[source] for column in columns if riders or tabled]  # of image rows alone none is masked
             for rows in (*stale, (*chunk.unbind(0), *masks)):
                 merged.add(*rows)
             stale = []  # the first hop alone is hidden behind them
@@ -82,13 +85,13 @@ class Ring:
         if layer.store is not None:
             ordered = self._in_order([fresh[place] for place in range(len(fresh))], layer.rows, 3).unbind(0)
             layer.remember(self.patch, *ordered, *(self._joined(column, layer) for column in columns))
-        for rows in self._others(layer) if late else ():
+        for rows in self._others(layer, tabled) if late else ():
             merged.add(*rows)
         return merged.result
 
-    def _others(self, layer: Attending) -> list[tuple[Tensor, ...]]:
+    def _others(self, layer: Attending, tabled: bool) -> list[tuple[Tensor, ...]]:
         assert layer.store is not None
-        return layer.store.others(self.patch)
+        return layer.store.others(self.patch, with_column=tabled)
 
     def _gather_columns(self, own: Tensor, layer: Attending) -> list[Tensor]:
         """The column of every slice, from own rows' ``[batch, 1, rows, 1]``; exchanged for the first layer alone."""
@@ -140,10 +143,13 @@ class Merged:
     Args:
         query: ``[batch, heads, rows, channels]``.
         scale: Of its products with keys; ``None`` is one over the root of the channels.
+        mask_of: The mask that a column of keys stands for.
     """
 
-    def __init__(self, query: Tensor, scale: float | None = None) -> None:
-        self._query, self._scale = query, scale
+    def __init__(
+        self, query: Tensor, scale: float | None = None, mask_of: Callable[[Tensor], Tensor] = as_mask
+    ) -> None:
+        self._query, self._scale, self._mask_of = query, scale, mask_of
         self._sum: Tensor | None = None
         self._lse: Tensor | None = None
 
@@ -160,7 +166,8 @@ class Merged:
         """
         if not (self._query.numel() and key.numel()):  # a line may have more ranks than heads
             return
-        mask = None if column is None else as_mask(column).clamp(min=torch.finfo(column.dtype).min / 4)
+        mask = None if column is None else self._mask_of(column)
+        mask = None if mask is None else mask.clamp(min=torch.finfo(mask.dtype).min / 4)
         part, lse = attend_with_lse(self._query, key, value, self._scale, mask)
         part = part.to(lse.dtype)  # summed at least in float32
         if self._sum is None or self._lse is None:

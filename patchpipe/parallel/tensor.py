@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from patchpipe.distributed.exchange import Exchange
 from patchpipe.models.lora import check_adapters, lora_parts
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.plan import BlockPlace, ModelPlan, part_of
 from patchpipe.parallel.refusals import check_divisible, heads_of, no_tensor_plan
 
 OUTPUTS, INPUTS = 0, 1  # dims of a Linear's weight
@@ -221,7 +221,7 @@ def split_linears(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> list[
     found = []
     for pattern, style in (tensor_plan(model, plan) or {}).items():
         listing, _, path = pattern.partition(".*.")
-        linear = _submodule(place.block, path) if listing == place.listing.path else None
+        linear = part_of(place.block, path) if listing == place.listing.path else None
         if linear is None:
             continue
         found += _with_adapters(f"{place.name}.{path}", linear, style)
@@ -300,7 +300,7 @@ def _packed(linear: nn.Linear, style: PackedRowwiseParallel) -> tuple[int, ...]:
 
 
 def _attention_layers(place: BlockPlace) -> list[Any]:
-    found = (_submodule(place.block, path) for path in place.listing.attention)
+    found = (part_of(place.block, path) for path in place.listing.attention)
     return [layer for layer in found if layer is not None]
 
 
@@ -316,13 +316,3 @@ def _check_layer(layer: Any, plan: ModelPlan) -> None:
         over: Any = getattr(norm, "dim", None) or getattr(norm, "normalized_shape", (channels,))
         if tuple(over) != (channels,):
             raise ValueError(f"{plan.model} normalises {name} over all heads at once, which no rank has: use tensor=1")
-
-
-def _submodule(block: nn.Module, path: str) -> nn.Module | None:
-    """A module of a block, if the block has it; attributes that hold ``None`` count as absent."""
-    found: Any = block
-    for name in path.split("."):
-        found = getattr(found, name, None)
-        if found is None:
-            return None
-    return found

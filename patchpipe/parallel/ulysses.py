@@ -39,7 +39,8 @@ class Ulysses:
         """See ``Sharing``: heads are exchanged for rows, attended, and exchanged back."""
         query, key, value = self.gather_all(query, key, value, layer)
         columns = [self.gather_column(column, layer.rows, layer.entry) for column in attend.columns]
-        return self.scatter(attend(query, *layer.remember(self.patch, key, value, *columns)), layer.asking)
+        seen = layer.remember(self.patch, key, value, *columns)
+        return self.scatter(attend(query, *seen, asking=columns[0] if columns else None), layer.asking)
 
     def gather_all(self, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> list[Tensor]:
         """Queries, keys and values, at once where they have the same rows."""

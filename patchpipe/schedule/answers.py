@@ -117,7 +117,7 @@ class Answers:
         for share in self.call.shares:
             for piece in pieces:
                 rank = next(makers)
-                shape[0], shape[self.plan.grid.dim] = share.size, piece.units[1] - piece.units[0]
+                shape[0], shape[self.plan.grid.dim] = share.size, piece.extent
                 if rank != self.group.rank:
                     self._found[patch.index, rank] = self.group.answers(rank).expect(tuple(shape), self._dtype)
 
@@ -159,8 +159,17 @@ class Answers:
 
     def _together(self, patch: Patch) -> Tensor:
         pieces = [self._take(patch, rank) for rank in self._makers]
-        size = self.group.mesh.parts
-        shares = [_joined(pieces[at : at + size], self.plan.grid.dim) for at in range(0, len(pieces), size)]
+        size, dim = self.group.mesh.parts, self.plan.grid.dim
+        if size > 1 and patch.joined[0] < patch.joined[1]:  # rows of all ranks first, then their parts of references
+            rows = [own.units[1] - own.units[0] for own in self.call.pieces(patch, size)]
+            parts = [
+                piece.split([rows[at % size], piece.shape[dim] - rows[at % size]], dim)
+                for at, piece in enumerate(pieces)
+            ]
+            pieces = [part[at] for start in range(0, len(parts), size) for at in range(2)
+                      for part in parts[start : start + size]]  # fmt: skip
+            size *= 2
+        shares = [_joined(pieces[at : at + size], dim) for at in range(0, len(pieces), size)]
         return _joined(shares, 0)
 
     def _take(self, patch: Patch, rank: int) -> Tensor:

@@ -72,7 +72,7 @@ class Part:
             shapes = crossing.leaving.items()
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes}
         shape = list(call.shapes.output)
-        shape[0], shape[dim] = self.share.size, self.piece.units[1] - self.piece.units[0]
+        shape[0], shape[dim] = self.share.size, self.piece.extent
         return torch.zeros(shape, dtype=call.shapes.dtype, device=device)
 
 

@@ -304,8 +304,17 @@ class Request:
         """Refuses rows too few for the ranks that share them while no rank has begun anything.
 
         Raises:
-            ValueError: A patch has fewer rows than ranks.
+            ValueError: A patch has fewer rows than ranks, or there are references where nothing tests them.
         """
+        untested = {
+            f"distrifusion={self.config.distrifusion}": self.config.distrifusion > 1,
+            f'warmup="{COARSE}"': self.config.warmup == COARSE,
+        }
+        for method in (name for name, asked in untested.items() if asked and cut.rows.joined):
+            raise ValueError(
+                f"{method} with pictures joined to the latent as references has not been tested: use pipefusion, "
+                f"ulysses or ring, with warmup=1"
+            )
         streams = self.keeps_stores(cut) and self.config.distrifusion == 1
         for patch in (cut.whole, *(cut.patches if streams else ())):
             cut.split(patch, self.group.mesh.parts)

@@ -341,7 +341,7 @@ class Runner:
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
         context.entries, context.pace, context.sample = part.share.entries, call.pace, part.sample
-        context.turn = part.turn
+        context.turn, context.patches = part.turn, call.cut.patches
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
@@ -377,7 +377,9 @@ class Runner:
         if piece.uncut and not isinstance(latent, PatchTensor):
             rows = latent
         else:
-            rows = patch_of(latent, dim, *piece.units, piece.part[0] if self._displaced else patch.index)
+            index = piece.part[0] if self._displaced else patch.index
+            spans = [patch_of(latent, dim, start, stop, index) for start, stop in piece.spans]
+            rows = spans[0] if len(spans) == 1 else torch.cat(spans, dim)
         return rows if share.size == latent.shape[0] else rows[share.range[0] : share.range[1]].contiguous()
 
     @property

@@ -27,6 +27,8 @@ class Attend:
         compute: The function.
         column: What its ``attn_mask`` adds to the scores of this rank's fresh keys, ``[batch, 1 or heads, rows, 1]``;
             ``None`` where no key of the layer is masked, on any rank.
+        table: The mask of all rows ``[batch, 1 or heads, rows, rows]``, where it differs from query to query. The
+            column then has the number of each key's row.
         dropout: Its ``dropout_p``.
         causal: Its ``is_causal``.
         scale: Its ``scale``; ``None`` is one over the root of the channels.
@@ -35,6 +37,7 @@ class Attend:
 
     compute: Callable[..., Tensor]
     column: Tensor | None = None
+    table: Tensor | None = None
     dropout: float = 0.0
     causal: bool = False
     scale: float | None = None
@@ -45,12 +48,27 @@ class Attend:
         """The column, if there is one: what is kept and sent beside keys and values."""
         return () if self.column is None else (self.column,)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None) -> Tensor:
-        """Attention of a query over keys and values on this rank, and the column of all those keys."""
+    def mask(self, column: Tensor, asking: Tensor | None = None) -> Tensor:
+        """A column as a mask ``[batch, 1 or heads, 1 or queries, keys]``.
+
+        Args:
+            column: Of keys.
+            asking: Of the queries, where it tells the numbers of rows; this rank's fresh rows, if not given.
+        """
+        if self.table is None:
+            return as_mask(column)
+        asking = self.column if asking is None else asking
+        assert asking is not None
+        return self.table[:, :, asking[0, 0, :, 0]][..., column[0, 0, :, 0]]
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None, *, asking: Tensor | None = None
+    ) -> Tensor:
+        """Attention of a query over keys and values on this rank, and the column of all those keys; see ``mask``."""
         if not query.shape[2]:  # segments that ask ride with another patch
             return query.new_empty(*query.shape[:3], value.shape[3])
         options = {"enable_gqa": True} if self.grouped else {}
-        mask = None if column is None else as_mask(column)
+        mask = None if column is None else self.mask(column, asking)
         return self.compute(query, key, value, mask, self.dropout, self.causal, scale=self.scale, **options)
 
 
@@ -81,7 +99,7 @@ class Attending:
         patch: This rank's rows.
         store: The layer's keys and values; ``None`` where nothing is ever stale.
         sharing: The ranks that share the patch, if there are several.
-        rows: The layer's sequence.
+        rows: The layer's sequence: its keys and values.
         masked: Whether some of its keys are masked, on whatever rank.
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.

@@ -15,7 +15,7 @@ from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.coarse.beside import Products, keys_beside
 from patchpipe.stage.coarse.sample import Offset
-from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column
+from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
 
 
 class _StoreMode(TorchFunctionMode):
@@ -81,8 +81,8 @@ class _StoreMode(TorchFunctionMode):
         enable_gqa: bool,
     ) -> Tensor:
         func = func if layer.kernels is None else layer.kernels.watching(func)
-        column = self._column(layer, attn_mask, query, key)
-        attend = Attend(func, column, dropout_p, is_causal, scale, enable_gqa)
+        column, table = self._column(layer, attn_mask, query, key)
+        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
         seen = layer.remember(layer.patch, key, value, *attend.columns, beside=self.beside)
@@ -91,22 +91,29 @@ class _StoreMode(TorchFunctionMode):
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         return attend(query, *seen)
 
-    def _column(self, layer: Attending, mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """The column of the fresh keys, if they are to meet others or to be kept."""
+    def _column(
+        self, layer: Attending, mask: Tensor | None, query: Tensor, key: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The column of the fresh keys, if they are to meet others or to be kept; the table, if there must be one."""
         if layer.patch.uncut and layer.store is None:
-            return None
+            return None, None
         if mask is not None and not layer.masked:
             raise NotImplementedError(
                 "the model masks self-attention, which its plan does not tell (mask) and which is therefore not "
                 "supported while patches stream or are shared: use warmup='all' on one device, or with pipefusion alone"
             )
-        column = key_column(mask, key, query.dtype) if layer.masked else None
-        if column is not None and layer.sharing is not None and column.shape[1] != SHARED_BY_HEADS:
+        table = table_of(mask, layer.rows, query.dtype) if layer.masked else None
+        if table is not None:
+            column = row_numbers(layer.rows.ranges(layer.patch), key)
+        else:
+            column = key_column(mask, key, query.dtype) if layer.masked else None
+        by_heads = [each for each in (column, table) if each is not None and each.shape[1] != SHARED_BY_HEADS]
+        if by_heads and layer.sharing is not None:
             raise NotImplementedError(
                 "a self-attention mask that differs from head to head is not supported while ranks share patches: use "
                 "pipefusion instead of ulysses, ring or distrifusion"
             )
-        return column
+        return column, table
 
 
 class _LookMode(TorchFunctionMode):

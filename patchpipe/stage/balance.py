@@ -9,7 +9,7 @@ from torch import nn
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.patching import PatchCosts
 from patchpipe.layout.split import DECIMALS, StageBlocks, split_costs, stages_of
-from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width
+from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width, part_of
 
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
 NOMINAL_IMAGE_TOKENS = 4096
@@ -53,7 +53,8 @@ def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> l
     if config.stage_blocks is not None:
         return stages_of(config.stage_blocks)
     costs = [block_cost(place) for place in places]
-    return split_costs(costs, config.pipefusion, halved=may_go_apart(plan.guidance, config), shared=config.may_share)
+    shared = config.may_share if plan.shares_blocks else False
+    return split_costs(costs, config.pipefusion, halved=may_go_apart(plan.guidance, config), shared=shared)
 
 
 def goes_in_halves(config: ParallelConfig, split: Sequence[StageBlocks]) -> bool:
@@ -78,8 +79,19 @@ def check_stages(config: ParallelConfig, blocks: int, plan: ModelPlan) -> None:
     """Refuses stages that a model of so many blocks cannot fill.
 
     Raises:
-        ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
+        ValueError: More stages than blocks, ``stage_blocks`` that do not add up, or ways of sharing that do not suit
+            what rows of the model meet in.
     """
+    if not plan.attends and max(config.ulysses, config.ring, config.distrifusion) > 1:
+        raise ValueError(
+            f"ulysses, ring and distrifusion are not supported for {plan.model}, in which rows meet in sums and "
+            f"convolutions instead of attention: use pipefusion, cfg or data"
+        )
+    if not plan.shares_blocks and (config.share_blocks or any(size % 1 for size in config.stage_blocks or ())):
+        raise ValueError(
+            f"two stages of {plan.model} cannot share a block, since more than keys and values of rows would have to "
+            f"be exchanged: use share_blocks=False, and whole numbers of stage_blocks"
+        )
     if config.pipefusion > blocks:
         raise ValueError(
             f"pipefusion={config.pipefusion} is more stages than the {blocks} blocks of {plan.model}: "
@@ -105,7 +117,7 @@ def block_cost(place: BlockPlace) -> float:
         serves_text = any(part in name for part in place.listing.text_parameters)
         cost += parameter.numel() * (text if serves_text else image + text if both else image)
     for path, mixed in place.listing.attention.items():
-        layer = getattr(place.block, path, None)
+        layer = part_of(place.block, path)
         if layer is not None:
             pairs = image * text if not mixed else (image + (text if len(mixed) > 1 else 0)) ** 2
             cost += 2 * pairs * attention_width(layer)

@@ -42,11 +42,12 @@ class CallContext:
         leaving: What to do after it.
         trailing: The block that the next stage runs in this synchronous step, for its keys and values alone.
         tail: Whether what follows the last block takes the patch's rows as they are.
+        patches: All patches of the latent.
+        results: What blocks returned that later ones need, by ``result_name``; see ``CallShapes.carried``.
         masked: Whether the block at work masks some keys, on whatever rank.
         second: This rank's rows of the class's second output; see ``ModelPlan.second``.
         entered: Whether a block of this stage has begun.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
-        emitted: What blocks returned beside their streams, by ``emitted_name``; see ``BlockList.emits``.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
     """
@@ -68,10 +69,11 @@ class CallContext:
     trailing: Callable[[], Any] | None = None
     tail: bool = False
     masked: bool = False
+    patches: tuple[Patch, ...] = ()
+    results: Streams = field(default_factory=dict)
     kept_keys: Tensor | None = None
     second: Tensor | None = None
     entered: bool = False
-    emitted: Streams = field(default_factory=dict)
     passed: Streams = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
     _beside: dict[tuple[int, Any, Any], Any] = field(default_factory=dict)
@@ -95,29 +97,33 @@ class CallContext:
         """What the blocks see of it."""
         return self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
 
-    def narrowed(self, value: Any, held: Holds | tuple[Holds | None, ...]) -> Any:
+    def narrowed(self, value: Any, held: Holds | tuple[Holds | None, ...] | None) -> Any:
         """The patch's rows of an argument that many blocks are given; cut once."""
         assert self.cutter is not None
+        if isinstance(value, (tuple, list)):  # which may be made anew for every block, of the same tensors
+            each = held if isinstance(held, tuple) else (held,) * len(value)
+            return type(value)(self.narrowed(part, own) for part, own in zip(value, each, strict=True))
         key = (id(value), held)
         if key not in self._narrowed:  # the argument is kept too, lest another one takes its id
             self._narrowed[key] = (value, self.cutter.narrow(value, held))
         return self._narrowed[key][1]
 
     def beside(self, value: Any, offset: Offset) -> Any:
-        """What a layer is given for the tokens beside a sample's, in place of a narrowed argument or one of its parts.
+        """What a layer is given for the tokens beside a sample's, in place of a narrowed argument or of its parts.
 
         Args:
             value: What it is given for the sample.
             offset: How far they are.
         """
+        if isinstance(value, (tuple, list)):
+            moved = [self.beside(part, offset) for part in value]
+            return value if all(own is part for own, part in zip(moved, value, strict=True)) else type(value)(moved)
         for (_, held), (whole, own) in self._narrowed.items():
-            parts = own if isinstance(own, (tuple, list)) else (own,)
-            if own is value or any(part is value for part in parts):
-                moved = self._moved(whole, held, offset)
-                return moved if own is value else moved[next(at for at, part in enumerate(parts) if part is value)]
+            if own is value:
+                return self._moved(whole, held, offset)
         return value
 
-    def _moved(self, whole: Any, held: Holds | tuple[Holds, ...], offset: Offset) -> Any:
+    def _moved(self, whole: Any, held: Holds | None, offset: Offset) -> Any:
         key = (id(whole), held, offset)
         if key not in self._beside:
             assert isinstance(self.cutter, Sampler)

@@ -23,6 +23,7 @@ class Patch:
         total_tokens: Image tokens of the whole latent.
         whole: Whether it is the uncut latent, as in a synchronous step.
         part: Which of how many ranks share the patch; the ranges above are then this rank's own.
+        joined: What follows the picture along the latent's cut dim and rides with this piece.
     """
 
     index: int
@@ -32,6 +33,21 @@ class Patch:
     total_tokens: int
     whole: bool = False
     part: tuple[int, int] = (0, 1)
+    joined: tuple[int, int] = (0, 0)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Its ranges along the latent's cut dim: its rows, and what follows the picture, as one where they touch."""
+        if self.joined[0] == self.joined[1]:
+            return [self.units]
+        if self.units[1] == self.joined[0]:
+            return [(self.units[0], self.joined[1])]
+        return [self.units, self.joined]
+
+    @property
+    def extent(self) -> int:
+        """Entries of the latent's cut dim that it has."""
+        return sum(stop - start for start, stop in self.spans)
 
     @property
     def uncut(self) -> bool:
@@ -41,6 +57,12 @@ class Patch:
     def rider_range(self, rows: int) -> tuple[int, int]:
         """Which rows of a segment, such as text, ride with this piece: all with the first patch, shared by ranks."""
         return shares(rows, self.part[1])[self.part[0]] if self.carries_riders else (0, 0)
+
+    @property
+    def reference_range(self) -> tuple[int, int]:
+        """Which rows of references ride with this piece: all with the last patch, shared by ranks."""
+        start, stop = self.joined
+        return (start - self.total_tokens, stop - self.total_tokens) if start < stop else (0, 0)
 
     @property
     def carries_riders(self) -> bool:
@@ -97,8 +119,9 @@ class Cut:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Offsets of the patches along the latent's cut dim."""
-        return tuple(row * self.rows.units for row in self.row_bounds)
+        """Offsets of the patches along the latent's cut dim; the last one has what follows the picture."""
+        *starts, end = (row * self.rows.units for row in self.row_bounds)
+        return (*starts, end + self.rows.joined)
 
     @property
     def total_tokens(self) -> int:
@@ -126,8 +149,13 @@ class Cut:
                 f"a taller picture, or fewer ranks along ulysses, ring and distrifusion"
             )
         pieces = shares(stop - start, parts)
+        first, joined = patch.joined[0], shares(patch.joined[1] - patch.joined[0], parts)
         return tuple(
-            replace(self._patch(patch.index, start + low, start + high, patch.whole), part=(index, parts))
+            replace(
+                self._patch(patch.index, start + low, start + high, patch.whole),
+                part=(index, parts),
+                joined=(first + joined[index][0], first + joined[index][1]),
+            )
             for index, (low, high) in enumerate(pieces)
         )
 
@@ -145,6 +173,7 @@ class Cut:
             tokens=(start * tokens, stop * tokens),
             total_tokens=self.total_tokens,
             whole=whole,
+            joined=(self.total_tokens, self.total_tokens + self.rows.joined) if stop == self.rows.count else (0, 0),
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import Holds
 from patchpipe.stage.patches import Patch
 
@@ -103,7 +103,8 @@ class Rows:
 
     def _within(self, piece: Patch) -> Iterator[Range]:
         for name, size in zip(self.segments, self.sizes, strict=True):
-            yield piece.tokens if name == IMAGE else piece.rider_range(size)
+            own = piece.reference_range if name == REFERENCE else piece.rider_range(size)
+            yield piece.tokens if name == IMAGE else own
 
 
 def joined(ranges: Sequence[Range]) -> list[Range]:
@@ -141,7 +142,14 @@ class Cutter:
             each_held = held if isinstance(held, tuple) else (held,) * len(value)
             return type(value)(self.narrow(each, own) for each, own in zip(value, each_held, strict=True))
         assert isinstance(held, Holds)
-        return self._narrow(value, held) if isinstance(value, Tensor) and has_rows(value, held) else value
+        return self._narrow(value, held) if isinstance(value, Tensor) and self._has_rows(value, held) else value
+
+    def _has_rows(self, value: Tensor, held: Holds) -> bool:
+        """A prompt may be a single row: then one row is all there are."""
+        if has_rows(value, held):
+            return True
+        fits = value.ndim > held.dim if held.ndim is None else value.ndim == held.ndim
+        return fits and sum(self.sizes.get(name, 0) for name in held.segments) == 1
 
     def leading(self, count: int) -> int:
         """How many of the picture's first tokens, in the model's order, are the piece's; they are its own first."""

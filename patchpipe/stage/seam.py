@@ -20,7 +20,7 @@ from torch import Tensor
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.plan import BlockPlace
 from patchpipe.stage.context import CallContext, Streams
-from patchpipe.stage.survey import Survey, emitted_name
+from patchpipe.stage.survey import Survey, has_tensor, result_name
 
 
 class StageDone(Exception):
@@ -87,8 +87,7 @@ class Seam:
         """The block's streams; of blocks that other stages run, what they were given."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.passage.survey is not None:
-            self.passage.survey.see(self.listing, arguments, self.index)
-            return self._through(arguments)
+            return self._through(self.passage.survey.see(self.listing, arguments, self.index))
         context, now = self.passage.at_work, self.passage.now
         if self.index < now.start:
             return self._through(arguments, context)
@@ -108,11 +107,13 @@ class Seam:
 
     def _through(self, arguments: Mapping[str, Any], context: CallContext | None = None) -> Any:
         """What a block of another stage returns to the root: what it was given, and what came of it to this stage."""
-        emitted = [arguments.get(self.listing.streams[0]) for _ in self.listing.emits]
-        if context is not None and self.listing.emits:
-            context.emitted[emitted_name(self.index)] = rows = context.received[emitted_name(self.index)]
-            emitted = [self._widened(self.listing.streams[0], rows, context)]
-        return self._returned([*emitted, *(arguments.get(name) for name in self.listing.streams)])
+        streams, name = [arguments.get(name) for name in self.listing.streams], result_name(self.index)
+        if context is not None and name in context.received:
+            context.results[name] = result = context.received[name]
+            if not self.listing.emits:  # a block takes it as it was returned
+                return result
+            return self._returned([self._widened(self.listing.streams[0], result, context), *streams])
+        return self._returned([*(streams[0] for _ in self.listing.emits), *streams])
 
     def _widened(self, name: str, rows: Tensor, context: CallContext) -> Tensor:
         return rows if context.cutter is None else context.cutter.widen(rows, self.listing.stream_rows(name))
@@ -135,7 +136,8 @@ class Seam:
         if self.passage.trails:
             context.trailing = partial(self._run, arguments, context)
         streams = {name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None}
-        raise StageDone({**streams, **self._passed(arguments, context), **context.emitted})
+        along = {name: context.results[name] for name in context.seen.along(self.index)}
+        raise StageDone({**streams, **self._passed(arguments, context), **along})
 
     def _passed(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Tensor]:
         """The rows of arguments that a later list begins with: as they came, or the patch's of the whole."""
@@ -151,7 +153,7 @@ class Seam:
     def _run(self, arguments: dict[str, Any], context: CallContext) -> Any:
         listing = self.listing
         context.entered = True
-        context.masked = listing.mask is not None and arguments.get(listing.mask) is not None
+        context.masked = has_tensor(arguments.get(listing.mask or ""))
         if context.cutter is not None:
             arguments = {**arguments, **self._others(arguments, context)}
         arguments = {**arguments, **{name: context.passed[name] for name in listing.passes if name in context.passed}}
@@ -162,8 +164,8 @@ class Seam:
         context.after(self.index)
         if self.ends and context.sample is not None:  # no prediction is made of it
             raise StageDone({})
-        if listing.emits:
-            context.emitted[emitted_name(self.index)] = result[0]
+        if self.index in context.shapes.carried:
+            context.results[result_name(self.index)] = result[0] if listing.emits else result
         widens = self.last or listing.whole_between or bool(listing.emits)
         if context.cutter is None or not widens or (self.ends and context.tail):
             return result
@@ -207,6 +209,8 @@ class Seam:
         for name in self.listing.counts:
             if arguments.get(name) is not None:
                 found[name] = context.cutter.leading(arguments[name])
+        low, high = context.patch.rows
+        found |= dict.fromkeys(self.listing.row_counts, high - low)
         mask = found.get(self.listing.mask or "")
         if isinstance(mask, Tensor) and mask.numel() == 0 and not self.listing.drops_masked:
             found[self.listing.mask or ""] = None

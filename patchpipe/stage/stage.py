@@ -23,6 +23,8 @@ from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.store import LayerStore
+from patchpipe.stage.mixing import bordered, summed
+from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Seam, StageDone
 from patchpipe.stage.survey import CallShapes, Survey
@@ -85,6 +87,7 @@ class Stage:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
         for place in self.blocks:
             self._hook_attention(place)
+            self._hook_others(place)
             for path in place.listing.per_call:
                 self._share_between_patches(place.layer(path))
             for path, names in place.listing.per_request.items():
@@ -146,8 +149,8 @@ class Stage:
             context.second = self._second(context)
         if context.patch.uncut:
             return prediction
-        start, stop = context.patch.units
-        return prediction.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+        rows = spans_of(prediction, self.plan.grid.dim, context.patch)
+        return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, self.plan.grid.dim)
 
     def _second(self, context: CallContext) -> Tensor:
         """This rank's rows of the second output, of which the root has the whole unless it was never put back."""
@@ -202,9 +205,10 @@ class Stage:
             return torch.zeros((), dtype=shape.dtype, device=shape.device).expand(shape.shape)
         if context.patch.uncut or context.sample is not None:
             return latent
-        whole = latent.new_zeros(shape.shape)
-        start, stop = context.patch.units
-        whole.narrow(self.plan.grid.dim, start, stop - start).copy_(latent)
+        whole, dim = latent.new_zeros(shape.shape), self.plan.grid.dim
+        targets = spans_of(whole, dim, context.patch)
+        for target, rows in zip(targets, latent.split([each.shape[dim] for each in targets], dim), strict=True):
+            target.copy_(rows)
         return whole
 
     def _widen_after(self, path: str) -> Callable[[], None]:
@@ -276,6 +280,13 @@ class Stage:
             layer, find = place.block.get_submodule(path), partial(self._attending, place, path, segments)
             self._undo.append(attend_through(layer, find, self.kernels))
 
+    def _hook_others(self, place: BlockPlace) -> None:
+        for kind, paths in ((summed, place.listing.sums), (bordered, place.listing.borders)):
+            for path in paths:
+                layer = place.block.get_submodule(path)
+                forward = kind(layer, place.layer(path), lambda: self.passage.at_work)
+                self._undo.append(override(layer, forward))
+
     def _attending(self, place: BlockPlace, path: str, segments: tuple[str, ...]) -> Attending | None:
         """What a self-attention layer needs beside its own module; ``None`` where it needs nothing."""
         context, listing = self.passage.at_work, place.listing
@@ -307,6 +318,11 @@ class Stage:
     def _find(self, path: str) -> nn.Module | None:
         owner, _, leaf = path.rpartition(".")
         return getattr(self.model.get_submodule(owner), leaf, None)
+
+
+def spans_of(whole: Tensor, dim: int, piece: Patch) -> list[Tensor]:
+    """What a piece has of a whole latent, as views."""
+    return [whole.narrow(dim, start, stop - start) for start, stop in piece.spans]
 
 
 def _identity(value: Any) -> Any:

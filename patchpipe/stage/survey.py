@@ -6,6 +6,7 @@ Nothing of it need be in a plan, and every rank finds the same, whatever blocks 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import BlockList, Holds, ModelPlan
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows, has_rows
@@ -27,11 +28,17 @@ class StreamKind:
         rows: Its rows.
         width: Its channels.
         dtype: What it is in.
+        dim: The dim of its rows; the batch is in the other of the first two.
     """
 
     rows: Rows
     width: int
     dtype: torch.dtype
+    dim: int = 1
+
+    def shape(self, batch: int, count: int) -> torch.Size:
+        """Of so many rows of it."""
+        return torch.Size((count, batch, self.width) if self.dim == 0 else (batch, count, self.width))
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class CallShapes:
         output: Shape of the prediction.
         dtype: What it is in.
         second: Shape of the class's second output, where the plan has one.
-        emitters: Blocks that return more than their streams, by their place among all blocks.
+        carried: Blocks whose results later ones need, by their place among all blocks: the list whose first stream has
+            rows like theirs, and the last place that needs them.
     """
 
     raster: Raster
@@ -53,7 +61,7 @@ class CallShapes:
     streams: Mapping[str, Mapping[str, StreamKind]]
     output: torch.Size
     dtype: torch.dtype
-    emitters: Mapping[int, str] = field(default_factory=dict)
+    carried: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     second: torch.Size | None = None
 
     def with_raster(self, raster: Raster) -> CallShapes:
@@ -68,13 +76,21 @@ class CallShapes:
 
     @property
     def riders(self) -> int:
-        """Rows that go through the blocks beside the picture's."""
-        return sum(size for name, size in self.sizes.items() if name != IMAGE)
+        """Rows that go through the blocks with the first patch, beside the picture's."""
+        return sum(size for name, size in self.sizes.items() if name not in (IMAGE, REFERENCE))
 
     @property
     def width(self) -> int:
         """Channels of the tokens between blocks."""
         return next(kind.width for streams in self.streams.values() for kind in streams.values())
+
+    def along(self, index: int) -> dict[str, StreamKind]:
+        """Results of blocks before a place that blocks from there on need, by ``result_name``."""
+        return {
+            result_name(source): next(iter(self.streams[path].values()))
+            for source, (path, last) in sorted(self.carried.items())
+            if source < index <= last
+        }
 
     def hop(
         self, listing: BlockList, batch: int, piece: Patch, index: int = 0
@@ -87,20 +103,18 @@ class CallShapes:
             piece: The rows.
             index: The block's place among all blocks, where results of earlier ones may go along.
         """
-        kinds = dict(self.streams[listing.path])
-        for emitter, path in self.emitters.items():
-            if emitter < index:
-                kinds[emitted_name(emitter)] = next(iter(self.streams[path].values()))
+        kinds = {**self.streams[listing.path], **self.along(index)}
         found = {}
         for name, kind in kinds.items():
             count = kind.rows.count(piece)
             if count:
-                found[name] = torch.Size((batch, count, kind.width)), kind.dtype
+                found[name] = kind.shape(batch, count), kind.dtype
         return found
 
     def blank(self, listing: BlockList, name: str, like: Tensor) -> Tensor:
         """A stream without rows, as the blocks of a list take it."""
-        return like.new_zeros(like.shape[0], 0, self.streams[listing.path][name].width)
+        kind = self.streams[listing.path][name]
+        return like.new_zeros(kind.shape(like.shape[1 - kind.dim], 0))
 
 
 class Survey:
@@ -114,13 +128,22 @@ class Survey:
     def __init__(self, plan: ModelPlan, raster: Raster) -> None:
         self._plan, self._raster = plan, raster
         self._seen: dict[str, Mapping[str, Any]] = {}
-        self._emitters: dict[int, str] = {}
+        self._carried: dict[int, tuple[str, int]] = {}
+        self._returned: list[tuple[int, Any]] = []  # kept, lest another tensor takes its id
 
-    def see(self, listing: BlockList, arguments: Mapping[str, Any], index: int) -> None:
-        """Takes a look at a block's arguments."""
+    def see(self, listing: BlockList, arguments: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+        """Takes a look at a block's arguments; returns those that the block hands through."""
         self._seen.setdefault(listing.path, arguments)
         if listing.emits:
-            self._emitters[index] = listing.path
+            self._carried[index] = listing.path, sys.maxsize  # to the last block, whichever that is
+        if not listing.links:
+            return arguments
+        for given in (arguments[name] for name in listing.links if arguments.get(name) is not None):
+            source = next(source for source, result in self._returned if result is given)
+            self._carried[source] = listing.path, index
+        through = {name: arguments[name].view_as(arguments[name]) for name in listing.streams}  # known by identity
+        self._returned += [(index, result) for result in through.values()]
+        return {**arguments, **through}
 
     def shapes(self, prediction: Tensor, second: Tensor | None = None) -> CallShapes:
         """What was found.
@@ -135,7 +158,7 @@ class Survey:
         sizes = self._sizes()
         streams = {listing.path: self._streams(listing, sizes) for listing in self._plan.blocks}
         beside = None if second is None else second.shape
-        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype, self._emitters, beside)
+        return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype, self._carried, beside)
 
     def _sizes(self) -> dict[str, int]:
         sizes = {IMAGE: self._raster.total}
@@ -143,7 +166,7 @@ class Survey:
             for name, held in listing.rows.items():
                 for each, value in _pairs(held, self._seen[listing.path].get(name)):
                     unknown = [segment for segment in each.segments if segment not in sizes]
-                    if len(unknown) == 1 and has_rows(value, each):
+                    if len(unknown) == 1 and (has_rows(value, each) or name in listing.streams):
                         sizes[unknown[0]] = value.shape[each.dim] - sum(
                             sizes[segment] for segment in each.segments if segment in sizes
                         )
@@ -162,7 +185,7 @@ class Survey:
                     f"{name} has {value.shape[held.dim]} rows before {listing.path}, which is not what the plan of "
                     f"{self._plan.model} makes of it ({', '.join(f'{key} {size}' for key, size in sizes.items())})"
                 )
-            found[name] = StreamKind(rows, value.shape[-1], value.dtype)
+            found[name] = StreamKind(rows, value.shape[-1], value.dtype, held.dim)
         return found
 
 
@@ -183,8 +206,13 @@ def _first_tensor(value: Any) -> Tensor | None:
     return next((each for each in values if isinstance(each, Tensor)), None)
 
 
-def emitted_name(index: int) -> str:
-    """What a block's result beside its streams is called where it goes from stage to stage."""
+def has_tensor(value: Any) -> bool:
+    """Whether an argument is a tensor, or a tuple, list or dict with one."""
+    return _first_tensor(value) is not None
+
+
+def result_name(index: int) -> str:
+    """What a block's result that later blocks need is called where it goes from stage to stage."""
     return f"from block {index}"
 
 

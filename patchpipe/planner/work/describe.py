@@ -15,7 +15,7 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.layout.split import StageBlocks, shared_blocks
 from patchpipe.layout.volume import Volume
 from patchpipe.loading.checkpoint import Checkpoint
-from patchpipe.loading.folder import PipelineFolder
+from patchpipe.loading.folder import PipelineFolder, is_component
 from patchpipe.loading.owned import needs
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.models.plan import BlockPlace, ModelPlan
@@ -161,7 +161,7 @@ def component_parameters(source: PipelineFolder) -> dict[str, int]:
     parts = [
         part
         for part, entry in source.index.items()
-        if isinstance(entry, list) and entry[1] and (part == "vae" or part.startswith("text_encoder"))
+        if is_component(entry) and (part == "vae" or part.startswith("text_encoder"))
     ]
     return {part: _parameters(source.build(part, torch.float32)) for part in parts}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import Holds
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Cutter, Rows
@@ -131,4 +131,5 @@ class Sampler(Cutter):
     def _places(self, segment: str, size: int, device: torch.device) -> Tensor:
         if segment == IMAGE:
             return self.sample.tokens(self.piece, device, self.offset)
-        return torch.arange(*self.piece.rider_range(size), device=device)
+        own = self.piece.reference_range if segment == REFERENCE else self.piece.rider_range(size)
+        return torch.arange(*own, device=device)

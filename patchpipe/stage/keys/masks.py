@@ -1,6 +1,9 @@
 """Masks of keys, as columns: one number a row, so that they are cut, stored and sent like the rows they mask.
 
 A padded prompt is the reason for them: text rows beyond a prompt's end must not be attended to.
+
+A mask that differs from query to query too has one number for every pair of rows, and is the same in every patch of a
+call. It is left whole, as a table; the column then has the numbers of rows, which tell which keys are there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.distributed.exchange import Exchange
+from patchpipe.stage.rows import Rows
 
 SHARED_BY_HEADS = 1
 
@@ -43,6 +47,29 @@ def key_column(mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     return mask.to(dtype).expand(batch, -1, 1, rows).transpose(2, 3)
+
+
+def table_of(mask: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor | None:
+    """A mask of all rows by all rows as what it adds to scores; ``None`` for any other mask.
+
+    Args:
+        mask: As ``scaled_dot_product_attention`` takes it.
+        rows: The layer's sequence.
+        dtype: Of the query, as the kernels ask.
+    """
+    whole = (rows.total, rows.total)
+    if mask is None or mask.shape[-2:] != whole or rows.total == 1 or rows.raster.outer > 1:
+        return None
+    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+    return mask
+
+
+def row_numbers(ranges: Sequence[tuple[int, int]], key: Tensor) -> Tensor:
+    """The numbers of some rows as a column ``[batch, 1, rows, 1]``."""
+    numbers = torch.cat([torch.arange(low, high, device=key.device) for low, high in ranges])
+    return numbers.view(1, 1, -1, 1).expand(key.shape[0], -1, -1, -1)
 
 
 def as_mask(column: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,23 +95,24 @@ class LayerStore:
             self._whole = self._written == [(0, self.rows.total)]
         return tuple(self._existing(kept) for kept in self._kept)
 
-    def others(self, patch: Patch) -> list[tuple[Tensor, ...]]:
+    def others(self, patch: Patch, *, with_column: bool = False) -> list[tuple[Tensor, ...]]:
         """Keys, values and, where riders are among them, column of the rows that exist outside a patch, as views.
 
         Args:
             patch: A patch as a whole, not a rank's part of it.
+            with_column: Whether rows of the picture alone have their column too.
         """
         if not self._kept:
             return []
         ranges = _without(self._there, joined(self.rows.ranges(patch)))
-        return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high)) for low, high in ranges]
+        return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high, with_column)) for low, high in ranges]
 
-    def _seen_of(self, low: int, high: int) -> tuple[Tensor, ...]:
+    def _seen_of(self, low: int, high: int, with_column: bool) -> tuple[Tensor, ...]:
         """Keys, values and, if riders are among these rows, the column: a mask of nothing costs the fast kernel."""
         if len(self._kept) == FORECAST:
             return self._kept
         start, stop = self.rows.image
-        return self._kept[:2] if start <= low and high <= stop else self._kept
+        return self._kept[:2] if start <= low and high <= stop and not with_column else self._kept
 
     @property
     def _there(self) -> list[Range]:
@@ -202,7 +204,7 @@ class LayerStore:
         return kept if self._whole else _rows_in(kept, self._written)
 
 
-LayerStores = dict[str, LayerStore]  # by the layer's name
+LayerStores = dict[str, Any]  # by the layer's name: its ``LayerStore``, or ``PartsStore`` where it attends to nothing
 
 
 def _own(rows: Tensor) -> Tensor:

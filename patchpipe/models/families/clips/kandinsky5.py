@@ -1,4 +1,4 @@
-"""Kandinsky 5 (``Kandinsky5Transformer3DModel``): clips; blocks on the text, then blocks on the clip."""
+"""Kandinsky 5 (``Kandinsky5Transformer3DModel``): clips, a picture being one of one frame; blocks on the text first."""
 
 from patchpipe.models.latent import Latent
 from patchpipe.models.plan import CROSS, BlockList, ModelPlan, of
@@ -7,7 +7,7 @@ POSITIONS = ("visual_rope_pos", "text_rope_pos", "scale_factor")
 TEXT = {"text_embeddings": ("encoder_hidden_states",), "pooled_text_embeddings": ("pooled_projections",)}
 
 KANDINSKY5 = ModelPlan(
-    model="Kandinsky5Transformer3DModel", pipelines=("Kandinsky5T2VPipeline",),
+    model="Kandinsky5Transformer3DModel", pipelines=("Kandinsky5T2VPipeline", "Kandinsky5T2IPipeline"),
     grid=Latent("bfhwc", cut="f"), guidance="calls", frames_per_second=24,
     blocks=(BlockList(
         path="visual_transformer_blocks", count="num_visual_blocks", streams=("visual_embed",),

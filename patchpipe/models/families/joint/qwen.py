@@ -3,10 +3,18 @@
 from patchpipe.models.latent import Latent, sizes_by_shapes
 from patchpipe.models.plan import BlockList, ModelPlan, of
 
+PICTURES = ("image", "reference")
+
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
-    pipelines=("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"),
-    grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes")),
+    pipelines=(
+        "QwenImagePipeline",
+        "QwenImageImg2ImgPipeline",
+        "QwenImageInpaintPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+    ),
+    grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(
         BlockList(
             path="transformer_blocks",
@@ -14,11 +22,12 @@ QWEN_IMAGE = ModelPlan(
             streams=("encoder_hidden_states", "hidden_states"),
             rows={
                 "encoder_hidden_states": of("text"),
-                "hidden_states": of("image"),
+                "hidden_states": of(*PICTURES),
                 "encoder_hidden_states_mask": of("text"),
-                "image_rotary_emb": (of("image", dim=0), of("text", dim=0)),
+                "image_rotary_emb": (of(*PICTURES, dim=0), of("text", dim=0)),
+                "modulate_index": of(*PICTURES),
             },
-            attention={"attn": ("text", "image")},
+            attention={"attn": ("text", *PICTURES)},
             mask="encoder_hidden_states_mask",
             text_parameters=("txt_", "add_", "_added_"),
             per_call=("img_mod", "txt_mod"),
@@ -33,5 +42,5 @@ QWEN_IMAGE = ModelPlan(
     tail="proj_out",
     per_call=("time_text_embed", "norm_out.linear"),
     per_request={"txt_in": ("encoder_hidden_states",), "pos_embed": ("img_shapes", "encoder_hidden_states")},
-    refused_settings=("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"),
+    refused_settings=("use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"),
 )

@@ -1,0 +1,1 @@
+"""Text and picture are one sequence from the first block on."""
