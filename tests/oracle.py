@@ -73,7 +73,7 @@ CLIPS = {
     "CosmosTransformer3DModel": Facts(),
     "Kandinsky5Transformer3DModel": Facts(dim=1, plane=(2, 3), aside=("text_transformer_blocks.*",)),
     "AllegroTransformer3DModel": Facts(),
-    "LTX2VideoTransformer3DModel": Facts(sound="audio_hidden_states"),
+    "LTX2VideoTransformer3DModel": Facts(plane=(), sound="audio_hidden_states"),
     "EasyAnimateTransformer3DModel": Facts(text_first=True),
 }
 PICTURE = Facts(plane=(3,), pixels=2)
@@ -299,9 +299,8 @@ class _Naive:
         assert units * rows == latent.shape[dim] - self.references
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
         if self.facts is not None:
-            tokens_per_row = prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
-        if self.packed or (self.facts is not None and not self.facts.plane):
-            tokens_per_row = units
+            plane = prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
+            tokens_per_row = plane if self.facts.plane else units
         after = 0 if self.text_first else None
         if self.facts is not None and self.facts.after is not None:
             after = self.facts.after(given)
