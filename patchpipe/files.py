@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def check_writable(path: Path) -> None:
@@ -77,3 +78,17 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def save_figure(figure: Any, out: Path) -> None:
+    """Writes a figure of matplotlib's, whole or not at all, in the format that the file's suffix names.
+
+    Raises:
+        ValueError: matplotlib knows no such format.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    kind = out.suffix[1:].lower()
+    if kind not in known:
+        raise ValueError(f"{out} must end in a format of pictures: .{', .'.join(sorted(known))}")
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format=kind)

@@ -275,10 +275,10 @@ def test_plan_reads_a_folder_and_calibrates(capsys: pytest.CaptureFixture[str], 
 
 
 def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["plan", "--model", "cogvideox-5b", "--height", "480", "--width", "720", "--devices", "2", *MACHINE]
+    args = ["plan", "--model", "hunyuandit", "--height", "512", "--width", "512", "--devices", "2", *MACHINE]
     assert app(args=args) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "CogVideoXTransformer3DModel has no plan yet" in text
+    assert "HunyuanDiT2DModel has no plan yet" in text
     assert "Run it" not in text
 
 

@@ -160,9 +160,8 @@ def test_a_request_is_held_and_goes_on(keys: Keys) -> None:
 # -- carried elsewhere ------------------------------------------------------------------------------------
 
 
-def carry(place: Place, name: str, state: bytes | None, layout: dict[str, Any], turns: int) -> Any:
+def carry(pipe: Any, name: str, state: bytes | None, turns: int) -> Any:
     """Saves a request after some turns, or goes on with one; gives the state, or the picture and its figures."""
-    pipe = attached(place, name, **layout)
     calls = [latent(tiny.call_arguments(name, steps=4))]
     scenes = [(at_once, [joins(0)])]
     if state is None:
@@ -182,7 +181,9 @@ KINDS = ["flux", "sd3", "pixart", "pixart-sigma", "qwen", "flux2", "zimage", "co
 
 def carry_all(place: Place, layout: dict[str, Any], states: dict[str, bytes]) -> dict[str, Any]:
     """For each pipeline, its state after some turns or, given that, what it goes on to."""
-    return {name: carry(place, name, states.get(name), layout, 3) for name in KINDS}
+    # All are built before any is at work: weights are drawn from the generator that a request puts back in its place.
+    pipes = {name: attached(place, name, **layout) for name in KINDS}
+    return {name: carry(pipe, name, states.get(name), 3) for name, pipe in pipes.items()}
 
 
 def test_law_1_a_request_carried_to_another_layout_is_what_it_is_on_one_device() -> None:

@@ -6,7 +6,6 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from PIL import Image
 import patchpipe
 from patchpipe import Engine, ParallelConfig
 from patchpipe.cli import app
+from patchpipe.engine.requests import trace_place
 from patchpipe.tracing import timeline as files
 from tests import tiny
 from tests.ranks import Place, run_ranks
@@ -205,9 +205,8 @@ def test_the_engine_traces_one_request(model: Path, tmp_path: Path) -> None:
 
 
 def test_plain_diffusers_is_not_traced(tmp_path: Path) -> None:
-    bare = SimpleNamespace(config=None)
     with pytest.raises(ValueError, match=r"plain diffusers is not traced: give the engine config="):
-        Engine._trace_place(bare, tmp_path / "x.json")  # type: ignore[arg-type]
+        trace_place(tmp_path / "x.json", plain=True)
 
 
 def test_generate_traces_every_picture(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,20 @@ def fitting_size(width: int, height: int, area: int) -> tuple[int, int]:
     return wide, high
 
 
+def check_there(*paths: Path | None) -> None:
+    """Makes sure that files to read are there, as far as any are named.
+
+    Raises:
+        FileNotFoundError: One is not.
+        ValueError: One is a folder.
+    """
+    for path in (each.expanduser() for each in paths if each is not None):
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {path}")
+        if not path.is_file():
+            raise ValueError(f"{path} is a folder: name a picture")
+
+
 def read_picture(path: Path, mode: str) -> Image.Image:
     """A picture the right way up, in a mode.
 
@@ -76,10 +90,7 @@ def read_picture(path: Path, mode: str) -> Image.Image:
         ValueError: It is no picture that can be read.
     """
     path = path.expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if not path.is_file():
-        raise ValueError(f"{path} is a folder: name a picture")
+    check_there(path)
     try:
         with Image.open(path) as found:
             return ImageOps.exif_transpose(found).convert(mode)

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from patchpipe.errors import RankFailed, RankLost
 from patchpipe.schedule.baton import Baton, Grounded
 from patchpipe.schedule.request import Request
 from patchpipe.schedule.runner import Runner
-from patchpipe.schedule.surroundings import Draws, Surroundings
+from patchpipe.schedule.surroundings import Draws, Surroundings, forwards_through
 from patchpipe.tracing.recorder import Where
 
 GRACE_SECONDS = 5.0  # for threads to end after an interrupt
@@ -198,7 +197,6 @@ class Flights:
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
         """In the block, the transformer's calls pass the baton on."""
-        forwards = {model: model.forward for model in self._runner.models}
 
         def in_turn(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flight = self._flights[self._baton.holder]
@@ -211,13 +209,8 @@ class Flights:
             self._let_others_go_on(flight)
             return result
 
-        for model, forward in forwards.items():
-            object.__setattr__(model, "forward", partial(in_turn, forward))
-        try:
+        with forwards_through(in_turn, self._runner.models):
             yield
-        finally:
-            for model, forward in forwards.items():
-                object.__setattr__(model, "forward", forward)
 
     def _let_others_go_on(self, flight: Flight) -> None:
         self._pause(flight)

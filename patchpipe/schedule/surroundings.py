@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
 
 class Draws:
@@ -62,3 +65,16 @@ class Surroundings:
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype))
             yield
+
+
+@contextmanager
+def forwards_through(through: Callable[..., Any], models: Iterable[nn.Module]) -> Iterator[None]:
+    """In the block, calls of models go through a function, which is given the model's own ``forward`` first."""
+    forwards = {model: model.forward for model in models}
+    for model, forward in forwards.items():
+        object.__setattr__(model, "forward", partial(through, forward))
+    try:
+        yield
+    finally:
+        for model, forward in forwards.items():
+            object.__setattr__(model, "forward", forward)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +59,6 @@ def encode_picture(picture: Image.Image, kind: str = "png", quality: int = 100) 
     return buffer.getvalue()
 
 
-def frames_of(clip: Any) -> list[Image.Image]:
-    """A clip's frames as pictures; a pipeline gives them so, or as an array of numbers from 0 to 1."""
-    if isinstance(clip, Sequence):
-        return [frame if isinstance(frame, Image.Image) else _picture(frame) for frame in clip]
-    return [_picture(frame) for frame in clip]
-
-
-def encode_clip(frames: Sequence[Image.Image], frames_per_second: float, path: Path) -> None:
-    """Writes a clip as H.264 in MP4, so that it can be watched while it is being loaded."""
-    import av
-
-    width, height = (side // 2 * 2 for side in frames[0].size)  # the colours are at half the size
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
-        stream: Any = file.add_stream("libx264", rate=Fraction(frames_per_second).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt, stream.options = width, height, "yuv420p", {"crf": "16"}
-        for frame in frames:
-            cropped = frame.convert("RGB").crop((0, 0, width, height))
-            for packet in stream.encode(av.VideoFrame.from_image(cropped)):
-                file.mux(packet)
-        for packet in stream.encode(None):
-            file.mux(packet)
-
-
 def thumbnail(frames: Sequence[Image.Image]) -> Image.Image:
     """A clip's first frame, small."""
     small = frames[0].convert("RGB")
@@ -109,12 +85,3 @@ def write_whole(data: bytes, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-
-def _picture(frame: Any) -> Image.Image:
-    import numpy as np
-
-    numbers = np.asarray(frame)
-    if numbers.dtype != np.uint8:
-        numbers = (numbers.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
-    return Image.fromarray(numbers)

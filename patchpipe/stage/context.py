@@ -28,7 +28,6 @@ class CallContext:
     Attributes:
         patch: The patch at work; of one that ranks share, this rank's rows.
         shapes: What is known of the call.
-        sample: The tokens that stand for all, if it is these that are at work.
         stores: The branch's key/value store of each layer; ``None`` where nothing is ever stale.
         received: The streams from the stage before.
         memo: Results shared by the patches of this call.
@@ -37,6 +36,7 @@ class CallContext:
         sharing: The ranks that share the patch, if there are several.
         entries: Which entries of the batch run; ``None`` for all.
         pace: Of the call, where stale rows are forecast.
+        sample: The tokens that stand for all, if it is these that are at work.
         turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
         entering: What to do before a shared block runs, by its place.
         leaving: What to do after it.
@@ -55,7 +55,6 @@ class CallContext:
     patch: Patch
     shapes: CallShapes
     stores: LayerStores | None
-    sample: Sample | None = None
     received: Streams = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     request_memo: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
@@ -63,6 +62,7 @@ class CallContext:
     sharing: Sharing | None = None
     entries: Entries | None = None
     pace: Pace | None = None
+    sample: Sample | None = None
     turn: tuple[int, int] | None = None
     entering: dict[int, Callable[[], None]] = field(default_factory=dict)
     leaving: dict[int, Callable[[], None]] = field(default_factory=dict)

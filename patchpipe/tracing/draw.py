@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchpipe.files import replacing
+from patchpipe.files import save_figure
 from patchpipe.tracing.busy import Busy, Stretch, busy, steady_state, steps_stretch
 from patchpipe.tracing.recorder import Event
 from patchpipe.tracing.timeline import Timeline, Track
@@ -61,12 +61,7 @@ def draw(timeline: Timeline, out: Path, steps: tuple[int, int] | None = None) ->
         ValueError: There are no such steps, matplotlib is not installed, or it knows no such format.
     """
     figure = figure_of(timeline, steps)
-    known = figure.canvas.get_supported_filetypes()
-    kind = out.suffix[1:].lower()
-    if kind not in known:
-        raise ValueError(f"{out} must end in a format of pictures: .{', .'.join(sorted(known))}")
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format=kind)
+    save_figure(figure, out)
 
 
 def figure_of(timeline: Timeline, steps: tuple[int, int] | None = None) -> Any:

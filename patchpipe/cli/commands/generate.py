@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from patchpipe.cli import clips, options
-from patchpipe.cli.inputs import implied_task, picture_arguments, read_choice
+from patchpipe.cli.inputs import check_there, implied_task, picture_arguments, read_choice
 from patchpipe.cli.job import Job, auto_layout, call_arguments, run
 from patchpipe.cli.loras import read_loras
 from patchpipe.demo import MODEL_DIR, call_defaults
@@ -136,6 +136,7 @@ def _job(context: typer.Context, given: dict[str, Any]) -> Job:
     arguments = call_arguments(source, settings=chosen, **{name: given[name] for name in CALL})
     image, mask, pipeline = given["image"], given["mask"], given["pipeline"]
     asked = {"height": given["height"], "width": given["width"]} | chosen
+    check_there(image, mask)  # before the libraries are loaded, which what follows needs
     advised = {**(clips.USUAL_SIZE if clips.known_to_make(source) else {}), **call_defaults(source)}
     arguments |= picture_arguments(image, mask, given["strength"], asked, advised)
     wanted = auto_layout(

@@ -210,13 +210,13 @@ PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", "HunyuanVideoTransformer3DModel",
-        _hunyuan_video, 24, 256, 50, guided=False, frames=129, runnable=False,
+        _hunyuan_video, 24, 256, 50, guided=False, frames=129,
         embedders=359_000_000,
         components={"text_encoder": 15.01, "text_encoder_2": 0.25, "vae": 0.49},
     ),
     Preset(
         "cogvideox-5b", "THUDM/CogVideoX-5b", "CogVideoXTransformer3DModel",
-        lambda: (shared(3072),) * 42, 48, 226, 50, frames=49, runnable=False,
+        lambda: (shared(3072),) * 42, 48, 226, 50, frames=49,
         embedders=20_000_000, components={"text_encoder": T5_XXL, "vae": 0.43},
     ),
 )  # fmt: skip

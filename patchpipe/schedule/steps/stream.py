@@ -13,7 +13,6 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from patchpipe.schedule.steps.following import Steps
 from patchpipe.schedule.steps.orders import Order, Orders
 from patchpipe.schedule.steps.saved import Saved, draws, first_unlike, looks_of, on_host, scheduler_state
 from patchpipe.schedule.steps.verbs import Keys, Verb
-from patchpipe.schedule.surroundings import Draws, Surroundings
+from patchpipe.schedule.surroundings import Draws, Surroundings, forwards_through
 
 BEAT_SECONDS = 1.0  # between words of rank 0 while nothing is to be done
 
@@ -182,7 +181,6 @@ class Stream:
     @contextmanager
     def _taking_turns(self) -> Iterator[None]:
         """In the block, the transformer's calls pass the baton on."""
-        forwards = {model: model.forward for model in self._runner.models}
 
         def in_turn(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             flight = self._flights[self._baton.holder]
@@ -200,13 +198,8 @@ class Stream:
             self._let_others_go_on(flight)
             return result
 
-        for model, forward in forwards.items():
-            object.__setattr__(model, "forward", partial(in_turn, forward))
-        try:
+        with forwards_through(in_turn, self._runner.models):
             yield
-        finally:
-            for model, forward in forwards.items():
-                object.__setattr__(model, "forward", forward)
 
     def _let_others_go_on(self, flight: Flight) -> None:
         flight.where = put_away(self._runner, flight.draws)

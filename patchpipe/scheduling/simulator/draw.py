@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchpipe.files import replacing
+from patchpipe.files import save_figure
 from patchpipe.scheduling.simulator.measure import Figures
 
 _PANELS = {"all": "all requests", "picture": "pictures", "clip": "clips"}
@@ -30,12 +30,7 @@ def draw(found: Sequence[Figures], title: str, out: Path) -> None:
         ValueError: matplotlib is not installed, or it knows no such format.
     """
     figure = figure_of(found, title)
-    known = figure.canvas.get_supported_filetypes()
-    kind = out.suffix[1:].lower()
-    if kind not in known:
-        raise ValueError(f"{out} must end in a format of pictures: .{', .'.join(sorted(known))}")
-    with replacing(out) as temporary:
-        figure.savefig(temporary, format=kind)
+    save_figure(figure, out)
 
 
 def figure_of(found: Sequence[Figures], title: str) -> Any:

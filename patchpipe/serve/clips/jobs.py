@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from PIL import Image
 
+from patchpipe.clips import clips_of, write_clip
 from patchpipe.serve import media
 from patchpipe.serve.clips.store import Clip, Store
 from patchpipe.serve.refusals import Refusal, bad, unknown
@@ -194,9 +195,9 @@ class Clips:
         if found is None:
             return  # deleted
         try:
-            frames = media.frames_of(output)
+            [frames] = clips_of([output])
             part = place / ".video.part.mp4"
-            media.encode_clip(frames, found.frames_per_second, part)
+            write_clip(frames, part, found.frames_per_second)
             media.write_whole(part.read_bytes(), place / VARIANTS["video"][0])
             part.unlink()
             media.write_whole(media.encode_picture(media.thumbnail(frames), "webp", 80), place / "thumbnail.webp")

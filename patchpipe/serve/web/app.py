@@ -34,7 +34,6 @@ def make_app(service: Service) -> FastAPI:
         description="Pictures and clips of diffusion models behind OpenAI's API.",
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,
-        max_body_size=service.settings.limits.body,
     )
     app.state.service = service
     app.add_middleware(Door, service=service)
@@ -47,7 +46,7 @@ def make_app(service: Service) -> FastAPI:
             expose_headers=["x-request-id"],
         )
     for router in (pictures.router, videos.router, others.router):
-        app.include_router(router)
+        app.include_router(router, max_body_size=service.settings.limits.body)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -75,6 +75,9 @@ class Door:
             self._check_origin(headers)
         elif path.startswith(_GUARDED) and scope["method"] != "OPTIONS":
             self._check_key(headers)
+        length, most = headers.get("content-length", ""), settings.limits.body
+        if length.isdigit() and int(length) > most:
+            raise Refusal(413, f"the body has {length[:20]} bytes: {most:,} are allowed", code="body_too_large")
         if scope["method"] == "POST" and path in _PAINTS:
             self._service.check_room()
 
