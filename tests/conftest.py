@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 
 # On CPUs not made by Intel, MKL's float32 products differ in the last bits with where a matrix lies in memory:
@@ -15,9 +16,17 @@ import torch
 
 from patchpipe.engine.processes import warm
 
+LOADED = pytest.StashKey[int]()
+MANY = 20  # modules
 
-def pytest_collection_finish() -> None:
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    freeze(session.config)
+
+
+def freeze(config: pytest.Config) -> None:
     """What is imported by now is here to stay: the collector, and the search for pipelines, need not go through it."""
+    config.stash[LOADED] = len(sys.modules)
     gc.collect()
     gc.freeze()
 
@@ -33,3 +42,5 @@ def libraries_stay_loaded() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread, as the ranks have: another number of threads adds sums up in another order."""
     torch.set_num_threads(1)
+    if len(sys.modules) > item.config.stash[LOADED] + MANY:  # a family of models is imported when it is first used
+        freeze(item.config)
