@@ -156,8 +156,8 @@ def _busy_ranks(rows: list[dict[str, Any]], limit: float) -> str:
     if beside is None or not found:
         return ""
     return (
-        f"\nTwo ranks that paint pictures of their own at once each run at {beside:.2f}× of one alone; of the bound "
-        f"that this leaves, PipeFusion reaches {max(found) / limit / beside:.0%}.\n"
+        f"\nTwo independent ranks that work at the same time each run at {beside:.2f}× the speed of one alone. "
+        f"Corrected for that, PipeFusion reaches {max(found) / limit / beside:.0%} of its bound.\n"
     )
 
 

@@ -109,7 +109,7 @@ def test_an_attached_pipeline_is_still_one_of_its_class() -> None:
     assert type(pipe).__name__ == "FluxPipeline"
     assert inspect.signature(type(pipe).__call__) == signature
     assert type(pipe).__call__.__doc__ == doc
-    with pytest.raises(ValueError, match="already where its ranks compute"):
+    with pytest.raises(ValueError, match="already where its rank computes"):
         pipe.to("cpu")
 
 

@@ -185,7 +185,10 @@ def test_generate_takes_a_layout_and_says_which_and_why(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"negative_prompt": "blue"}, "with true_cfg_scale above 1, and that is 1; add --set true_cfg_scale=4"),
+        (
+            {"negative_prompt": "blue"},
+            "with true_cfg_scale above 1, but true_cfg_scale is 1: add --set true_cfg_scale=4",
+        ),
         ({"negative_prompt": "blue", "true_cfg_scale": 1.0}, "--negative would have no effect"),
         ({"negative_prompt": "blue", "true_cfg_scale": 4.0}, None),
         ({"negative_prompt": ""}, None),

@@ -218,7 +218,7 @@ class Together:
     ("mask", "masked", "sharing", "text"),
     [
         (torch.ones(TEXT + 2, TEXT + 2, dtype=torch.bool), True, None, "5 queries by 5 keys is not supported"),
-        (torch.ones(2, 1, 1, TEXT + 2, dtype=torch.bool), False, None, r"its plan does not tell \(mask\)"),
+        (torch.ones(2, 1, 1, TEXT + 2, dtype=torch.bool), False, None, r"its plan does not say so \(mask\)"),
         (torch.zeros(2, HEADS, 1, TEXT + 2), True, Together(), "differs from head to head"),
     ],
     ids=["by query", "unknown to the plan", "by head"],

@@ -250,7 +250,7 @@ def test_from_pipe_of_half_precision_weights_says_which_dtype_to_ask_for() -> No
         FluxImg2ImgPipeline.from_pipe(pipe)
     made = FluxImg2ImgPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
     assert made.transformer.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="already where its ranks compute"):
+    with pytest.raises(ValueError, match="already where its rank computes"):
         made.to("cpu")
     patchpipe.restore(pipe)
 

@@ -203,12 +203,14 @@ def line(row: Row) -> str:
 
 INTRO = f"""# Schedulers
 
-Inside the loop a latent is lazy: what the scheduler does to it is recorded and runs patch by patch. An
-operation that mixes patches needs the whole latent, which costs a synchronisation of all devices. This table
-says which schedulers never need it. Every row is a loop of {STEPS} steps on a small latent in three patches of
-uneven height, against the same loop on a plain tensor.
+All latent schedulers in this table give bit-equal results. Most of them also never stop the stages.
 
-Written by `python -m tests.test_schedulers`; a test compares it with what it measures.
+Inside the loop the latent is lazy: what the scheduler does to it is recorded and runs patch by patch. An
+operation that mixes patches needs the whole latent (it *materialises*), and then all devices must wait for each
+other. The table counts how often that happens, and names the operation. Every row is a loop of {STEPS} steps on a
+small latent in three patches of uneven height, compared with the same loop on a plain tensor.
+
+This page is written by `python -m tests.test_schedulers`. A test compares it with what it measures.
 
 """
 
@@ -220,7 +222,7 @@ def page(rows: Sequence[Row]) -> str:
         f"{len({row[0] for row in run})} schedulers in {len(run)} configurations are bit-equal; "
         f"{len({row[0] for row in good})} schedulers in {len(good)} configurations never materialise.\n\n"
     )
-    head = "| scheduler | options | bit-equal | materialisations | by |\n| --- | --- | --- | --- | --- |\n"
+    head = "| scheduler | options | bit-equal | materialisations | operation |\n| --- | --- | --- | --- | --- |\n"
     return INTRO + summary + head + "\n".join(map(line, rows)) + "\n"
 
 

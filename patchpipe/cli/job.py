@@ -186,8 +186,8 @@ def check_negative(arguments: dict[str, Any], engine: Engine) -> None:
     if isinstance(value, (int, float)) and value <= 1:
         remedy = "--set true_cfg_scale=4" if calls else "--guidance 5"
         raise ValueError(
-            f"--negative would have no effect: {engine.ranks[0].pipeline_class} looks at it only with {strength} above "
-            f"1, and that is {value:g}; add {remedy} (takes twice as long), or leave --negative out"
+            f"--negative would have no effect: {engine.ranks[0].pipeline_class} uses it only with {strength} above 1, "
+            f"but {strength} is {value:g}: add {remedy} (takes twice as long), or leave --negative out"
         )
 
 

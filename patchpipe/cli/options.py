@@ -43,8 +43,8 @@ Layout = Annotated[
     Literal["auto", "exact", "plain"],
     _option(
         _LAYOUT,
-        "Where none of the others is given: auto takes the quickest for the devices there are, exact the quickest with "
-        "the picture of one device, plain runs diffusers as it is.",
+        "If no other layout option is given: auto takes the fastest layout for the devices there are; exact takes the "
+        "fastest that gives the picture of one device; plain runs plain diffusers.",
         "--layout",
         metavar="HOW",
         default=True,
@@ -53,7 +53,8 @@ Layout = Annotated[
 Pipefusion = Annotated[int, _degree("Pipeline stages N, one device each.", "--pipefusion", "-N")]
 Cfg = Annotated[int, _degree("2 runs the two guidance branches side by side.")]
 IdleBranch = Annotated[
-    bool, _option(_DETAIL, "With --cfg 2: take unguided requests too; half of the ranks then wait.", "--idle-branch")
+    bool,
+    _option(_DETAIL, "With --cfg 2: also take unguided requests; half of the ranks then wait.", "--idle-branch"),
 ]
 Data = Annotated[int, _degree("Parts the pictures of a request are split into.")]
 Ulysses = Annotated[int, _degree("Ranks that share a stage by tokens and heads.")]
@@ -63,7 +64,7 @@ Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of 
 ParallelVae = Annotated[bool, _option(_LAYOUT, "Decode the picture in strips, one per rank.", "--parallel-vae")]
 Compile = Annotated[bool, _option(_LAYOUT, "Compile the blocks; the first picture takes longer.", "--compile")]
 Patches = Annotated[
-    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the quickest.[/]", metavar="M")
+    int | None, _option(_LAYOUT, "Patches M the picture is cut into. [dim]Default: the fastest.[/]", metavar="M")
 ]
 SplitBatch = Annotated[
     bool | None,
@@ -85,7 +86,7 @@ Forecast = Annotated[
     bool,
     _option(
         _DETAIL,
-        "Show stale keys and values where they will be: a picture much nearer to one device's. [dim]Default: no.[/]",
+        "Correct stale keys and values by their last change: much closer to one device's picture. [dim]Default: no.[/]",
         "--forecast/--no-forecast",
     ),
 ]
@@ -93,8 +94,8 @@ Offload = Annotated[
     str | None,
     _option(
         _LAYOUT,
-        "Keep weights of the blocks off the device until they are needed: auto, GiB for them, or "
-        "resident=0.4,depth=8,gate=on,tier=disk. [dim]Default: all stay.[/]",
+        "Keep weights of the blocks off the device until they are needed: auto, or GiB they may take on the device, or "
+        "resident=0.4,depth=8,gate=on,tier=disk. [dim]Default: all weights stay on the device.[/]",
         metavar="auto|GIB|…",
     ),
 ]
@@ -112,7 +113,7 @@ StageBlocks = Annotated[
     str | None,
     _option(
         _DETAIL,
-        "Blocks of each stage; 3.5 runs the fourth for half of the patches. [dim]Default: balanced by cost.[/]",
+        "Blocks of each stage; 3.5 runs the fourth block for half of the patches. [dim]Default: balanced by cost.[/]",
         metavar="1,2,…",
     ),
 ]
@@ -122,7 +123,7 @@ TextRank = Annotated[
     _option(_DETAIL, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
 ]
 BackendChoice = Annotated[Backend, _option(_DETAIL, "How ranks talk; with gloo they can share a GPU.", default=True)]
-Timeout = Annotated[float, _option(_DETAIL, "Seconds any wait for a rank may last.", default=True)]
+Timeout = Annotated[float, _option(_DETAIL, "Most seconds that a wait for another rank may last.", default=True)]
 
 ModelOption = Annotated[
     str | None,
@@ -155,11 +156,11 @@ Revision = Annotated[str | None, _option(_MODEL, "Branch, tag or commit of a hub
 Height = Annotated[int | None, _option(_PICTURE, "Height in pixels.")]
 Width = Annotated[int | None, _option(_PICTURE, "Width in pixels.")]
 Steps = Annotated[int | None, _option(_PICTURE, "Denoising steps.")]
-ClipFrames = Annotated[int | None, _option(_PICTURE, "Frames of a clip, of a model that makes clips.", "--frames")]
+ClipFrames = Annotated[int | None, _option(_PICTURE, "Frames of a clip, for a model that makes clips.", "--frames")]
 Fps = Annotated[
     float | None, _option(_PICTURE, "Frames a second at which a clip plays. [dim]Default: the model's.[/]", "--fps")
 ]
-Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; further ones count up.", default=True)]
+Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; the next one has the next number.", default=True)]
 Guidance = Annotated[
     float | None,
     _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
@@ -173,7 +174,7 @@ Loras = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    _option(_PICTURE, "Any further pipeline argument, its value read as JSON.", "--set", metavar="KEY=VALUE"),
+    _option(_PICTURE, "Any other argument of the pipeline; the value is read as JSON.", "--set", metavar="KEY=VALUE"),
 ]
 Picture = Annotated[
     Path | None,
@@ -181,12 +182,10 @@ Picture = Annotated[
 ]
 Mask = Annotated[
     Path | None,
-    _option(
-        _PICTURE, "White where --image is to be painted anew; implies --task inpainting.", "--mask", metavar="FILE"
-    ),
+    _option(_PICTURE, "Mask: white where --image shall change; implies --task inpainting.", "--mask", metavar="FILE"),
 ]
 Strength = Annotated[
-    float | None, _option(_PICTURE, "How much of --image is painted anew, 0 to 1. [dim]Default: the pipeline's.[/]")
+    float | None, _option(_PICTURE, "How much --image changes, 0 to 1. [dim]Default: the pipeline's.[/]")
 ]
 Scheduler = Annotated[
     str | None,
@@ -196,7 +195,7 @@ InFlight = Annotated[
     int,
     _option(
         _PICTURE,
-        "Pictures painted at once: what one leaves idle of the stages works for another. Same pictures, more memory.",
+        "Pictures painted at once: stages that are idle for one work for another. Same pictures, more memory.",
         default=True,
     ),
 ]
@@ -206,8 +205,7 @@ Out = Annotated[
     Path | None,
     _option(
         _OUTPUT,
-        "Picture or clip to write; several are numbered. [dim]Default: out.png or out.mp4, or the next number that is "
-        "free.[/]",
+        "Picture or clip to write; several are numbered. [dim]Default: out.png or out.mp4, or the next free number.[/]",
         "-o",
         "--output",
         metavar="FILE",
@@ -224,7 +222,7 @@ Trace = Annotated[
 ]
 PreviewSteps = Annotated[
     int | None,
-    _option(_OUTPUT, "Write what the picture looks like to FILE.preview.png every so many steps.", "--preview"),
+    _option(_OUTPUT, "Every so many steps, write a preview of the picture to FILE.preview.png.", "--preview"),
 ]
 Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--debug")]
 

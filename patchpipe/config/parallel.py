@@ -33,34 +33,34 @@ class ParallelConfig:
 
     Args:
         pipefusion: Number of pipeline stages N. Each device holds about 1/N of the blocks.
-        patches: Number of patches M the latent is cut into. ``None`` takes the number whose request is the
-            shortest: more patches than stages hide the hops between stages, fewer are cheaper to compute (see
-            ``patchpipe.layout.patching.quickest``); never so many that one has fewer rows than ranks.
-        split_batch: Whether a batch of an even number of entries, such as both branches of guidance, goes through
-            the stages in halves. Half as many patches, which see fresher keys, then keep the stages busy, and blocks
-            that do not divide by the stages are evened out between the halves; a patch costs as much as two.
-            ``None`` does so where it evens out the stages.
-        share_blocks: Whether two neighbouring stages may both hold the block between them, and run it for some of the
-            patches each, so that stages take equally long where blocks do not divide by them. The picture is the
-            same; fresh keys and values of such blocks are sent to the other stage. ``None`` does so where a step is
-            at least 3 % shorter, and not where ``split_batch`` evens out the stages.
-        warmup: Synchronous steps W before patches stream across step boundaries, counted per
-            guidance branch in calls of the transformer. ``"all"`` makes every step synchronous, which is
-            bit-equal to one device. ``"coarse"`` has none: a quarter of the tokens goes through the stages ahead of
-            the first patch instead and stands for all, so that no stage waits.
-        forecast: Whether rows that no patch has recomputed yet are shown where they will be, in place of where they
-            were one step before: their last change goes on as the noise level does. Far nearer to one device's
-            picture; takes half of a 16-bit store's memory in addition.
-        patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts them to cost the same.
+        patches: Number of patches M the latent is cut into. ``None`` takes the number that makes a request the
+            shortest (see ``patchpipe.layout.patching.quickest``). More patches than stages hide the hops between
+            stages; fewer patches are cheaper to compute. Each patch keeps at least one row per rank.
+        split_batch: Whether a batch goes through the stages in halves, if its number of entries is even, as with both
+            branches of guidance. Then half as many patches keep the stages busy, and they see fresher keys. Blocks
+            that do not divide by the stages are evened out between the halves. Each patch costs as much as two.
+            ``None`` does so if it evens out the stages.
+        share_blocks: Whether two neighbouring stages may both hold the block between them. Each runs it for some of the
+            patches, so that stages take equally long if blocks do not divide by them. The picture is the same. Fresh
+            keys and values of such blocks are sent to the other stage. ``None`` does so if a step gets at least 3 %
+            shorter and ``split_batch`` does not already even out the stages.
+        warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
+            of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
+            ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
+            stands for all tokens, so no stage waits.
+        forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
+            the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
+            values in 16 bits.
+        patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts patches so that all cost the same.
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost. In ``(3.5, 3.5)`` both stages
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
-            ``"spread"`` gives each encoder a rank of its own, as far as there are ranks.
-        data: Parts the batch is split into, each run by ranks of its own.
-        cfg: Guidance branches that run side by side: 2 gives the two branches ranks of their own.
-        idle_branch: Whether ``cfg=2`` also takes requests without guidance, whose only branch then runs on half of the
-            ranks while the others wait. ``False`` refuses them, since with ``cfg=1`` they would be quicker.
+            ``"spread"`` puts each encoder on its own rank, as far as there are ranks.
+        data: Number of parts of the batch. Each part has its own ranks.
+        cfg: Guidance branches that run side by side: with 2, each branch has its own ranks.
+        idle_branch: Whether ``cfg=2`` also takes requests without guidance. Their only branch then runs on half of the
+            ranks while the others wait. ``False`` refuses them, since they would be faster with ``cfg=1``.
         ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
             (DeepSpeed-Ulysses, arXiv 2309.14509).
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
@@ -68,15 +68,15 @@ class ParallelConfig:
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
         distrifusion: Ranks that hold the whole model and a part of the latent each, and see the others' keys
             and values one step late (DistriFusion, arXiv 2402.19481); instead of ``pipefusion``.
-        parallel_vae: Decode and encode pictures in strips of rows, one per rank, each of which then holds the
-            VAE: about 1/N of the memory, the same picture up to float tolerance.
-        compile: Compile the blocks a rank owns with ``torch.compile``, each kind of block once for all shapes. The
-            first request takes longer; results agree with eager ones to float tolerance.
-        offload: Keep weights of the blocks in host memory and copy them in chunks while others compute: an
+        parallel_vae: Decode and encode pictures in strips of rows, one strip per rank. Every rank then holds the VAE.
+            Decoding takes about 1/N of the memory; the picture is the same up to float tolerance.
+        compile: Compile the blocks of each rank with ``torch.compile``, each kind of block once for all shapes. The
+            first request takes longer. Results agree with eager ones to float tolerance.
+        offload: Keep weights of the blocks in host memory, and copy them in chunks while other blocks compute. An
             ``OffloadConfig``, or ``"auto"``. The picture is the same.
-        backend: ``"nccl"``, ``"gloo"`` (on CUDA tensors staged through the host, so that ranks can
-            share a device) or ``"auto"``: NCCL where every rank has a CUDA device of its own.
-        timeout: Seconds any wait for another rank may last.
+        backend: ``"nccl"``, ``"gloo"`` or ``"auto"``. gloo copies CUDA tensors through the host, so ranks can share a
+            device. ``"auto"`` takes NCCL if every rank has its own CUDA device, else gloo.
+        timeout: Most seconds that any wait for another rank may last.
 
     Raises:
         ValueError: A field is out of range or two fields contradict each other.

@@ -105,9 +105,9 @@ def choose(asked: OffloadConfig, inventory: Inventory, link: Link, memory: int |
         return min(fitting, key=lambda each: (each.waiting.seconds, each.bytes))
     least = min(found, key=lambda each: each.bytes)
     raise ValueError(
-        f"offload: the weights of a rank's blocks need {_gib(least.bytes)} of the device at least ({least.share:.0%} "
-        f"of them stay, and {_gib(least.ring)} to work in), but {_gib(limit or 0)} is what there is: give more memory, "
-        f"smaller chunks, less depth, or use more stages"
+        f"offload: the weights of a rank's blocks need at least {_gib(least.bytes)} on the device ({least.share:.0%} "
+        f"of them stay there, and {_gib(least.ring)} is working memory), but there is only {_gib(limit or 0)}: give "
+        f"more memory, smaller chunks or less depth, or use more stages"
     )
 
 

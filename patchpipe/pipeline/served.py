@@ -83,14 +83,14 @@ def _check_move(kind: type, attachment: Any, args: tuple[Any, ...], kwargs: dict
     here, held = attachment.group.device, attachment.runner.dtype
     if device is not None:
         raise ValueError(
-            f"a parallel pipeline is already where its ranks compute, this one on {here}: leave out .to(...), pass "
-            f"device= and dtype= to from_pretrained, or move the pipeline before parallelize"
+            f"a parallel pipeline cannot be moved: it is already where its rank computes, on {here}. Leave out "
+            f".to(...), pass device= and dtype= to from_pretrained, or move the pipeline before parallelize"
         )
     if dtype is not None and dtype != held:
         raise ValueError(
-            f"this would turn weights that {kind.__name__} shares with a parallel pipeline from {held} to {dtype}, "
-            f"which from_pipe does unless told otherwise: write {kind.__name__}.from_pipe(pipe, torch_dtype={held}), "
-            f"or choose the dtype when the pipeline is loaded"
+            f"{kind.__name__} shares its weights with a parallel pipeline, and this would turn them from {held} to "
+            f"{dtype}. from_pipe does so if no dtype is given: write {kind.__name__}.from_pipe(pipe, "
+            f"torch_dtype={held}), or choose the dtype when the pipeline is loaded"
         )
 
 

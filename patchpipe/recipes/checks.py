@@ -279,7 +279,7 @@ def check_surroundings(pipe: Any, runner: Runner, *, own: bool) -> None:
     if own and not all(any(part is model for part in vars(pipe).values()) for model in runner.models):
         raise ValueError(
             "pipe.transformer is another model than when the pipeline was made parallel: call patchpipe.restore(pipe) "
-            "before it is replaced, and parallelize afterwards"
+            "first, then replace the transformer, then call parallelize again"
         )
     now = next((dtype for dtype in map(matrix_dtype, runner.models) if dtype != runner.dtype), runner.dtype)
     if now != runner.dtype:
@@ -289,6 +289,6 @@ def check_surroundings(pipe: Any, runner: Runner, *, own: bool) -> None:
         )
     if any(torch.is_autocast_enabled(kind) for kind in {"cpu", runner.group.device.type}):
         raise ValueError(
-            "torch.autocast around the call changes the dtype of what stages and patches give each other: load the "
-            "pipeline in that dtype instead, with dtype= of from_pretrained, or before parallelize"
+            "torch.autocast around the call changes the dtype of data that stages and patches exchange: load the "
+            "pipeline in that dtype instead, with from_pretrained(…, dtype=…), or before parallelize"
         )

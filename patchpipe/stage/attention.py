@@ -99,8 +99,8 @@ class _StoreMode(TorchFunctionMode):
             return None, None
         if mask is not None and not layer.masked:
             raise NotImplementedError(
-                "the model masks self-attention, which its plan does not tell (mask) and which is therefore not "
-                "supported while patches stream or are shared: use warmup='all' on one device, or with pipefusion alone"
+                "the model masks self-attention, but its plan does not say so (mask): not supported if patches "
+                "stream or are shared. Use warmup='all' on one device, or warmup='all' with pipefusion alone"
             )
         table = table_of(mask, layer.rows, query.dtype) if layer.masked else None
         if table is not None:

@@ -182,8 +182,8 @@ class Survey:
             rows = None if missing else Rows.of(held.segments, sizes, self._raster)
             if rows is None or value.shape[held.dim] != rows.total or min(rows.sizes) < 0:
                 raise RuntimeError(
-                    f"{name} has {value.shape[held.dim]} rows before {listing.path}, which is not what the plan of "
-                    f"{self._plan.model} makes of it ({', '.join(f'{key} {size}' for key, size in sizes.items())})"
+                    f"{name} has {value.shape[held.dim]} rows before {listing.path}, but the plan of "
+                    f"{self._plan.model} says {', '.join(f'{key} {size}' for key, size in sizes.items())}"
                 )
             found[name] = StreamKind(rows, value.shape[-1], value.dtype, held.dim)
         return found

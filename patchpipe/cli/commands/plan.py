@@ -72,20 +72,20 @@ Card = Annotated[
 ]
 LinkName = Annotated[
     str | None,
-    option(_MACHINE, "What joins them, such as pcie4, nvlink3 or 25gbe. [dim]Default: the usual.[/]", "--link"),
+    option(_MACHINE, "Link between devices, such as pcie4, nvlink3 or 25gbe. [dim]Default: the usual.[/]", "--link"),
 ]
 ProfileFile = Annotated[
     Path | None,
-    option(_MACHINE, "What `patchpipe profile` wrote, instead of --device and --link.", "--profile", metavar="FILE"),
+    option(_MACHINE, "File of `patchpipe profile`, instead of --device and --link.", "--profile", metavar="FILE"),
 ]
 Memory = Annotated[float | None, option(_MACHINE, "GiB a device may hold. [dim]Default: all it has.[/]", "--memory")]
 Single = Annotated[
     float | None,
-    option(_MACHINE, "Seconds one device takes, as measured: calibrates the compute rate.", "--single"),
+    option(_MACHINE, "Measured seconds of one device; calibrates the compute rate.", "--single"),
 ]
-Exact = Annotated[bool, option(_WISHES, "Only methods whose picture is that of one device.", "--exact")]
+Exact = Annotated[bool, option(_WISHES, "Only methods that give the picture of one device.", "--exact")]
 Fresh = Annotated[
-    float, option(_WISHES, "Least share of fresh keys of a layout that may win.", "--fresh", default=True)
+    float, option(_WISHES, "Smallest share of fresh keys that the chosen layout may have.", "--fresh", default=True)
 ]
 Guided = Annotated[
     bool | None,
@@ -98,7 +98,7 @@ Offloaded = Annotated[
     bool,
     option(
         _WISHES,
-        "Whether weights may come from the host in chunks where a layout does not fit otherwise.",
+        "If a layout does not fit, let weights be copied from the host in chunks.",
         "--offload/--no-offload",
         default=True,
     ),

@@ -39,7 +39,8 @@ Warmups = Annotated[
     str, options.option(_PANEL, "Numbers of synchronous steps, or coarse.", "--warmup", metavar="W,…", default=True)
 ]
 Forecasts = Annotated[
-    str, options.option(_PANEL, "Stale rows forecast: on, off or both.", "--forecast", metavar="on,off", default=True)
+    str,
+    options.option(_PANEL, "Forecast stale rows: on, off or both.", "--forecast", metavar="on,off", default=True),
 ]
 Out = Annotated[
     Path | None,

@@ -60,9 +60,13 @@ GroupSize = Annotated[
 Degree = Annotated[
     int, option(_MACHINE, "Devices of a clip under policies that do not choose them.", "--degree", default=True)
 ]
-Admit = Annotated[bool, option(_MACHINE, "Refuse at once what cannot be met; it counts as missed.", "--admission")]
+Admit = Annotated[
+    bool,
+    option(_MACHINE, "Refuse at once what would be late; it counts as missed.", "--admission"),
+]
 CostError = Annotated[
-    float, option(_MACHINE, "Steps take up to so many times more or less than believed.", "--error", default=True)
+    float,
+    option(_MACHINE, "Largest factor by which steps are longer or shorter than expected.", "--error", default=True),
 ]
 ScenarioFile = Annotated[
     Path | None,
@@ -78,7 +82,7 @@ Loads = Annotated[str, option(_LOAD, "Requests a minute.", "--loads", metavar="N
 Count = Annotated[int, option(_LOAD, "Requests of a run.", "--requests", default=True)]
 Clips = Annotated[float, option(_LOAD, "Share of the requests that are clips.", "--clips", default=True)]
 InBursts = Annotated[bool, option(_LOAD, "Arrivals in bursts, four times as dense as the calm.", "--bursts")]
-Scale = Annotated[float, option(_LOAD, "What all deadlines are multiplied by.", "--scale", default=True)]
+Scale = Annotated[float, option(_LOAD, "Factor on all deadlines.", "--scale", default=True)]
 BasesGiven = Annotated[
     str | None,
     option(
@@ -90,7 +94,7 @@ BasesGiven = Annotated[
     ),
 ]
 Paper = Annotated[bool, option(_RUN, "Show the paper's figures beside, and its policy RASP.", "--paper")]
-Seeds = Annotated[int, option(_RUN, "Runs, each with other chances.", "--seeds", default=True)]
+Seeds = Annotated[int, option(_RUN, "Number of runs, each with another random seed.", "--seeds", default=True)]
 Out = Annotated[Path | None, option(_RUN, "Drawing of deadlines met against load.", "-o", "--output", metavar="FILE")]
 Report = Annotated[Path | None, option(_RUN, "Write all figures; - for standard output.", "--json", metavar="FILE")]
 

@@ -30,13 +30,13 @@ EPILOG = """
   [green]patchpipe trace[/] run.json --steps 4-6 -o steps.svg
 """
 LONGEST_WAITS = 3
-TraceFile = Annotated[Path, typer.Argument(help="What --trace wrote.", metavar="FILE")]
+TraceFile = Annotated[Path, typer.Argument(help="File that --trace wrote.", metavar="FILE")]
 Drawing = Annotated[
     Path | None,
     typer.Option(
         "-o",
         "--output",
-        help="Picture to write. [dim]Default: FILE-timeline.png, or the next number that is free.[/]",
+        help="Picture to write. [dim]Default: FILE-timeline.png, or the next free number.[/]",
         show_default=False,
     ),
 ]
