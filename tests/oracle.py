@@ -168,20 +168,23 @@ class _Pass(TorchFunctionMode):
         tokens: int,
         fresh: Sequence[int],
         exist: Sequence[int],
-        with_text: bool,
+        begins: bool,
         after: int | None,
         pace: tuple[float, bool] | None = None,
         stands_for: Sequence[int] = (),
         sound: int = 0,
         joined: bool = False,
         references: tuple[int, bool, bool] = (0, False, False),
+        text: tuple[int, int] = (0, 1),
     ) -> None:
         super().__init__()
+        self.part_of_text = text  # which part of the text this pass refreshes, of how many
+        self.text_grows = len(exist) < tokens  # as the picture's rows do, where no pass has computed all of them
         self.references = references  # how many rows follow the picture's, whether they are refreshed, and there at all
         self.stands_for = stands_for  # the token in whose place each is shown from then on
         self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
-        self.with_text, self.after = with_text, after  # riders that stand after the picture; all, if not said
+        self.begins, self.after = begins, after  # riders that stand after the picture; all, if not said
         self.layer, self.idle, self.sound, self.joined = -1, False, sound, joined
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,10 +210,13 @@ class _Pass(TorchFunctionMode):
         reference = list(range(image_at + self.tokens, image_at + self.tokens + others))
         if self.sound and count == self.sound:  # of which the clip is no part
             text = list(range(count))
-            return self._shown(computed, text if self.with_text else [], text), text
-        refreshed = [image_at + row for row in self.fresh] + (text if self.with_text else [])
+            return self._shown(computed, text if self.begins else [], text), text
+        part, parts = self.part_of_text
+        low, high = (min(part + at, parts) * (len(text) // parts) + min(part + at, len(text) % parts) for at in (0, 1))
+        own, there = text[low:high], text[:high] if self.text_grows else text
+        refreshed = [image_at + row for row in self.fresh] + own
         refreshed += reference if with_others else []
-        seen = sorted([image_at + row for row in self.exist] + text + (reference if others_exist else []))
+        seen = sorted([image_at + row for row in self.exist] + there + (reference if others_exist else []))
         shown = self._shown(computed, refreshed, seen)
         for kept in self.table[self.layer] if self.stands_for else []:
             image = slice(image_at, image_at + self.tokens)
@@ -226,7 +232,7 @@ class _Pass(TorchFunctionMode):
 
     def _refresh(self, kept: History, rows: Tensor, refreshed: list[int]) -> None:
         new = rows[:, :, refreshed]
-        if self.pace is not None and self.with_text:  # the first patch of a step, or all of it
+        if self.pace is not None and self.begins:  # the first patch of a step, or all of it
             kept.shown = kept.true + self._worth(kept, new, refreshed) * kept.change
         if self.pace is not None:
             change = new - kept.true[:, :, refreshed]
@@ -257,8 +263,9 @@ class _Naive:
         forecast: bool = False,
         coarse: bool = False,
         references: int = 0,
+        text_patches: int = 1,
     ) -> None:
-        self.coarse, self.references = coarse, references
+        self.coarse, self.references, self.text_patches = coarse, references, text_patches
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
@@ -317,7 +324,10 @@ class _Naive:
             sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
             references = self.references, stop == rows, step > 0 or stop == rows
             joined = self.facts is not None and self.facts.joined
-            self.attention = _Pass(self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references)
+            text = index, 1 if len(patches) == 1 else self.text_patches
+            self.attention = _Pass(
+                self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references, text
+            )
             with self.attention, self._mixing(branch, fresh, tokens_per_row):
                 result = self.forward(*args, **{**kwargs, "return_dict": False})
             second = result[1] if sound and index == 0 else second
@@ -389,6 +399,7 @@ def naive_pipefusion(
     forecast: bool = False,
     coarse: bool = False,
     references: int = 0,
+    text_patches: int = 1,
 ) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
@@ -400,10 +411,11 @@ def naive_pipefusion(
         forecast: Whether stale rows are shown where they will be.
         coarse: Whether a quarter of the tokens goes ahead, and stands for all.
         references: Tokens of pictures that follow the one that is painted; they go with its last patch.
+        text_patches: Over how many of the first patches the text is spread.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse, references)
+        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse, references, text_patches)
     try:
         yield
     finally:

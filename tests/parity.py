@@ -97,8 +97,9 @@ def expected(name: str, schedule_text: str, call_text: str) -> np.ndarray:
         two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS, *tiny_images.TWO_CALLS))
         references = tiny_images.REFERENCES.get(name, 0)
         oracle = naive_pipefusion(
-            pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls, references=references
-        )
+            pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls, references=references,
+            text_patches=config.text_patches or 1,
+        )  # fmt: skip
     with oracle:
         return np.asarray(tiny.painted(call_pipeline(pipe, arguments)))
 

@@ -109,6 +109,13 @@ Warmup = Annotated[
     ),
 ]
 PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
+TextPatches = Annotated[
+    int | None,
+    _option(
+        _DETAIL,
+        "Over how many of the first patches the text is spread. [dim]Default: one, more where the text is long.[/]",
+    ),
+]
 StageBlocks = Annotated[
     str | None,
     _option(

@@ -52,6 +52,9 @@ class ParallelConfig:
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts patches so that all cost the same.
+        text_patches: Over how many of the first patches the text is spread. ``None`` takes one, or as many as it needs
+            that no patch takes much longer than another where the text is long beside the picture, and the model's
+            plan allows it.
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost. In ``(3.5, 3.5)`` both stages
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
@@ -89,6 +92,7 @@ class ParallelConfig:
     warmup: WarmupKind = 1
     forecast: bool = False
     patch_rows: tuple[int, ...] | None = None
+    text_patches: int | None = None
     stage_blocks: tuple[float, ...] | None = None
     output_rank: int = 0
     text_rank: int | Literal["spread"] | None = None
@@ -146,6 +150,10 @@ class ParallelConfig:
             raise ValueError(
                 'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
             )
+        if self.text_patches is not None:
+            check_at_least("text_patches", self.text_patches, 1)
+            if self.text_patches > 1 and self.distrifusion > 1:
+                raise ValueError("text_patches is for patches that stream; distrifusion has none: leave it out")
         self._freeze("patch_rows")
         self._freeze("stage_blocks")
         if self.share_blocks:

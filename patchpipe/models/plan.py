@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
-from patchpipe.models.latent import IMAGE, Latent
+from patchpipe.models.latent import IMAGE, REFERENCE, Latent
 from patchpipe.models.lora import SCALE
 
 CROSS = ()  # the rows of an attention layer whose keys and values no patch changes
@@ -29,7 +29,7 @@ class Holds:
     Args:
         segments: In their order. ``"image"`` is the picture that is painted, ``"reference"`` pictures that follow it in
             the latent, which ride with the last patch; any other name, such as ``"text"``, is of rows that ride with
-            the first.
+            the first, or are spread over some.
         dim: Their dim.
         ndim: Dims the tensor must have, where the model gives a tensor without rows in its place too.
     """
@@ -207,6 +207,12 @@ class ModelPlan:
     def plain(self) -> bool:
         """Whether all that rows meet in is one attention a layer, and nothing but streams goes from block to block."""
         return self.shares_blocks and not (self.second or self.sections or any(each.special for each in self.blocks))
+
+    @property
+    def spreads_text(self) -> bool:
+        """Whether rows of text may ride with several patches: they then meet in the same attention as the picture's."""
+        held = [each for listing in self.blocks for mixed in listing.attention.values() for each in mixed]
+        return self.plain and len(set(held) - {IMAGE, REFERENCE}) == 1
 
     @property
     def attends(self) -> bool:

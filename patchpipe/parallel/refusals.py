@@ -105,6 +105,11 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
             f"distrifusion={config.distrifusion} has not been tested with {plan.model}: use "
             f"pipefusion={config.distrifusion}, ulysses or ring"
         )
+    if (config.text_patches or 1) > 1 and not plan.spreads_text:
+        raise ValueError(
+            f"text_patches={config.text_patches} has not been tested with {plan.model}: leave it out, so that all "
+            f"text goes with the first patch"
+        )
     if config.warmup == COARSE and not plan.plain:
         raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
     if config.compile and any(listing.drops_masked for listing in plan.blocks):

@@ -67,13 +67,26 @@ class Layout:
     @cached_property
     def patches(self) -> tuple[int, ...]:
         """Image tokens of each patch in streaming order."""
-        rows, text = self.workload.rows, self.workload.joint_text
+        rows = self.workload.rows
         if self.config.pipefusion == 1 and self.config.patches in (None, 1):
             return (self.workload.image,)
         if self.system.text_every_patch:
             return tuple(size * rows.tokens for size in balanced_rows(rows, self.config.patches or 1))
-        cut = Cut.of(rows, self.config, text, self._patch_costs, self.halves, self.batch)
-        return tuple(patch.token_count for patch in cut.patches)
+        return tuple(patch.token_count for patch in self._cut.patches)
+
+    @cached_property
+    def _cut(self) -> Cut:
+        spreads = self.system.spreads_text and self.workload.spreads_text
+        rows, text = self.workload.rows, self.workload.joint_text
+        return Cut.of(rows, self.config, text, self._patch_costs, self.halves, self.batch, spreads)
+
+    def _text(self, index: int | None) -> int:
+        """Text tokens that ride with a patch, or with the whole latent (``None``)."""
+        text = self.workload.joint_text
+        if index is None or len(self.patches) == 1 or self.system.text_every_patch:
+            return text
+        low, high = self._cut.patches[index].rider_range(text)
+        return high - low
 
     @property
     def _patch_costs(self) -> PatchCosts:
@@ -108,9 +121,7 @@ class Layout:
         """What a rank computes at once: its part of a half of one patch, or of the whole latent (``None``)."""
         batch = self.batch if index is None else self.batch // self.halves
         image = self.workload.image if index is None else self.patches[index]
-        carries = index in (None, 0) or self.system.text_every_patch
-        text = self.workload.joint_text if carries else 0
-        key_text = self.workload.text
+        text, key_text = self._text(index), self.workload.text
         return Tokens(ceil(image / self.parts), ceil(text / self.parts), self.workload.image, key_text, batch)
 
 

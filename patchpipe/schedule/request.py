@@ -70,6 +70,7 @@ class RequestStats:
         reasons: The operations that asked for it.
         patches: Patches of the latent.
         patch_rows: Token rows of each.
+        text_patches: Over how many of the first ones the text was spread.
         stages: Pipeline stages.
         steps_synchronous: Calls of the transformer that saw fresh keys and values only.
         steps_patched: Calls that ran the latent patch by patch, or part by part, beside stale ones.
@@ -85,6 +86,7 @@ class RequestStats:
     reasons: list[str] = field(default_factory=list)
     patches: int = 1
     patch_rows: tuple[int, ...] = ()
+    text_patches: int = 1
     stages: int = 1
     steps_synchronous: int = 0
     steps_patched: int = 0
@@ -102,7 +104,7 @@ class RequestStats:
     def add(self, inner: RequestStats) -> None:
         """Counts in what a pipeline did that was called by the pipeline of this request."""
         if not self.touched:
-            self.patches, self.patch_rows = inner.patches, inner.patch_rows
+            self.patches, self.patch_rows, self.text_patches = inner.patches, inner.patch_rows, inner.text_patches
         self.materialisations += inner.materialisations
         self.reasons += inner.reasons
         self.steps_synchronous += inner.steps_synchronous
@@ -293,10 +295,12 @@ class Request:
             costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
             entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
             halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
-            self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries))
+            spreads = self.plan.spreads_text
+            self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries), spreads)
             self._latent_shape = spatial
             self._check_shares(self._cut)
             self.stats.patches = len(self._cut.patches)
+            self.stats.text_patches = self._cut.text_patches
             self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
         return self._cut
 

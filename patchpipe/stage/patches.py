@@ -10,6 +10,8 @@ from patchpipe.layout.axes import shares
 from patchpipe.layout.patching import PatchCosts
 from patchpipe.models.latent import Raster
 
+EVEN = 1.15  # how many times the mean the dearest patch may cost before text is spread over more
+
 
 @dataclass(frozen=True)
 class Patch:
@@ -24,6 +26,7 @@ class Patch:
         whole: Whether it is the uncut latent, as in a synchronous step.
         part: Which of how many ranks share the patch; the ranges above are then this rank's own.
         joined: What follows the picture along the latent's cut dim and rides with this piece.
+        text: Which part of the text rides with the patch, of how many; ``(0, 0)`` for none.
     """
 
     index: int
@@ -34,6 +37,7 @@ class Patch:
     whole: bool = False
     part: tuple[int, int] = (0, 1)
     joined: tuple[int, int] = (0, 0)
+    text: tuple[int, int] = (0, 0)
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -55,8 +59,12 @@ class Patch:
         return self.whole and self.part[1] == 1
 
     def rider_range(self, rows: int) -> tuple[int, int]:
-        """Which rows of a segment, such as text, ride with this piece: all with the first patch, shared by ranks."""
-        return shares(rows, self.part[1])[self.part[0]] if self.carries_riders else (0, 0)
+        """Which rows of a segment, such as text, ride with this piece; ranks that share the patch share them."""
+        if not self.carries_riders:
+            return (0, 0)
+        low, high = shares(rows, self.text[1])[self.text[0]]
+        start, stop = shares(high - low, self.part[1])[self.part[0]]
+        return low + start, low + stop
 
     @property
     def reference_range(self) -> tuple[int, int]:
@@ -66,8 +74,8 @@ class Patch:
 
     @property
     def carries_riders(self) -> bool:
-        """Text rides with the first patch of a step."""
-        return self.index == 0
+        """Whether text rides with it: with the first patch, or with as many as it is spread over."""
+        return self.text[1] > 0
 
     @property
     def token_count(self) -> int:
@@ -77,10 +85,17 @@ class Patch:
 
 @dataclass(frozen=True)
 class Cut:
-    """The patches of one latent shape; the same for every step of a request."""
+    """The patches of one latent shape; the same for every step of a request.
+
+    Attributes:
+        rows: Token rows of the picture.
+        row_bounds: Where patches begin and end, in token rows.
+        text_patches: Over how many of the first patches the text is spread.
+    """
 
     rows: Raster
     row_bounds: tuple[int, ...]
+    text_patches: int = 1
 
     @classmethod
     def of(
@@ -91,16 +106,18 @@ class Cut:
         costs: PatchCosts | None = None,
         halves: int = 1,
         entries: int = 1,
+        spreads: bool = False,
     ) -> Cut:
         """Cuts ``rows`` as ``config`` asks.
 
         Args:
             rows: Token rows of the picture.
             config: The layout.
-            text: Text tokens that ride with the first patch.
+            text: Text tokens that ride with the first patch, or are spread over some.
             costs: What a patch costs; nothing, if not given.
             halves: 2 where the batch goes through the stages in halves.
             entries: Of the batch, as a rank runs it: what a patch costs beside its tokens, it costs for all at once.
+            spreads: Whether the model's text may be spread over patches; it is where it is long.
 
         Raises:
             ValueError: More patches than rows, or ``patch_rows`` that do not add up to the picture.
@@ -109,13 +126,18 @@ class Cut:
             return cls(rows, (0, *(stop for _, stop in shares(rows.count, config.distrifusion))))
         tokens = entries // halves * (rows.count * rows.tokens + text)
         count = config.patches_for(rows.count, tokens, costs or PatchCosts(), halves)
-        sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring)
+        spread = config.text_patches or 1
+        if config.text_patches is None and config.patch_rows is None and spreads:
+            spread = spread_of(rows, count, text, config.ulysses * config.ring)
+        if spread > count:
+            raise ValueError(f"text_patches={spread} is more than the {count} patches of this picture: give fewer")
+        sizes = config.patch_rows or balanced_rows(rows, count, text, config.ulysses * config.ring, spread)
         if sum(sizes) != rows.count:
             raise ValueError(
                 f"patch_rows={sizes} adds up to {sum(sizes)} token rows but this picture has {rows.count}: "
                 f"change them, or give patches={len(sizes)} for an even cut"
             )
-        return cls(rows, (0, *accumulate(sizes)))
+        return cls(rows, (0, *accumulate(sizes)), spread)
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -166,6 +188,7 @@ class Cut:
 
     def _patch(self, index: int, start: int, stop: int, whole: bool = False) -> Patch:
         units, tokens = self.rows.units, self.rows.tokens
+        parts = 1 if whole else self.text_patches
         return Patch(
             index=index,
             units=(start * units, stop * units),
@@ -174,35 +197,58 @@ class Cut:
             total_tokens=self.total_tokens,
             whole=whole,
             joined=(self.total_tokens, self.total_tokens + self.rows.joined) if stop == self.rows.count else (0, 0),
+            text=(index, parts) if index < parts else (0, 0),
         )
 
 
-def balanced_rows(rows: Raster, patches: int, text: int = 0, fewest: int = 1) -> tuple[int, ...]:
+def balanced_rows(rows: Raster, patches: int, text: int = 0, fewest: int = 1, text_patches: int = 1) -> tuple[int, ...]:
     """Sizes, in rows, of patches that cost about the same.
 
-    A text token costs what an image token does, so the first patch, which carries the text, has fewer rows: else
-    every stage waits for it once a step where there are as many patches as stages.
+    A text token costs what an image token does, so patches that carry text have fewer rows: else every stage waits for
+    them once a step where there are as many patches as stages.
 
     Args:
         rows: Token rows of the picture.
         patches: Number of patches, at most one a row.
-        text: Text tokens that ride with the first patch.
+        text: Text tokens.
         fewest: Rows every patch should have, if there are as many.
+        text_patches: The first patches, which carry the text.
 
     Returns:
-        The first patch's rows, then the others', which differ by one at most, the larger ones last.
+        Rows of the patches with text, then of the others. Either differ by one at most, the larger ones last.
     """
-    if patches == 1:
-        return (rows.count,)
-    others = patches - 1
+    if patches == text_patches:
+        return _even(rows.count, patches)
+    others, share = patches - text_patches, -(-text // text_patches)
+
+    def sizes(first: int) -> tuple[int, ...]:
+        return *_even(first, text_patches), *_even(rows.count - first, others)
 
     def unevenness(first: int) -> tuple[float, float]:
-        costs = [first * rows.tokens + text, *(size * rows.tokens for size in _even(rows.count - first, others))]
+        costs = [size * rows.tokens + share * (at < text_patches) for at, size in enumerate(sizes(first))]
         return max(costs), sum(cost * cost for cost in costs)
 
-    low = max(1, min(fewest, rows.count // patches))
-    first = min(range(low, max(low, rows.count // patches) + 1), key=unevenness)
-    return first, *_even(rows.count - first, others)
+    low = text_patches * max(1, min(fewest, rows.count // patches))
+    return sizes(min(range(low, max(low, text_patches * rows.count // patches) + 1), key=unevenness))
+
+
+def spread_of(rows: Raster, patches: int, text: int, fewest: int = 1) -> int:
+    """Over how many patches text is spread: one, or where it is long as few as make no patch much dearer than another.
+
+    Args:
+        rows: Token rows of the picture.
+        patches: Number of patches.
+        text: Text tokens.
+        fewest: Rows every patch should have, if there are as many.
+    """
+    mean = (rows.total + text) / patches
+
+    def dearest(spread: int) -> float:
+        sizes, share = balanced_rows(rows, patches, text, fewest, spread), -(-text // spread)
+        return max(size * rows.tokens + share * (at < spread) for at, size in enumerate(sizes)) / mean
+
+    even = (spread for spread in range(1, patches + 1) if dearest(spread) <= EVEN)
+    return next(even, min(range(1, patches + 1), key=dearest))
 
 
 def _even(rows: int, patches: int) -> tuple[int, ...]:

@@ -119,6 +119,7 @@ def generate(
     offload: options.Offload = None,
     warmup: options.Warmup = "1",
     patch_rows: options.PatchRows = None,
+    text_patches: options.TextPatches = None,
     stage_blocks: options.StageBlocks = None,
     output_rank: options.OutputRank = 0,
     text_rank: options.TextRank = None,

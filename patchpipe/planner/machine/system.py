@@ -13,6 +13,7 @@ class System:
     Attributes:
         name: The program.
         text_every_patch: Whether the text's stream is computed anew with every patch, rather than once a step.
+        spreads_text: Whether long text is spread over patches.
         even_stages: Whether stages get as many blocks each, rounded up, rather than balanced ones.
         entries_overlap: Whether the entries of a batch follow one another through the stages in a synchronous step.
         sums: Sums of all rows a block under tensor parallelism; ``None`` takes the model's own.
@@ -22,6 +23,7 @@ class System:
 
     name: str
     text_every_patch: bool = False
+    spreads_text: bool = True
     even_stages: bool = False
     entries_overlap: bool = True
     sums: int | None = None
@@ -40,6 +42,7 @@ PATCHPIPE = System("patchpipe")
 XDIT = System(
     "xDiT",
     text_every_patch=True,
+    spreads_text=False,
     even_stages=True,
     entries_overlap=False,
     sums=2,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from patchpipe.models import PLANS
 from patchpipe.models.latent import Raster
 
 Stream = Literal["image", "text", "both"]
@@ -152,6 +153,11 @@ class Workload:
     def joint_text(self) -> int:
         """Text tokens that are queries and keys like those of the image."""
         return self.text if self.joint else 0
+
+    @property
+    def spreads_text(self) -> bool:
+        """Whether long text is spread over patches, as far as the class has a plan."""
+        return any(plan.model == self.transformer and plan.spreads_text for plan in PLANS)
 
     @property
     def width(self) -> int:
