@@ -20,7 +20,7 @@ from patchpipe.kernels import choice, lse
 from patchpipe.kernels.choice import KernelWatch, kernel_for, refusals, watch_kernels
 from patchpipe.models.latent import Raster
 from patchpipe.stage.keys.store import LayerStore
-from patchpipe.stage.patches import Patch
+from patchpipe.stage.patches import Cut
 from tests import tiny
 from tests.ranks import Place
 from tests.sequences import sequence_of
@@ -211,9 +211,7 @@ def test_rows_of_the_image_alone_carry_no_column(text_first: bool) -> None:
     store = LayerStore(sequence_of(Raster(2, 4, 4), text, text_first))
     key, column = torch.randn(1, 2, text + 8, 4), torch.zeros(1, 1, text + 8, 1)
     store.keep(key, key, column)
-    first, second = (
-        Patch(index, (4 * index, 4 * index + 4), (index, index + 1), (4 * index, 4 * index + 4), 8) for index in (0, 1)
-    )
+    first, second = Cut.of(Raster(2, 4, 4), ParallelConfig(patches=2)).patches
     assert [len(part) for part in store.others(first)] == [2]  # the text rides with it
     assert [len(part) for part in store.others(second)] == ([3] if text_first else [2, 3])
 
