@@ -57,7 +57,7 @@ class Service:
         machine = machine_of(models, settings.in_flight)
         self._decider = Decider(
             machine,
-            policy or policy_named(settings.policy, machine.devices),
+            policy or policy_named(settings.policy),
             LiveCosts(machine, planner_of(self.models)),
             admission=settings.admission,
             scale=settings.deadline_scale,
