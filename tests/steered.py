@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from PIL import Image
+
 from patchpipe.engine import Elastic, Progress
 from patchpipe.errors import Cancelled, PatchpipeError, RankLost
 from patchpipe.serve.service import Service
@@ -19,6 +21,7 @@ from patchpipe.serve.work.model import Facts, Model
 from patchpipe.serve.work.tickets import Ended, Event, Painted, Ticket, Work
 
 STEP = 0.004  # seconds
+ARGUMENTS = frozenset({"prompt", "height", "width", "num_inference_steps", "guidance_scale", "num_frames"})
 
 
 class Pretended:
@@ -34,7 +37,7 @@ class Pretended:
         threading.Thread(target=self.paint, daemon=True).start()
 
     def paint(self) -> None:
-        steps = self.arguments["num_inference_steps"]
+        steps = self.arguments.get("num_inference_steps", 4)
         try:
             self.become("running")
             if self.arguments["prompt"] == "wrong":
@@ -114,7 +117,8 @@ class Pretended:
 
     def result(self, timeout: float | None = None) -> Any:
         if self.state == "done":
-            return SimpleNamespace(images=[(self.arguments["prompt"], self.arguments["seed"])])
+            picture = Image.new("RGB", (16, 16))
+            return SimpleNamespace(images=[[picture] * 5 if "num_frames" in self.arguments else picture])
         raise self.error or PatchpipeError(self.state)
 
 
@@ -199,7 +203,7 @@ def _model(name: str, start: Callable[[], Engine], changed: Callable[[], None]) 
     engine = model._engine = start()  # type: ignore[assignment]
     clips = name.startswith("clip")
     model.facts = Facts(
-        arguments=frozenset(), defaults={}, advised={}, clips=clips, pipeline="Pretended", layout="",
+        arguments=ARGUMENTS, defaults={}, advised={}, clips=clips, pipeline="Pretended", layout="",
         devices=("cpu",) * len(engine.all), together=True, carried=engine.carries, elastic=engine.elastic,
     )  # fmt: skip
     model.cause = None

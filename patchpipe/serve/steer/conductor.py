@@ -241,6 +241,8 @@ class Conductor:
             self._left(part, news.when)
             self._stands.left(part)
         self._review = 0.0
+        if part.ticket in self._why:
+            self._settle(part, cancelled())
 
     def _on_not_saved(self, part: Part, news: News) -> None:
         """It goes on where it is; so it stays there to its end."""

@@ -179,8 +179,11 @@ class Run:
             kept = handle.checkpoint(SAVE_SECONDS)
         except ValueError as error:  # it cannot be carried, and goes on
             self.tell("not saved", error=error)
-        except (PatchpipeError, TimeoutError):
-            return  # it was over before: whoever it was asked of has told
+        except TimeoutError as error:
+            handle.cancel()
+            self.end("failed", error=error)
+        except PatchpipeError:
+            return  # it was over before, and has told so
         else:
             self.end("saved", kept=kept)
 
