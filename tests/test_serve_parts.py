@@ -1,4 +1,4 @@
-"""The service's parts by themselves: the order, the checks, the clips' table, the door."""
+"""The service's parts by themselves: the checks, the clips' table, the door."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from patchpipe.serve.service import Service
 from patchpipe.serve.settings import Limits, Settings, read_keys
 from patchpipe.serve.web.app import make_app
 from patchpipe.serve.work.asking import ask, read_loras
-from patchpipe.serve.work.backlog import Backlog
-from patchpipe.serve.work.dispatch import earliest_deadline
 from patchpipe.serve.work.model import Facts, Model
-from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Started, Stepped, Ticket, Work
+from patchpipe.serve.work.tickets import Ended, Listener, Painted, Started, Stepped, Ticket, Work
 
 KEY = "0123456789abcdef"
 
@@ -33,62 +31,6 @@ def work(name: str, **fields: Any) -> Work:
     return Work(
         **{"id": name, "model": "demo", "kind": "picture", "arguments": {"prompt": name}, "seeds": (1,), **fields}
     )
-
-
-def ticket(name: str, arrived: float = 0.0, **fields: Any) -> Ticket:
-    return Ticket(work(name, **fields), lambda event: None, arrived)
-
-
-# -- who is next ---------------------------------------------------------------------------------------
-
-
-def test_the_order_is_priority_then_deadline_then_arrival() -> None:
-    tickets = [
-        ticket("late", 3.0),
-        ticket("early", 1.0),
-        ticket("clip", 0.0, kind="clip"),  # a picture is expected sooner
-        ticket("soon", 4.0, deadline_s=5.0),
-        ticket("first", 9.0, priority=1),
-    ]
-    choose, order = earliest_deadline(), []
-    while tickets:
-        [chosen] = choose(tickets, ())
-        order.append(chosen.work.id)
-        tickets.remove(chosen)
-    assert order == ["first", "soon", "early", "late", "clip"]
-    assert choose([ticket("a")], [ticket("b")]) == ()
-
-
-def test_pictures_go_together_where_they_can() -> None:
-    streamed, other = ticket("streamed", previews=2), ticket("other", model="wan", kind="clip")
-    failed = ticket("failed")
-    failed.attempts = 1
-    alike = [ticket("a", 0.0), streamed, other, failed, ticket("b", 1.0), ticket("c", 2.0)]
-    assert [one.work.id for one in earliest_deadline(2)(alike, ())] == ["a", "b"]
-    assert earliest_deadline(2)([streamed, alike[0]], ()) == (streamed,)
-    assert earliest_deadline(2, lambda model: False)(alike, ()) == (alike[0],)
-
-
-def test_the_backlog_is_bounded_and_gives_every_request_an_answer() -> None:
-    told: list[tuple[str, Event]] = []
-    held: list[Ticket] = []
-
-    def listening(name: str) -> Ticket:
-        return Ticket(work(name), lambda event: told.append((name, event)), 0.0)
-
-    backlog = Backlog(lambda waiting, running: (), lambda group: None, lambda model: True, limit=2)
-    for name in ("a", "b"):
-        held.append(listening(name))
-        backlog.add(held[-1])
-    with pytest.raises(Refusal, match="2 requests wait already") as full:
-        backlog.add(listening("c"))
-    assert (full.value.status, 1 <= int(full.value.headers()["Retry-After"]) <= 120) == (429, True)
-    backlog.add(listening("kept"), accepted=True)
-    backlog.withdraw(held[0])
-    assert [(name, type(event)) for name, event in told] == [("a", Ended)]
-    assert [one.work.id for one in backlog.close()] == ["b", "kept"]
-    with pytest.raises(Refusal, match="shutting down"):
-        backlog.add(listening("d"))
 
 
 # -- checks --------------------------------------------------------------------------------------------
@@ -181,6 +123,12 @@ def test_settings_are_closed_by_default(tmp_path: Path) -> None:
     settings = Settings(host="0.0.0.0", api_keys=keys)
     assert [settings.admits(key) for key in (KEY, KEY + "x", "", None)] == [True, False, False, False]
     assert KEY not in repr(settings)
+    with pytest.raises(ValueError, match="policy fifo must be one of fcfs"):
+        Settings(policy="fifo")
+    with pytest.raises(ValueError, match=r"--deadline-scale 0\.0 must be above 0"):
+        Settings(deadline_scale=0.0)
+    with pytest.raises(ValueError, match="there is one: leave it out"):
+        Loading(layout="elastic", devices=["cpu"]).start("nowhere")
     with pytest.raises(ValueError, match="two models are called"):
         read_models(["a=x", "a=y"])
     with pytest.raises(ValueError, match="leave out --in-flight"):

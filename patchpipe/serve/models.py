@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.config import PLAIN, AutoLayout
 from patchpipe.demo import MODEL_DIR, call_defaults
+from patchpipe.errors import UnsupportedModel
 from patchpipe.serve.work.model import Model
 
 if TYPE_CHECKING:
-    from patchpipe.engine import Engine
+    from patchpipe.engine import Elastic, Engine
 
+ServedLayout = Literal["auto", "exact", "plain", "elastic"]
 EDIT_TASK = "image-to-image"
 TOGETHER_METHODS = ("pipefusion", "cfg")  # whose products are tested with requests in flight together
 _NAME = re.compile(r"[\w./:-]{1,128}")
@@ -39,14 +41,15 @@ class Loading:
     """How models are loaded.
 
     Attributes:
-        layout: ``auto``, ``exact`` or ``plain``, as for ``patchpipe generate``.
+        layout: ``auto``, ``exact`` or ``plain``, as for ``patchpipe generate``; ``elastic`` has the whole model on
+            every device, and gives each request as many of them as it needs.
         devices: One device for all ranks, or one for each; ``None`` takes all there are.
         dtype: Of the weights; ``None`` takes the checkpoint's own.
         threads: CPU threads of each rank; ``None`` shares the cores.
         in_flight: Pictures painted together at most.
     """
 
-    layout: Literal["auto", "exact", "plain"] = "auto"
+    layout: ServedLayout = "auto"
     devices: str | list[str] | None = None
     dtype: str | None = None
     threads: int | None = None
@@ -65,14 +68,31 @@ class Loading:
         from patchpipe.engine import Engine
 
         options: dict[str, Any] = {} if task is None else {"task": task}
-        config = PLAIN if self.layout == "plain" else self._auto(source)
-        return Engine(source, config, self.devices, self.dtype, threads=self.threads, **options)
+        start = partial(Engine, source, devices=self.devices, dtype=self.dtype, threads=self.threads, **options)
+        if self.layout in ("plain", "elastic"):
+            return start(config=PLAIN if self.layout == "plain" else self._elastic())
+        try:
+            return start(config=self._auto(source, plain=False))
+        except UnsupportedModel:  # diffusers alone can run it; its requests cannot be held
+            if self.in_flight > 1:
+                raise
+            return start(config=self._auto(source, plain=True))
 
-    def _auto(self, source: str) -> AutoLayout:
+    def _elastic(self) -> Elastic:
+        from patchpipe.engine import Elastic
+        from patchpipe.engine.choosing import devices_for
+
+        count = len(devices_for(AutoLayout(), self.devices, self.threads))
+        if count < 2:
+            raise ValueError(
+                "--layout elastic shares devices out, and there is one: leave it out, or name more devices"
+            )
+        return Elastic(1 << (count.bit_length() - 1))
+
+    def _auto(self, source: str, plain: bool) -> AutoLayout:
         request = {name: value for name, value in call_defaults(source).items() if isinstance(value, (int, float, str))}
-        together = self.in_flight > 1
-        methods = TOGETHER_METHODS if together else None
-        return AutoLayout(request=request, exact=self.layout == "exact", plain=not together, methods=methods)
+        methods = TOGETHER_METHODS if self.in_flight > 1 else None
+        return AutoLayout(request=request, exact=self.layout == "exact", plain=plain, methods=methods)
 
 
 def read_models(texts: Sequence[str]) -> tuple[Named, ...]:

@@ -53,3 +53,13 @@ def bad(message: str, param: str | None = None, code: str = "invalid_value") -> 
 def unknown(what: str, name: str) -> Refusal:
     """Something asked for that is not there."""
     return Refusal(404, f"there is no {what} {name!r}", code="not_found")
+
+
+def shutting_down() -> Refusal:
+    """What a request comes to when the service ends."""
+    return Refusal(503, "the service is shutting down", code="shutting_down", retry_after=10)
+
+
+def cancelled() -> Refusal:
+    """What a request comes to that nobody wants any more; 499 is the usual status of a client that left."""
+    return Refusal(499, "the request was cancelled", code="cancelled")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,20 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from patchpipe.scheduling import Policy, policy_named
 from patchpipe.serve.clips.jobs import Clips
 from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
+from patchpipe.serve.steer.believed import planner_of
+from patchpipe.serve.steer.conductor import Conductor
+from patchpipe.serve.steer.costs import LiveCosts, Machine
+from patchpipe.serve.steer.deciding import Decider
+from patchpipe.serve.steer.runs import Hand
+from patchpipe.serve.steer.shapes import shape_of
 from patchpipe.serve.work.asking import lora_names
-from patchpipe.serve.work.backlog import Backlog, shutting_down
-from patchpipe.serve.work.dispatch import Dispatch, earliest_deadline
 from patchpipe.serve.work.model import Model
-from patchpipe.serve.work.painter import Painter
-from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Started, Ticket, Work
+from patchpipe.serve.work.tickets import Ended, Event, Kind, Listener, Painted, Seen, Started, Ticket, Work
 
 logger = logging.getLogger("patchpipe.serve")
 
@@ -32,7 +37,7 @@ class Service:
     Args:
         settings: What the operator decided.
         models: The models by the service's name for them; see ``add_model``.
-        dispatch: Which request runs next; ``None`` takes the earliest deadline.
+        policy: Who has which devices next; ``None`` takes the one that the settings name.
 
     Attributes:
         models: The models.
@@ -44,15 +49,23 @@ class Service:
         ValueError: The folder or the database cannot be used.
     """
 
-    def __init__(self, settings: Settings, models: Sequence[Model], dispatch: Dispatch | None = None) -> None:
+    def __init__(self, settings: Settings, models: Sequence[Model], policy: Policy | None = None) -> None:
         self.settings = settings
         self.models: Mapping[str, Model] = {model.name: model for model in models}
         self.metrics = Metrics()
         self.started = int(time.time())
-        self._painter = Painter(self.models, settings.in_flight, settings.lora_folder, self._put_back, self._stepped)
-        order = dispatch or earliest_deadline(settings.in_flight, lambda name: self.models[name].facts.together)
-        self.backlog = Backlog(order, self._paint, lambda name: self.models[name].usable, settings.limits.waiting)
-        self.metrics.watch(self.backlog, self.models)
+        machine = machine_of(models, settings.in_flight)
+        self._decider = Decider(
+            machine,
+            policy or policy_named(settings.policy),
+            LiveCosts(machine, planner_of(self.models)),
+            admission=settings.admission,
+            scale=settings.deadline_scale,
+            failed=self.metrics.failed_decisions.inc,
+        )
+        self._hands = {name: Hand(model, settings.lora_folder) for name, model in self.models.items()}
+        self.conductor = Conductor(self.models, self._decider, self._hands, self.metrics, settings.limits.waiting)
+        self.metrics.watch(self.conductor.snapshot, self.models)
         self.clips = Clips(settings.folder, settings.database, settings.keep_hours, self._submit_again, self.cancel)
         self._ending = threading.Event()
         self.draining = False
@@ -69,7 +82,8 @@ class Service:
         restored = self.clips.restore()
         if restored:
             logger.info("clips restored", extra={"fields": {"clips": restored}})
-        threading.Thread(target=self._look_on, name="look on", daemon=True).start()
+        for name, work in (("look on", self._look_on), ("ask the planner", self._ask_planner)):
+            threading.Thread(target=work, name=name, daemon=True).start()
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -80,7 +94,7 @@ class Service:
             Refusal: It could not.
         """
         try:
-            self.backlog.check_room()
+            self.conductor.check_room()
         except Refusal as refusal:
             self.metrics.rejections.labels(refusal.code).inc()
             raise
@@ -102,10 +116,21 @@ class Service:
             raise Refusal(503, f"{model.public} cannot paint now: {model.cause}", code="model_down", retry_after=10)
         return self._take(work, listen, accepted=False)
 
+    def check_in_time(self, work: Work) -> None:
+        """Makes sure that a clip is not to be turned away because it would be late.
+
+        Raises:
+            Refusal: It is.
+        """
+        try:
+            self.conductor.check(Ticket(work, lambda event: None, monotonic()))
+        except Refusal as refusal:
+            self.metrics.rejections.labels(refusal.code).inc()
+            raise
+
     def cancel(self, ticket: Ticket) -> None:
         """Ends a request: at once where it waits, at the next step where it runs."""
-        self.backlog.withdraw(ticket)
-        self._painter.stop(ticket)
+        self.conductor.withdraw(ticket)
 
     def _submit_again(self, work: Work, listen: Listener) -> Ticket:
         if work.model not in self.models:
@@ -116,7 +141,11 @@ class Service:
         holder: list[Ticket] = []
         ticket = Ticket(work, partial(self._hear, holder, listen), monotonic())
         holder.append(ticket)
-        self.backlog.add(ticket, accepted=accepted)
+        try:
+            self.conductor.add(ticket, accepted=accepted)
+        except Refusal as refusal:
+            self.metrics.rejections.labels(refusal.code).inc()
+            raise
         return ticket
 
     def _hear(self, holder: list[Ticket], listen: Listener, event: Event) -> None:
@@ -136,47 +165,24 @@ class Service:
         self.metrics.requests.labels(*names, outcome).inc()
         if outcome == "completed":
             self.metrics.latency.labels(*names).observe(seconds)
-        if work.deadline_s is not None and outcome != "cancelled":
-            met = outcome == "completed" and seconds <= work.deadline_s
-            self.metrics.deadlines.labels(*names, "met" if met else "missed").inc()
+        if outcome not in ("cancelled", "refused"):
+            met, by = outcome == "completed" and now <= ticket.due, "client" if work.deadline_s else "service"
+            self.metrics.deadlines.labels(*names, by, "met" if met else "missed").inc()
         fields = {"request": work.id, "model": work.model, "kind": work.kind, "outcome": outcome, "seconds": seconds}
         if isinstance(event, Ended):
             fields["cause"] = event.refusal.message
         logger.info("request over", extra={"fields": {**fields, "work_seconds": ticket.seconds}})
-
-    # -- painting --------------------------------------------------------------------------------
-
-    def _paint(self, group: Sequence[Ticket]) -> None:
-        model, began = self.models[group[0].work.model], monotonic()
-        self.metrics.together.observe(len(group))
-        try:
-            self._painter.paint(group)
-        finally:
-            for number, device in enumerate(model.facts.devices):
-                name = f"{device} (rank {number})" if device == "cpu" else device
-                self.metrics.busy.labels(name).inc(monotonic() - began)
-
-    def _stepped(self, model: str, seconds: float) -> None:
-        self.metrics.step.labels(model).observe(seconds)
-
-    def _put_back(self, tickets: Sequence[Ticket]) -> None:
-        self.backlog.put_back(tickets)
 
     def model_changed(self) -> None:
         """A model can paint again, or could not be started: what waits for it is looked at anew."""
         for model in self.models.values():
             if model.down and not model.usable:
                 self._refuse_pictures(model)
-        self.backlog.look()
+        self.conductor.look()
 
     def _refuse_pictures(self, model: Model) -> None:
-        """Somebody waits for a picture at the other end of a connection; a clip can wait."""
         refusal = Refusal(503, f"{model.public} cannot paint now: {model.cause}", code="model_down", retry_after=30)
-        waiting = self.backlog.take(model.name)
-        self.backlog.put_back([ticket for ticket in waiting if ticket.work.kind == "clip"])
-        for ticket in waiting:
-            if ticket.work.kind == "picture":
-                ticket.tell(Ended(refusal))
+        self.conductor.refuse_pictures(model.name, refusal)
 
     # -- its state and its end -------------------------------------------------------------------
 
@@ -187,13 +193,15 @@ class Service:
 
     def state(self) -> dict[str, Any]:
         """What the page shows: models, devices, and the queue without what anybody asked for."""
-        waiting, running = self.backlog.snapshot()
+        seen = self.conductor.snapshot()
         return {
             "ready": self.ready,
             "draining": self.draining,
             "models": [_describe(model) for model in self.models.values()],
-            "running": [_place(ticket) for ticket in running],
-            "waiting": [_place(ticket) for ticket in waiting],
+            "policy": self._decider.policy.name,
+            **{
+                state: [_place(one) for one in seen if one.state == state] for state in ("running", "paused", "waiting")
+            },
             "limits": {**vars(self.settings.limits)},
             "loras": lora_names(self.settings.lora_folder),
         }
@@ -205,17 +213,22 @@ class Service:
     def close(self) -> None:
         """Lets pictures end that are under way, puts clips back for the next service, and ends the models."""
         self.draining = True
-        self.backlog.idle(self.settings.drain_seconds, "picture")
+        self.conductor.drain(self.settings.drain_seconds)
         self.clips.stop()
         self._ending.set()
-        for ticket in self.backlog.close():
-            ticket.tell(Ended(shutting_down()))
-        for ticket in self.backlog.snapshot()[1]:
-            self.cancel(ticket)
+        for ticket in self.conductor.close():
             ticket.wait(10)
         for model in self.models.values():
             model.close()
+        for hand in self._hands.values():
+            hand.close()
         self.clips.close()
+
+    def _ask_planner(self) -> None:
+        """Asks what usual requests take, so that the first of them need not wait for the answer."""
+        for model in self.models.values():
+            kind: Kind = "clip" if model.facts.clips else "picture"
+            self._decider.costs.know(shape_of(Work("usual", model.name, kind, {}, (0,)), model.facts))
 
     def _look_on(self) -> None:
         """Notices workers that die while nothing is asked of them, and deletes old clips."""
@@ -250,13 +263,27 @@ def _describe(model: Model) -> dict[str, Any]:
     }
 
 
-def _place(ticket: Ticket) -> dict[str, Any]:
-    now = monotonic()
+def _place(seen: Seen) -> dict[str, Any]:
+    now, ticket = monotonic(), seen.ticket
     return {
         "model": ticket.work.model,
         "kind": ticket.work.kind,
+        "state": seen.state,
+        "devices": list(seen.devices),
         "step": ticket.step,
         "steps": ticket.total_steps,
         "waited": round((ticket.started or now) - ticket.arrived, 1),
         "ran": round(now - ticket.started, 1) if ticket.started else None,
+        "due": None if math.isinf(ticket.due) else round(ticket.due - now, 1),
     }
+
+
+def machine_of(models: Sequence[Model], in_flight: int) -> Machine:
+    """What there is to share: the devices where all models are elastic, else the machine as a whole."""
+    layouts = {model.facts.elastic for model in models if model.cause is None}
+    counts = {0 if layout is None else layout.ranks for layout in layouts}
+    if len(counts) != 1 or 0 in counts:
+        return Machine(together=in_flight)
+    [devices] = counts
+    degrees = tuple(2**power for power in range(devices.bit_length()))
+    return Machine(devices, degrees, in_flight, elastic=True)

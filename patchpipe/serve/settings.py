@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from patchpipe.scheduling import DEFAULT_SCALE, policy_named
+
 LOOPBACK_NAMES = ("localhost",)
 
 
@@ -57,6 +59,9 @@ class Settings:
         keep_hours: Hours after which a finished clip is deleted.
         lora_folder: ``.safetensors`` files that requests may name; ``None`` takes no LoRA.
         in_flight: Pictures painted together at most.
+        policy: Who has which devices next; see ``scheduling.POLICIES``.
+        deadline_scale: Deadlines of requests that name none, times their seconds alone on the idle machine.
+        admission: Whether requests that cannot be in time are turned away at once.
         drain_seconds: Seconds that pictures under way get to end after SIGTERM.
         drain_delay: Seconds between "not ready" and the end of accepting, for a load balancer to notice.
         limits: How much one request may ask for.
@@ -71,6 +76,9 @@ class Settings:
     keep_hours: float = 24.0
     lora_folder: Path | None = None
     in_flight: int = 1
+    policy: str = "balanced"
+    deadline_scale: float = DEFAULT_SCALE
+    admission: bool = False
     drain_seconds: float = 60.0
     drain_delay: float = 0.0
     limits: Limits = field(default_factory=Limits)
@@ -90,6 +98,9 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
         if self.in_flight < 1:
             raise ValueError(f"--in-flight {self.in_flight} must be 1 or more")
+        policy_named(self.policy)  # refuses what is none
+        if not 0 < self.deadline_scale < float("inf"):
+            raise ValueError(f"--deadline-scale {self.deadline_scale} must be above 0")
         for origin in self.origins:
             if "://" not in origin or origin.rstrip("/") != origin:
                 raise ValueError(f"--cors-origin {origin} must be an origin such as https://studio.example")

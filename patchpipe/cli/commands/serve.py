@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from patchpipe.cli import options
-from patchpipe.serve.models import Loading, Named, read_models
+from patchpipe.serve.models import Loading, Named, ServedLayout, read_models
 from patchpipe.serve.settings import Limits, Settings, read_keys
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ open("heart.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["
 """
 KEY_VARIABLE = "PATCHPIPE_API_KEY"
 _NEEDS = ("fastapi", "uvicorn", "multipart", "sqlalchemy", "prometheus_client", "av")
-_SERVICE, _LIMITS = "Service", "Limits"
+_SERVICE, _SCHEDULING, _LIMITS = "Service", "Devices and who is next", "Limits"
 
 Models = Annotated[
     list[str] | None,
@@ -78,7 +78,28 @@ LoraFolder = Annotated[
 Edits = Annotated[
     bool, options.option(_SERVICE, "Also load what paints from pictures, for /v1/images/edits.", "--edits")
 ]
-InFlight = Annotated[int, options.option(_SERVICE, "Pictures painted together at most.", default=True)]
+Layout = Annotated[
+    ServedLayout,
+    options.option(
+        _SCHEDULING,
+        "[bold]auto[/]: the planner's; [bold]exact[/]: only methods that paint as one device; [bold]plain[/]: "
+        "diffusers as it is; [bold]elastic[/]: the whole model on every device, each request on as many as it needs.",
+        default=True,
+    ),
+]
+PolicyName = Annotated[
+    str, options.option(_SCHEDULING, "Who is next: fcfs, sjf, srtf, edf, genserve, balanced.", "--policy", default=True)
+]
+DeadlineScale = Annotated[
+    float,
+    options.option(
+        _SCHEDULING,
+        "Deadlines of requests that name none, times their seconds alone on the idle machine.",
+        default=True,
+    ),
+]
+Admit = Annotated[bool, options.option(_SCHEDULING, "Turn away at once what cannot be there in time.", "--admission")]
+InFlight = Annotated[int, options.option(_SCHEDULING, "Pictures painted together at most.", default=True)]
 DrainSeconds = Annotated[float, options.option(_SERVICE, "Seconds that pictures under way get to end.", default=True)]
 DrainDelay = Annotated[
     float, options.option(_SERVICE, "Seconds of accepting while not ready any more, before the end.", default=True)
@@ -108,7 +129,10 @@ def serve(
     drain_seconds: DrainSeconds = 60.0,
     drain_delay: DrainDelay = 0.0,
     log_format: LogFormat = "text",
-    layout: options.Layout = "auto",
+    layout: Layout = "auto",
+    policy: PolicyName = "balanced",
+    deadline_scale: DeadlineScale = 3.0,
+    admission: Admit = False,
     devices: options.Devices = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
@@ -135,7 +159,18 @@ def _settings(given: dict[str, Any]) -> Settings:
     if lora_folder is not None and not lora_folder.is_dir():
         raise FileNotFoundError(f"--lora-folder {lora_folder}: there is no such folder")
     limits = Limits(**{name.removeprefix("max_"): value for name, value in given.items() if name.startswith("max_")})
-    same = ("host", "port", "folder", "database", "keep_hours", "lora_folder", "in_flight")
+    same = (
+        "host",
+        "port",
+        "folder",
+        "database",
+        "keep_hours",
+        "lora_folder",
+        "in_flight",
+        "policy",
+        "deadline_scale",
+        "admission",
+    )
     return Settings(
         api_keys=read_keys(given["api_key_file"], os.environ.get(KEY_VARIABLE)),
         origins=tuple(given["cors_origin"] or ()),
@@ -157,6 +192,7 @@ def _run(
     settings: Settings, loading: Loading, named: tuple[Named, ...], edits: bool, log_format: Literal["text", "json"]
 ) -> None:
     """Loads and serves; heavy libraries come only now."""
+    from patchpipe.engine.processes import warm
     from patchpipe.serve import logs
     from patchpipe.serve.clips.jobs import own
     from patchpipe.serve.models import start_models
@@ -167,7 +203,7 @@ def _run(
     logs.set_up(log_format)
     logging.getLogger("patchpipe.engine").setLevel(logging.WARNING)
     made: list[Service] = []
-    with listen(settings) as listener, own(settings.folder):
+    with listen(settings) as listener, own(settings.folder), warm():  # an engine that died is up again at once
 
         def changed() -> None:
             for service in made:

@@ -79,6 +79,11 @@ class ForkServer:
             raise ConnectionError("the fork server is gone")
         return PID.unpack(answer)[0], handles
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, so that it can be asked for workers."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """Ends it; workers go on."""
         self._control.close()
@@ -138,6 +143,7 @@ class _Servers:
         self._lock = threading.Lock()
         self._by_key: dict[Any, ForkServer] = {}  # last used last
         self._users: dict[ForkServer, int] = {}
+        self._orphans: set[ForkServer] = set()  # dead ones, whose workers go on
         self._keepers = 0
         self._owner = os.getpid()
 
@@ -148,6 +154,9 @@ class _Servers:
             self._disown()
             key = (frozenset(env.items()), os.getcwd(), frozenset(os.sched_getaffinity(0)))
             server = self._by_key.pop(key, None)
+            if server is not None and not server.alive:  # somebody killed it: workers go on, and another one takes over
+                self._orphans.add(server)
+                server = None
             if server is None:
                 if not make and not self._keepers:
                     return None
@@ -161,6 +170,7 @@ class _Servers:
             if os.getpid() == self._owner and server in self._users:
                 self._users[server] -= 1
                 self._close_idle()
+                self._close_orphans()
 
     @contextlib.contextmanager
     def keep(self) -> Iterator[None]:
@@ -180,10 +190,17 @@ class _Servers:
             del self._users[server]
             server.close()
 
+    def _close_orphans(self) -> None:
+        for server in [one for one in self._orphans if not self._users[one]]:
+            self._orphans.remove(server)
+            del self._users[server]
+            server.close()
+
     def _disown(self) -> None:
         """A fork of this process has servers of its own."""
         if os.getpid() != self._owner:
             self._by_key, self._users, self._keepers, self._owner = {}, {}, 0, os.getpid()
+            self._orphans = set()
 
 
 _SERVERS = _Servers()  # of the process, as its children are

@@ -22,6 +22,8 @@ ORDERED = tuple(_KEYS)
 class Ordered:
     """Serves requests one by one in an order, each on a fixed number of devices, and fewer only where no more are left.
 
+    Those of more weight go before all others.
+
     Attributes:
         name: ``fcfs`` first come, first served; ``sjf`` shortest job first; ``srtf`` shortest remaining time first;
             ``edf`` earliest deadline first. The last two pause what runs for what comes before it, the others do not.
@@ -49,13 +51,18 @@ class Ordered:
         key, preempts = _KEYS[self.name]
         waiting = view.jobs if preempts else view.idle
         wishes = [Wish((job,), self._degree(view, job)) for job in waiting]
-        wishes.sort(key=lambda wish: (key(view, wish.jobs[0], wish.degree), order(wish.jobs[0])))
+        wishes.sort(key=lambda wish: _place(view, wish, key))
         return fit(wishes if preempts else [*view.running, *wishes], view)
 
     def _degree(self, view: View, job: Job) -> int:
         shape = job.request.shape
         most = self.degrees.get(shape, self.degree if shape.kind == "clip" else 1)
         return max((degree for degree in view.degrees(shape) if degree <= most), default=1)
+
+
+def _place(view: View, wish: Wish, key: Key) -> tuple[float, float, tuple[float, str]]:
+    job = wish.jobs[0]
+    return -job.request.weight, key(view, job, wish.degree), order(job)
 
 
 def _whole(view: View, job: Job, degree: int) -> float:

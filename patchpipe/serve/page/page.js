@@ -258,10 +258,16 @@ function drawModels() {
   }));
 }
 
+function due(one) {
+  if (one.due === null) return "";
+  return one.due >= 0 ? `due in ${Math.round(one.due)} s` : `${Math.round(-one.due)} s late`;
+}
+
 function drawQueue() {
-  const rows = [...state.running, ...state.waiting].map((one) => {
-    const how = one.ran === null ? `waits ${Math.round(one.waited)} s` : `step ${one.step} of ${one.steps ?? "?"}`;
-    const row = element("li", `${one.model} · ${one.kind} · ${how}`);
+  const rows = [...state.running, ...state.paused, ...state.waiting].map((one) => {
+    const step = `step ${one.step} of ${one.steps ?? "?"}`;
+    const how = { running: step, paused: `paused, ${step}`, waiting: `waits ${Math.round(one.waited)} s` }[one.state];
+    const row = element("li", [one.model, one.kind, how, due(one)].filter(Boolean).join(" · "), one.state);
     if (one.ran !== null && one.steps) {
       const done = element("span", "", "done");
       done.style.width = `${(100 * one.step) / one.steps}%`;

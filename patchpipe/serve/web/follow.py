@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
 
 from patchpipe.serve.service import Service
 from patchpipe.serve.work.tickets import Ended, Event, Painted, Ticket, Work
@@ -15,22 +16,35 @@ BEAT = 0.25  # seconds between looks at whether the client is still there
 
 
 class Following:
-    """One request that a connection waits for.
+    """One request that a connection waits for; ``begin`` makes it.
 
     Args:
         service: Who paints.
-        work: What is to be painted.
         request: The client's connection.
-
-    Raises:
-        Refusal: The service cannot take it now.
     """
 
-    def __init__(self, service: Service, work: Work, request: Request) -> None:
+    _ticket: Ticket
+
+    def __init__(self, service: Service, request: Request) -> None:
         self._service, self._request = service, request
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ticket: Ticket = service.submit(work, self._hear)
+
+    @classmethod
+    async def begin(cls, service: Service, work: Work, request: Request) -> Following:
+        """Has a request painted.
+
+        Args:
+            service: Who paints.
+            work: What is to be painted.
+            request: The client's connection.
+
+        Raises:
+            Refusal: The service cannot take it now.
+        """
+        found = cls(service, request)
+        found._ticket = await run_in_threadpool(service.submit, work, found._hear)  # it may have to ask the planner
+        return found
 
     async def events(self) -> AsyncIterator[Event | None]:
         """What happens, up to the end; ``None`` at every beat. Cancels the work if the client leaves."""

@@ -77,7 +77,7 @@ def _read_pictures(sent: Sent, most_pixels: int) -> tuple[list[Image.Image], Ima
 
 
 async def _answer(service: Service, work: Work, asked: Mapping[str, Any], request: Request, name: str) -> Response:
-    following = Following(service, work, request)
+    following = await Following.begin(service, work, request)
     if asked.get("stream"):
         events = _stream(following, work, asked, name)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

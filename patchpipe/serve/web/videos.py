@@ -37,6 +37,7 @@ async def create(request: Request) -> Response:
     if model.down:
         raise Refusal(503, f"{model.public} cannot paint now: {model.cause}", code="model_down", retry_after=30)
     service.check_room()
+    await run_in_threadpool(service.check_in_time, work)
     speed = asked.get("fps") or USUAL_FRAMES_PER_SECOND
     # Shielded: a client that leaves now has still been accepted.
     clip = await asyncio.shield(run_in_threadpool(service.clips.create, work, model.public, speed))

@@ -1,1 +1,1 @@
-"""Requests on their way through the service: tickets, the order they run in, the models that paint them."""
+"""Requests on their way through the service: tickets, what they ask for, the models that paint them."""

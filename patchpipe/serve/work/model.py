@@ -13,7 +13,8 @@ from patchpipe.demo import call_defaults
 from patchpipe.serve.refusals import Refusal
 
 if TYPE_CHECKING:
-    from patchpipe.engine import Engine
+    from patchpipe.config import ParallelConfig
+    from patchpipe.engine import Elastic, Engine
 
 logger = logging.getLogger("patchpipe.serve")
 
@@ -32,7 +33,10 @@ class Facts:
         pipeline: Its pipeline class.
         layout: Its layout in words.
         devices: The device of each rank.
-        together: Whether several requests can be painted together.
+        together: Whether several requests can be painted together, and be held and go on.
+        carried: Whether requests of its pipeline can go on elsewhere.
+        elastic: Its layout where each request has as many ranks as it is given.
+        config: Its layout; ``None`` is plain diffusers.
     """
 
     arguments: frozenset[str]
@@ -43,6 +47,9 @@ class Facts:
     layout: str
     devices: tuple[str, ...]
     together: bool
+    carried: bool = False
+    elastic: Elastic | None = None
+    config: ParallelConfig | None = None
 
     def usual(self, name: str) -> Any:
         """What an argument is where nobody names it."""
@@ -123,6 +130,11 @@ class Model:
         if self.usable and engine is not None and not engine.alive:
             self.revive("a worker process died")
 
+    def lost(self, engine: Engine, cause: str) -> None:
+        """Gets it up again whose engine has ended; does nothing where it has another one by now."""
+        if engine is self._engine:
+            self.revive(cause)
+
     def revive(self, cause: str) -> None:
         """Starts its engine again, in a thread of its own; does nothing where that is under way."""
         with self._lock:
@@ -173,6 +185,7 @@ def read_facts(engine: Engine, source: str) -> Facts:
     """What a model takes and gives."""
     from patchpipe.layout.combinations import check_together
     from patchpipe.models import PLANS
+    from patchpipe.pipeline.streams.serving import CARRIED
 
     kind = engine.ranks[0].transformer_class
     together = engine.config is not None
@@ -187,7 +200,16 @@ def read_facts(engine: Engine, source: str) -> Facts:
         advised=call_defaults(source),
         clips=any(plan.model == kind and plan.makes_clips for plan in PLANS),
         pipeline=engine.ranks[0].pipeline_class,
-        layout="plain diffusers, one device" if engine.config is None else engine.config.describe(),
+        layout=_layout(engine),
         devices=engine.devices,
         together=together,
+        carried=engine.ranks[0].pipeline_class in CARRIED,
+        elastic=engine.elastic,
+        config=engine.config,
     )
+
+
+def _layout(engine: Engine) -> str:
+    if engine.elastic is not None:
+        return f"elastic, each request on 1 to {engine.elastic.ranks}"
+    return "plain diffusers, one device" if engine.config is None else engine.config.describe()

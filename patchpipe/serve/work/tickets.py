@@ -6,13 +6,11 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from patchpipe.serve.refusals import Refusal
 
 Kind = Literal["picture", "clip"]
-# How soon a request that names no deadline should be served: for the order alone, nobody counts it as missed.
-USUAL_SECONDS: Mapping[str, float] = {"picture": 60.0, "clip": 1800.0}
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,8 @@ class Ticket:
 
     Attributes:
         attempts: How often it was begun.
-        outputs: What is painted of it so far.
+        due: When it should be there, on the same clock.
+        outputs: What is painted of it so far, by the number of its seed.
         started: When its turn came; ``None`` while it waits.
         step: Steps over, of all its pictures.
         cancelled: Whether nobody wants it any more.
@@ -123,18 +122,13 @@ class Ticket:
     def __init__(self, work: Work, listen: Listener, arrived: float) -> None:
         self.work, self._listen, self.arrived = work, listen, arrived
         self.attempts = 0
-        self.outputs: list[Any] = []
+        self.due = math.inf if work.deadline_s is None else arrived + work.deadline_s
+        self.outputs: dict[int, Any] = {}
         self.started: float | None = None
         self.step = 0
         self.seconds = 0.0
         self._over = threading.Event()
         self._cancelled = threading.Event()
-
-    @property
-    def deadline(self) -> float:
-        """When it should be there, on the clock of ``arrived``; for the order, where it named none."""
-        asked = self.work.deadline_s
-        return self.arrived + (USUAL_SECONDS[self.work.kind] if asked is None else asked)
 
     @property
     def total_steps(self) -> int | None:
@@ -166,3 +160,17 @@ class Ticket:
     def wait(self, seconds: float) -> bool:
         """Waits for its last event; whether it came."""
         return self._over.wait(None if math.isinf(seconds) else seconds)
+
+
+class Seen(NamedTuple):
+    """A request as others see it.
+
+    Attributes:
+        ticket: The request.
+        state: Whether any of its pictures runs, or is held.
+        devices: Where it runs.
+    """
+
+    ticket: Ticket
+    state: Literal["waiting", "running", "paused"]
+    devices: tuple[int, ...]
