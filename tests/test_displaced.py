@@ -293,7 +293,7 @@ def paint_ahead(place: Place, name: str, layout: dict[str, Any]) -> tuple[np.nda
 
 @pytest.mark.parametrize(("name", "ranks", "warmup"), [("flux", 3, 1), ("sd35", 2, 2), ("pixart", 2, 0)])
 def test_a_forecast_of_the_others_rows_is_what_it_means(name: str, ranks: int, warmup: int) -> None:
-    layout = {"distrifusion": ranks, "warmup": warmup}
+    layout: dict[str, Any] = {"distrifusion": ranks, "warmup": warmup}
     with over("nccl"):
         image, held = run_threads(ranks, paint_ahead, name, layout)[0]
     pipe, made = tiny.pipeline(name, dtype=torch.float64), []

@@ -89,7 +89,7 @@ class MovingParts:
         self._spans = list(pairwise(bounds))
         self._own, self._total = exchange.index, bounds[-1]
         self._trends: tuple[Trend, ...] = ()  # of keys and values
-        self._known = {part: False for part in range(exchange.size)}  # whether there are rows of it
+        self._known = dict.fromkeys(range(exchange.size), False)  # whether there are rows of it
         self._coming: tuple[Pieces, Pace] | None = None
         self._room = 0
 
