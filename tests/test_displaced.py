@@ -18,17 +18,20 @@ from torch.overrides import TorchFunctionMode
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
 from patchpipe.models.latent import Raster
-from patchpipe.parallel.displaced import Displaced, PartStore, displaced_for
+from patchpipe.parallel.displaced import Displaced, Layers, displaced_for
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.patches import Cut
 from tests import tiny
+from tests.nccl_rules import over
 from tests.ranks import Place, quieten, run_ranks
 from tests.sequences import sequence_of
+from tests.threads import run_threads
 
 MODELS = ("flux", "sd35", "pixart")
 WARMUPS: dict[int, tuple[Any, ...]] = {2: (0, 1, 2, "all"), 3: (0, 1, 2, "all"), 4: (1, "all")}
 SIZES = ((112, 48), (80, 64))  # 7 rows of 3 tokens, then 5 rows of 4: neither divides by 2 or 3
 IMAGES, STEPS, LAYERS, ITEM = 2, 3, 4, 8
+LONGER = 10  # steps, fine enough that tiny models' keys move in lines
 ENTRIES = 2 * IMAGES  # of the batch in one step, both branches of guidance counted
 WIDTH = {"flux": 32, "sd35": 32, "pixart": 48}
 ANSWER = {"flux": 16, "sd35": 16, "pixart": 32}  # numbers of the prediction for one token
@@ -53,6 +56,7 @@ class _Pass(TorchFunctionMode):
 
     Args:
         before: What the step before computed; empty if there was none.
+        changes: How it differs from the one before, and how far on the noise level has gone since; of a forecast.
         after: Where this pass leaves its own rows for the next step.
         part: Which part of how many.
         image: Which image tokens are its own.
@@ -61,9 +65,17 @@ class _Pass(TorchFunctionMode):
     """
 
     def __init__(
-        self, before: Table, after: Table, part: tuple[int, int], image: Tensor, tokens: int, text_first: bool
+        self,
+        before: Table,
+        changes: tuple[Table, float],
+        after: Table,
+        part: tuple[int, int],
+        image: Tensor,
+        tokens: int,
+        text_first: bool,
     ) -> None:
         super().__init__()
+        self.changes, self.ahead = changes
         self.before, self.after, self.part, self.image = before, after, part, image
         self.tokens, self.text_first = tokens, text_first
         self.layer = -1
@@ -94,13 +106,19 @@ class _Pass(TorchFunctionMode):
         if not self.before:
             return [fresh[:, :, own] for fresh in computed], own
         mixed = [rows.clone() for rows in self.before[self.layer]]
+        for rows, fresh, change in zip(mixed, computed, self.changes.get(self.layer, []), strict=False):
+            came, moved = (fresh - rows)[:, :, own], change[:, :, own]
+            worth = (came * moved).sum((2, 3)) > self.ahead * (moved * moved).sum((2, 3)) / 4  # of each head
+            rows += torch.where(worth, self.ahead, 0.0)[:, :, None, None] * change
         for rows, fresh in zip(mixed, computed, strict=True):
             rows[:, :, own] = fresh[:, :, own]
         return mixed, torch.arange(computed[0].shape[2])
 
 
 @contextmanager
-def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: int) -> Iterator[dict[str, int]]:
+def naive_distrifusion(
+    pipe: Any, parts: int, warmup: int, rows: int, branches: int, forecast: bool = False
+) -> Iterator[dict[str, int]]:
     """While it lasts, a request of a plain diffusers pipeline runs as DistriFusion would.
 
     Args:
@@ -109,6 +127,7 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         warmup: Calls per guidance branch in which everything is fresh.
         rows: Rows of tokens of the picture.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
+        forecast: Whether rows of other parts are shown where they will be.
 
     Yields:
         What the requests saw: their text rows in joint attention.
@@ -117,6 +136,8 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
     packed = type(model).__name__ in ("FluxTransformer2DModel", "QwenImageTransformer2DModel")
     whole_forward = model.forward
     tables: list[Table] = [{} for _ in range(branches)]
+    changes: list[Table] = [{} for _ in range(branches)]
+    times: list[list[float]] = [[] for _ in range(branches)]
     calls, seen = 0, {"text": 0}
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
@@ -127,13 +148,17 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         step, branch = divmod(calls, branches)
         calls += 1
         before, after, results = tables[branch], {}, []
+        known = times[branch] = [*times[branch], float(kwargs["timestep"].max())][-3:]
+        ahead = (known[2] - known[1]) / (known[1] - known[0]) if forecast and len(known) == 3 else 0.0
         count = parts if step >= warmup else 1  # where all is fresh, one part is as good as several
         for index, own in enumerate(torch.arange(rows).tensor_split(count)):
-            attention = _Pass(before, after, (index, count), tokens[own].flatten(), tokens.numel(), packed)
+            moving = (changes[branch] if forecast else {}), ahead
+            attention = _Pass(before, moving, after, (index, count), tokens[own].flatten(), tokens.numel(), packed)
             with attention:
                 result = whole_forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
             results.append(result.index_select(dim, units[own].flatten()))
             seen["text"] = max(seen["text"], attention.text_rows)
+        changes[branch] = {layer: list(map(in_eight_bits, after[layer], before[layer])) for layer in before}
         tables[branch] = after
         return (torch.cat(results, dim=dim),)
 
@@ -144,11 +169,17 @@ def naive_distrifusion(pipe: Any, parts: int, warmup: int, rows: int, branches: 
         del model.forward
 
 
+def in_eight_bits(now: Tensor, before: Tensor) -> Tensor:
+    """The change of each row, in steps of the 127th part of its greatest number."""
+    step = (now - before).abs().amax(-1, keepdim=True) / 127
+    return torch.where(step == 0, 0.0, ((now - before) / step).round() * step)
+
+
 # -- what the ranks do --------------------------------------------------------------------------------------------
 
 
-def paint(pipe: Any, name: str, size: tuple[int, int]) -> np.ndarray | None:
-    arguments = tiny.call_arguments(name, height=size[0], width=size[1], steps=STEPS)
+def paint(pipe: Any, name: str, size: tuple[int, int], steps: int = STEPS) -> np.ndarray | None:
+    arguments = tiny.call_arguments(name, height=size[0], width=size[1], steps=steps)
     generator = torch.Generator().manual_seed(5)
     output = pipe(**arguments, num_images_per_prompt=IMAGES, generator=generator, output_type="latent")
     return None if output is None else output.images.numpy()
@@ -250,13 +281,44 @@ def test_only_the_warm_up_counts_as_synchronous(painted: Any) -> None:
         assert stats["materialisations"] == 1
 
 
+# -- others' rows, forecast ---------------------------------------------------------------------------------------
+
+
+def paint_ahead(place: Place, name: str, layout: dict[str, Any]) -> tuple[np.ndarray | None, int]:
+    pipe = tiny.pipeline(name, dtype=torch.float64)
+    config = ParallelConfig(**{"forecast": True, **layout}, timeout=60)
+    patchpipe.parallelize(pipe, config, group=place.join(config))
+    return paint(pipe, name, SIZES[0], LONGER), pipe.patchpipe.last.store_bytes
+
+
+@pytest.mark.parametrize(("name", "ranks", "warmup"), [("flux", 3, 1), ("sd35", 2, 2), ("pixart", 2, 0)])
+def test_a_forecast_of_the_others_rows_is_what_it_means(name: str, ranks: int, warmup: int) -> None:
+    layout: dict[str, Any] = {"distrifusion": ranks, "warmup": warmup}
+    with over("nccl"):
+        image, held = run_threads(ranks, paint_ahead, name, layout)[0]
+    pipe, made = tiny.pipeline(name, dtype=torch.float64), []
+    for forecast in (False, True):
+        branches, rows = 2 if name == "flux" else 1, SIZES[0][0] // 16
+        with naive_distrifusion(pipe, ranks, warmup, rows, branches, forecast) as seen:
+            made.append(paint(pipe, name, SIZES[0], LONGER))
+    assert distance(image, made[1]) <= 1e-4  # of eight bits, in which a rounding may show
+    assert distance(made[0], made[1]) > 1e-3, "nothing was forecast: nothing was tested"
+    numbers = kv_numbers(name, SIZES[0][0] * SIZES[0][1] // 256, seen["text"])
+    assert held > numbers * (ITEM + 1) * ENTRIES  # rows, and their changes
+
+
+def test_a_forecast_of_the_others_rows_is_the_same_where_branches_run_apart() -> None:
+    alone = run_threads(2, paint_ahead, "flux", {"distrifusion": 2})[0][0]
+    assert np.array_equal(run_threads(4, paint_ahead, "flux", {"distrifusion": 2, "cfg": 2})[0][0], alone)
+
+
 # -- time and failure ---------------------------------------------------------------------------------------------
 
 
 def attend_three_times(place: Place) -> list[float]:
     """Seconds of each call of a layer, while the other rank comes a second late to the second call."""
     config = ParallelConfig(distrifusion=2, timeout=30)
-    group, layers, seconds = place.join(config), list[PartStore](), []
+    group, layers, seconds = place.join(config), Layers(), []
     cut = Cut.of(Raster(4, 1, 1), config)
     rows = torch.full((1, 1, 2, 8), float(place.rank))
     layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, sequence_of(cut.rows))

@@ -485,14 +485,13 @@ def test_law_6_never_silently_wrong(name: str, option: str, value: Any, folder: 
 
 
 def test_law_6_an_unknown_model_is_named_beside_the_known_ones(tmp_path: Path) -> None:
-    from diffusers import AuraFlowTransformer2DModel
+    from diffusers import LatteTransformer3DModel
 
     pipe = tiny.pipeline("sd3")
-    pipe.transformer = AuraFlowTransformer2DModel(
-        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=8, caption_projection_dim=16, pos_embed_max_size=16,
-    )  # fmt: skip
-    text = "AuraFlowTransformer2DModel has no plan.*FluxTransformer2DModel.*SD3.*PixArt.*docs/adding-a-model.md"
+    pipe.transformer = LatteTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, sample_size=8, patch_size=2, caption_channels=8
+    )
+    text = "LatteTransformer3DModel has no plan.*FluxTransformer2DModel.*SD3.*PixArt.*docs/adding-a-model.md"
     with pytest.raises(UnsupportedModel, match=text):
         patchpipe.parallelize(pipe, ParallelConfig())
     assert not hasattr(pipe, "patchpipe")

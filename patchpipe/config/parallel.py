@@ -129,10 +129,6 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be True, False or None")
             if value and self.distrifusion > 1:
                 raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
-        if self.forecast and self.distrifusion > 1:
-            raise ValueError(
-                "forecast=True is not tested with distrifusion and so refused: use pipefusion, or leave it out"
-            )
         for name in ("compile", "forecast", "idle_branch"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")

@@ -4,69 +4,27 @@ In the warm-up, every attention layer gathers the keys and values of all parts a
 exact. From then on it attends to its own fresh rows and to the others' rows of the step before, while its own
 travel to the others for their next step.
 
-A rank so keeps the keys and values of the whole latent, for all layers: as much as one device would.
+A rank so keeps the keys and values of the whole latent, for all layers: as much as one device would. Given the pace of
+the calls, the others' rows are not shown as they were but as a forecast: see ``parallel.parts``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from patchpipe.distributed.exchange import Exchange, Pieces
+from patchpipe.distributed.exchange import Exchange
 from patchpipe.distributed.mesh import Group
+from patchpipe.parallel.parts import ROWS, MovingParts, PartStore
 from patchpipe.stage.attending import Attend, Attending
+from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Rows
 
-ROWS = 3  # dim of the rows in a part [key and value, batch, heads, rows, channels]
-
-
-class PartStore:
-    """Keys and values of one layer, each rank's rows in a tensor of their own: they arrive where they stay.
-
-    What a mask adds to the scores of the keys of all layers has a store like it, with one tensor in place of two.
-
-    Belongs to one layer, one guidance branch and one request.
-
-    Args:
-        exchange: Among the ranks of the parts.
-    """
-
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
-        self._parts: list[Tensor | None] = [None] * exchange.size
-        self._coming: Pieces | None = None
-        self.bytes = 0  # of the rows it holds, with the room for those under way
-
-    def put_own(self, rows: Tensor) -> None:
-        """Takes this rank's fresh ``[key and value, batch, heads, rows, channels]`` in place of older ones."""
-        self._parts[self._exchange.index] = rows
-
-    def expect(self, coming: Pieces, size: int) -> None:
-        """Takes the promise of every part's rows, ``size`` bytes in all."""
-        self._coming, self.bytes = coming, size
-
-    def move(self, device: torch.device) -> None:
-        """Takes all rows to another device, once those under way are there."""
-        self._arrive()
-        self._parts = [None if rows is None else rows.to(device) for rows in self._parts]
-
-    def existing(self) -> tuple[Tensor, ...]:
-        """Keys and values of every row some step has computed; waits for those under way.
-
-        They come part by part, each with its own text rows: attention does not depend on the order of keys.
-        """
-        self._arrive()
-        return torch.cat([rows for rows in self._parts if rows is not None], dim=ROWS).unbind(0)
-
-    def _arrive(self) -> None:
-        if self._coming is not None:
-            coming, self._coming = self._coming, None
-            own = self._parts[self._exchange.index]
-            self._parts[:] = coming.take()
-            self._parts[self._exchange.index] = own
+Layers = list[PartStore | MovingParts]  # of a guidance branch, in the order they run
 
 
 class Displaced:
@@ -75,51 +33,61 @@ class Displaced:
     Args:
         exchange: Sends to and receives from the ranks of the other parts.
         pieces: Each rank's rows.
-        layers: The stores of the call's guidance branch, in the order its layers run; ``None`` where nothing is
-            ever stale.
+        layers: The stores of the call's guidance branch; ``None`` where nothing is ever stale.
         synchronous: Whether to wait for the others' fresh rows.
+        pace: Of the call, where stale rows are forecast.
     """
 
     def __init__(
-        self, exchange: Exchange, pieces: tuple[Patch, ...], layers: list[PartStore] | None, synchronous: bool
+        self,
+        exchange: Exchange,
+        pieces: tuple[Patch, ...],
+        layers: Layers | None,
+        synchronous: bool,
+        pace: Pace | None = None,
     ) -> None:
-        self.exchange, self.pieces, self.layers, self.synchronous = exchange, pieces, layers, synchronous
+        self.exchange, self.pieces, self.layers = exchange, pieces, layers
+        self.synchronous, self.pace = synchronous, pace
         self._layer = 0  # the next one: every call runs the same layers in the same order
         self._columns: tuple[Tensor, ...] = ()  # the same for every layer that masks keys
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: own rows attend to own fresh rows and to what the others' last gathering brought."""
         if attend.column is not None and not self._columns:
-            self._columns = self._seen(torch.stack(attend.columns), layer.rows)
-        seen = self._seen(torch.stack([key, value]), layer.rows)
+            self._columns = self._seen(torch.stack(attend.columns), layer.rows, None)
+        seen = self._seen(torch.stack([key, value]), layer.rows, self.pace)
         return attend(query, *seen, *(self._columns if attend.columns else ()))
 
-    def _seen(self, own: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    def _seen(self, own: Tensor, rows: Rows, pace: Pace | None) -> tuple[Tensor, ...]:
         """Own fresh rows beside the others', which are fresh or stale; the gathering that is started is not awaited."""
-        store = self._next_store()
-        store.put_own(own)
+        lengths = [rows.count(piece) for piece in self.pieces]
+        store = self._next_store(lengths, pace)
         if self.synchronous:
-            self._gather(store, own, rows)
-            return store.existing()
-        stale = store.existing()
-        self._gather(store, own, rows)  # before the attention, which hides it
+            self._gather(store, own, lengths, pace)
+            return store.fresh()
+        stale = store.beside(own, pace)
+        self._gather(store, own, lengths, pace)  # before the attention, which hides it
         return stale
 
-    def _next_store(self) -> PartStore:
+    def _next_store(self, lengths: Sequence[int], pace: Pace | None) -> PartStore | MovingParts:
         if self.layers is None:
             return PartStore(self.exchange)
         if self._layer == len(self.layers):
-            self.layers.append(PartStore(self.exchange))
+            new = PartStore(self.exchange) if pace is None else MovingParts(self.exchange, lengths)
+            self.layers.append(new)
         self._layer += 1
         return self.layers[self._layer - 1]
 
-    def _gather(self, store: PartStore, own: Tensor, rows: Rows) -> None:
+    def _gather(self, store: PartStore | MovingParts, own: Tensor, lengths: Sequence[int], pace: Pace | None) -> None:
         """Starts to gather all parts; returns at once."""
-        shapes = [(*own.shape[:ROWS], rows.count(piece), own.shape[-1]) for piece in self.pieces]
-        store.expect(self.exchange.spread(own, shapes), sum(map(prod, shapes)) * own.element_size())
+        shapes = [(*own.shape[:ROWS], length, own.shape[-1]) for length in lengths]
+        coming, size = self.exchange.spread(own, shapes), sum(map(prod, shapes)) * own.element_size()
+        store.expect(coming, size, pace)
 
 
-def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchronous: bool) -> Displaced | None:
+def displaced_for(
+    group: Group, cut: Cut, layers: Layers | None, synchronous: bool, pace: Pace | None = None
+) -> Displaced | None:
     """How this group's ranks attend in one call; ``None`` unless the layout says ``distrifusion``.
 
     Args:
@@ -127,6 +95,7 @@ def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchr
         cut: The cut of the call's latent.
         layers: The stores of the call's guidance branch, if they are kept.
         synchronous: Whether the call is part of the warm-up.
+        pace: Of the call, where stale rows are forecast.
 
     Raises:
         ValueError: There are fewer rows than ranks, or the parts are shared once more.
@@ -138,4 +107,4 @@ def displaced_for(group: Group, cut: Cut, layers: list[PartStore] | None, synchr
         raise ValueError(
             f"distrifusion={exchange.size} with ulysses or ring has not been tested: use one of them, and cfg, data"
         )
-    return Displaced(exchange, cut.split(cut.whole, exchange.size), layers, synchronous)
+    return Displaced(exchange, cut.split(cut.whole, exchange.size), layers, synchronous, pace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def reasons(choice: Choice, fresh: float) -> list[str]:
     """
     if choice.single_is_best:
         return [line for line in (_one_device(choice), _host(choice)) if line]
-    found = [_gain(choice), _offload(choice), _over_next(choice), _exact(choice), _stale(choice, fresh)]
+    stale = _stale(choice, fresh) if choice.quality is None else ""
+    found = [_gain(choice), _quality(choice), _offload(choice), _over_next(choice), _exact(choice), stale]
     found += [_host(choice), _refused(choice)]
     return [line for line in found if line]
 
@@ -53,6 +55,17 @@ def _gain(choice: Choice) -> str:
     return f"{gain}; of its {best.seconds:.2f} s, {spent:.2f} s go to the {_steps(warmup)}, in which stages wait"
 
 
+def _quality(choice: Choice) -> str:
+    measured, best = choice.quality, choice.best
+    if measured is None or best.exact:
+        return ""
+    decibels = measured.of(best.config, best.patches)
+    if decibels is None:
+        return f"no layout is known to have {measured.least:g} dB; nothing was measured of this one ({measured.told})"
+    found = f"{decibels:.1f} dB from one device's picture on average ({measured.told})"
+    return found if decibels >= measured.least else f"{found}: no layout is known to have {measured.least:g} dB"
+
+
 def _offload(choice: Choice) -> str:
     best = choice.best
     if not best.uploads:
@@ -75,7 +88,10 @@ def _over_next(choice: Choice) -> str:
     longer = second.seconds / best.seconds - 1
     name = _name(second)
     if longer < -ALIKE:
-        return f"the next, {name}, is faster but sees fewer fresh keys"
+        less = (
+            "sees fewer fresh keys" if choice.quality is None else "is not known to be as near to one device's picture"
+        )
+        return f"the next, {name}, is faster but {less}"
     told = f"about as fast is {name}" if longer < ALIKE else f"the next, {name}, takes {longer:.0%} longer"
     return (
         f"{told}: it computes {second.busy:.0%} of the time and sends {megabytes(second)} MB a step, "
@@ -172,6 +188,7 @@ def layout_words(config: ParallelConfig) -> list[str]:
         words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
     words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
+    words += ["--forecast"] if config.forecast else []
     if config.split_batch is not None:
         words.append("--split-batch" if config.split_batch else "--no-split-batch")
     if config.share_blocks is not None:
@@ -202,7 +219,15 @@ def as_dict(choice: Choice, runs: str | None) -> dict[str, Any]:
         "link": profile.link.name,
         "one_device_seconds": choice.single.seconds,
         "one_device_is_best": choice.single_is_best,
-        "layouts": [{**one.as_dict(), "speed_up": choice.speed_up(one)} for one in choice.ranked],
+        "layouts": [
+            {**one.as_dict(), "speed_up": choice.speed_up(one), **_decibels(choice, one)} for one in choice.ranked
+        ],
         "too_large": [one.as_dict() for one in choice.refused],
         "command": runs,
     }
+
+
+def _decibels(choice: Choice, one: Prediction) -> dict[str, float | None]:
+    """Mean decibels, where they were measured; an identical picture has none."""
+    found = None if choice.quality is None else choice.quality.of(one.config, one.patches)
+    return {} if choice.quality is None else {"psnr": None if found == math.inf else found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -19,6 +19,7 @@ from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.memory import block_memory
 from patchpipe.planner.predict import Prediction, predict
+from patchpipe.planner.work.quality import Quality, Way
 from patchpipe.planner.work.workload import Workload
 
 FRESH = (
@@ -48,6 +49,8 @@ class Wishes:
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
         offload: Whether weights may come and go where a layout does not fit otherwise.
+        quality: What pictures of patches that stream are like, where it was measured: its warm-ups are tried in place
+            of ``warmup``, with and without forecast as it has them, and its decibels count in place of ``fresh``.
     """
 
     exact: bool = False
@@ -57,6 +60,7 @@ class Wishes:
     methods: tuple[str, ...] | None = None
     compile: bool = False
     offload: bool = False
+    quality: Quality | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.fresh <= 1:
@@ -66,6 +70,17 @@ class Wishes:
         unknown = [name for name in self.methods or () if name not in DEGREES]
         if unknown:
             raise ValueError(f"method {unknown[0]!r} is unknown: use {', '.join(DEGREES)}")
+
+    def allow(self, one: Prediction) -> bool:
+        """Whether a layout may win: its picture is near enough to that of one device."""
+        if self.quality is not None:
+            return self.quality.meets(one.config, one.patches)
+        return one.fresh >= self.fresh
+
+    @property
+    def ways(self) -> list[Way]:
+        """Warm-ups to try, each with whether stale rows are forecast."""
+        return [(self.warmup, False)] if self.quality is None else self.quality.ways
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class Choice:
         single_fits: Whether it does.
         ranked: Layouts that fit, the best first.
         refused: Layouts that do not fit the memory.
+        quality: What was measured of its pictures.
     """
 
     workload: Workload
@@ -85,6 +101,7 @@ class Choice:
     ranked: tuple[Prediction, ...]
     refused: tuple[Prediction, ...]
     single_fits: bool = True
+    quality: Quality | None = None
 
     @property
     def best(self) -> Prediction:
@@ -117,6 +134,8 @@ def search(workload: Workload, devices: int, profile: Profile, wishes: Wishes | 
     if devices < 1:
         raise ValueError(f"devices={devices} must be 1 or more")
     wanted = wishes or Wishes()
+    if wanted.quality is not None:
+        wanted.quality.check(workload.steps)
     memory = int(HEADROOM * profile.device.memory) if wanted.memory is None else wanted.memory
     found = [
         _best_patches(workload, degrees, profile, wanted, memory) for degrees in _degrees(workload, devices, wanted)
@@ -132,12 +151,12 @@ def search(workload: Workload, devices: int, profile: Profile, wishes: Wishes | 
     ranked = _ranked(fitting, wanted)
     refused = sorted((one for one in found if one.bytes > memory), key=lambda one: one.seconds)
     single = predict(workload, ParallelConfig(compile=wanted.compile), profile)
-    return Choice(workload, profile, single, tuple(ranked), tuple(refused), single.bytes <= memory)
+    return Choice(workload, profile, single, tuple(ranked), tuple(refused), single.bytes <= memory, wanted.quality)
 
 
 def _ranked(found: list[Prediction], wishes: Wishes) -> list[Prediction]:
     """The quickest first; before layouts that are as quick, one whose picture is that of one device."""
-    ranked = sorted(found, key=lambda one: (one.fresh < wishes.fresh, one.seconds))
+    ranked = sorted(found, key=lambda one: (not wishes.allow(one), one.seconds))
     longest = ranked[0].seconds * (1 + ALIKE)
     exact = next((one for one in ranked if one.exact and one.seconds <= longest), ranked[0])
     ranked.remove(exact)
@@ -196,6 +215,8 @@ def _best_patches(
 ) -> Prediction:
     """The fastest number of patches, then the first placement of encoders and VAE that fits."""
     tried = [predict(workload, config, profile) for config in _configs(workload, degrees, profile, wishes)]
+    if wishes.quality is not None and any(map(wishes.allow, tried)):
+        tried = list(filter(wishes.allow, tried))
     best = min(tried, key=lambda one: one.seconds)
     if best.bytes <= memory:
         return best
@@ -247,16 +268,30 @@ def _placements(config: ParallelConfig, workload: Workload) -> Iterator[Parallel
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
+    """Layouts of these degrees: warm-ups, numbers of patches, splits of the blocks."""
+    if degrees["pipefusion"] == 1 or wishes.exact or wishes.warmup == ALL_STEPS:
+        yield from _at_once(workload, degrees, profile, wishes)
+        return
+    coarse = not wishes.compile and degrees["ulysses"] == degrees["ring"] == 1
+    ways = [way for way in wishes.ways if way[0] != COARSE or coarse] or [(1, False)]
+    for warmup, forecast in ways:
+        yield from _streaming(workload, {**degrees, "forecast": forecast}, profile, replace(wishes, warmup=warmup))
+
+
+def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
+    """Layouts in which no patches stream: without stages, or with every step synchronous."""
     stages, given = degrees["pipefusion"], cast("dict[str, Any]", {**degrees, "compile": wishes.compile})
     if stages == 1:
-        yield ParallelConfig(**given, warmup=wishes.warmup)
+        yield ParallelConfig(**given, warmup=1 if wishes.warmup == COARSE else wishes.warmup)
         return
-    blocks = balanced_stages(workload, profile, stages) if len(set(workload.blocks)) > 1 else None
-    if wishes.exact or wishes.warmup == ALL_STEPS:
-        yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=blocks)
-        return
-    given |= {"warmup": wishes.warmup}
-    whole = {**given, "stage_blocks": blocks}
+    yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=_uneven(workload, degrees, profile))
+
+
+def _streaming(
+    workload: Workload, degrees: Mapping[str, Any], profile: Profile, wishes: Wishes
+) -> Iterator[ParallelConfig]:
+    given: dict[str, Any] = {**degrees, "compile": wishes.compile, "warmup": wishes.warmup}
+    whole = {**given, "stage_blocks": _uneven(workload, degrees, profile)}
     if shared_blocks(Layout(workload, ParallelConfig(**whole), profile).stages):
         whole["share_blocks"] = False
     as_it_comes = Layout(workload, ParallelConfig(**whole), profile)
@@ -270,7 +305,12 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
             yield ParallelConfig(**given, patches=patches, stage_blocks=sizes_of(shared))
 
 
-def _patch_counts(workload: Workload, degrees: dict[str, int], halves: int) -> list[int]:
+def _uneven(workload: Workload, degrees: Mapping[str, Any], profile: Profile) -> tuple[int, ...] | None:
+    """Blocks of each stage, where blocks differ."""
+    return balanced_stages(workload, profile, degrees["pipefusion"]) if len(set(workload.blocks)) > 1 else None
+
+
+def _patch_counts(workload: Workload, degrees: Mapping[str, Any], halves: int) -> list[int]:
     """From as few patches as fill the stages to four times as many as these, if there are rows for each rank of one."""
     stages, most = degrees["pipefusion"], workload.rows.count // (degrees["ring"] * degrees["ulysses"])
     counts = {*range(fewest_patches(stages, halves), 2 * stages + 1), 2 * stages + stages // 2, 3 * stages, 4 * stages}

@@ -17,7 +17,7 @@ from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import share_batch
-from patchpipe.parallel.displaced import PartStore
+from patchpipe.parallel.displaced import Layers
 from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
@@ -49,7 +49,7 @@ class Branch:
     index: int = 0
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
-    parts: list[PartStore] = field(default_factory=list)
+    parts: Layers = field(default_factory=list)
     shared: list[SharedKeys] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     cold: bool = False

@@ -261,7 +261,7 @@ class Runner:
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
-        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous)
+        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous, call.pace)
         if share is None:
             for patch in call.patches:
                 answers.expect(patch)

@@ -21,6 +21,7 @@ from patchpipe.files import check_new, write_text
 if TYPE_CHECKING:
     from patchpipe.planner import Prediction, Workload
     from patchpipe.planner.search import Choice
+    from patchpipe.planner.work.quality import Quality
 
 EPILOG = """
 [bold]Examples[/]
@@ -48,6 +49,12 @@ EPILOG = """
   Less memory than the model takes: what comes from the host, and how long that takes:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 1 --device 4090
+
+  Near enough to one device's picture, by what was measured of your model:
+
+  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --patches 4,8,16 --warmup 1,2,coarse -o flux.html
+
+  [green]patchpipe plan[/] --model ./FLUX.1-dev --devices 8 --device l40 --quality flux.json --min-psnr 40
 
   What one device really takes makes the figures sharper:
 
@@ -86,6 +93,19 @@ Single = Annotated[
 Exact = Annotated[bool, option(_WISHES, "Only methods that give the picture of one device.", "--exact")]
 Fresh = Annotated[
     float, option(_WISHES, "Smallest share of fresh keys that the chosen layout may have.", "--fresh", default=True)
+]
+QualityFile = Annotated[
+    Path | None,
+    option(
+        _WISHES,
+        "What `patchpipe quality` wrote as .json: its warm-ups and forecasts are tried, and its decibels count in "
+        "place of --fresh.",
+        "--quality",
+        metavar="FILE",
+    ),
+]
+Least = Annotated[
+    float, option(_WISHES, "Mean decibels of a layout that may win, with --quality.", "--min-psnr", default=True)
 ]
 Guided = Annotated[
     bool | None,
@@ -134,6 +154,8 @@ def plan(
     compile: Compile = False,
     offload: Offloaded = True,
     fresh: Fresh = 0.5,
+    quality: QualityFile = None,
+    min_psnr: Least = 40.0,
     memory: Memory = None,
     single: Single = None,
     top: Top = 10,
@@ -150,7 +172,9 @@ def plan(
     from patchpipe.planner.machine.named import machine_and_count
     from patchpipe.planner.predict import calibrated
     from patchpipe.planner.work import named as workloads
+    from patchpipe.planner.work.quality import Quality
 
+    measured = None if quality is None else Quality.read(quality, min_psnr)
     machine, ranks = machine_and_count(device, link, profile, devices)
     asked = workloads.Asked(
         height=height, width=width, steps=steps, guidance=guidance, pictures=images, text_tokens=text_tokens,
@@ -166,6 +190,7 @@ def plan(
         warmup=options.read_warmup(warmup),
         compile=compile,
         offload=offload,
+        quality=measured,
     )
     choice = search.search(workload, ranks, machine, wishes)
     layout = None if choice.single_is_best else choice.best.config
@@ -230,7 +255,8 @@ def _layouts(choice: Choice, top: int) -> Table:
     title = f"Layouts, {shown} of {len(choice.ranked)} that fit; without text encoding and VAE"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     table.add_column("layout", overflow="fold")
-    for name in ("seconds", "speed-up", "GiB", "MB a step", "busy", "fresh keys"):
+    decibels = () if choice.quality is None else ("dB",)
+    for name in ("seconds", "speed-up", "GiB", "MB a step", "busy", "fresh keys", *decibels):
         table.add_column(name, justify="right", no_wrap=True)
     if choice.single_is_best:
         table.add_row(*_cells(choice, choice.single), style="bold green")
@@ -251,4 +277,10 @@ def _cells(choice: Choice, one: Prediction) -> tuple[str, ...]:
         megabytes(one),
         f"{one.busy:.0%}",
         "all" if one.exact else f"{one.fresh:.0%}",
+        *(() if choice.quality is None else (_decibels(choice.quality, one),)),
     )
+
+
+def _decibels(quality: Quality, one: Prediction) -> str:
+    found = quality.of(one.config, one.patches)
+    return "identical" if one.exact else "?" if found is None else f"{found:.1f}"

@@ -100,8 +100,8 @@ class Trend:
         """
         sizes = [high - low for low, high in ranges]
         pieces = fresh.split(sizes, SEQUENCE)
-        if begins:
-            self._ahead.zero_()
+        if begins:  # all have been recomputed since rows were shown ahead
+            self.settle()
         if known:
             changes = [self._changed(span, piece, pace) for span, piece in zip(ranges, pieces, strict=True)]
             if begins and sum(sizes) < self.kept.shape[SEQUENCE]:
@@ -111,6 +111,10 @@ class Trend:
                 self._pack(span, change)
         for (low, high), piece in zip(ranges, pieces, strict=True):
             self.kept.narrow(SEQUENCE, low, high - low).copy_(piece)
+
+    def settle(self) -> None:
+        """All rows are true ones now."""
+        self._ahead.zero_()
 
     def entries(self, start: int, stop: int) -> Trend:
         """That of some entries of the batch, in the same memory."""
