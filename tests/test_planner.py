@@ -325,13 +325,7 @@ def test_presets_are_the_classes_they_stand_for(name: str) -> None:
 def test_every_preset_can_be_predicted(preset: Any) -> None:
     workload = preset.workload(512, 512)
     assert predict(workload, ParallelConfig(pipefusion=2, patches=2), Profile.named("a100", "nvlink3")).seconds > 0
-    assert (preset.transformer in {plan.model for plan in _plans()}) == preset.runnable
-
-
-def _plans() -> tuple[Any, ...]:
-    from patchpipe.models import PLANS
-
-    return PLANS
+    assert preset.runnable
 
 
 def test_every_figure_has_a_source() -> None:

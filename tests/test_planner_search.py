@@ -274,7 +274,8 @@ def test_plan_reads_a_folder_and_calibrates(capsys: pytest.CaptureFixture[str], 
     assert json.loads(capsys.readouterr().out)["one_device_seconds"] == pytest.approx(7.5)
 
 
-def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_what_cannot_be_run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchpipe.planner.work.presets.PLANS", ())
     args = ["plan", "--model", "hunyuandit", "--height", "512", "--width", "512", "--devices", "2", *MACHINE]
     assert app(args=args) == 0
     text = " ".join(capsys.readouterr().out.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from patchpipe.models import PLANS
 from patchpipe.models.latent import Raster
 from patchpipe.planner.work.workload import Attention, Block, Guidance, Matrix, Workload
 
@@ -86,7 +87,6 @@ class Preset:
         embedders: Parameters outside the blocks.
         components: Gigabytes of text encoders and VAE in 16 bit.
         frames: Frames of a video.
-        runnable: Whether patchpipe has a plan for the class.
     """
 
     name: str
@@ -102,7 +102,11 @@ class Preset:
     embedders: int = 0
     components: Mapping[str, float] = field(default_factory=dict)
     frames: int = 1
-    runnable: bool = True
+
+    @property
+    def runnable(self) -> bool:
+        """Whether patchpipe has a plan for the class."""
+        return any(plan.model == self.transformer for plan in PLANS)
 
     def rows(self, height: int, width: int, frames: int | None = None) -> Raster:
         """Token rows: those of one frame after those of another.
@@ -205,7 +209,7 @@ PRESETS: tuple[Preset, ...] = (
     ),
     Preset(
         "hunyuandit", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "HunyuanDiT2DModel",
-        _hunyuan_dit, 16, 333, 50, joint=False, runnable=False,
+        _hunyuan_dit, 16, 333, 50, joint=False,
         embedders=20_000_000, components={"text_encoder": 0.7, "text_encoder_2": 3.34, "vae": 0.17},
     ),
     Preset(
