@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,18 @@ from patchpipe.models.latent import SPACE, patch_sizes
 # Tokens of the picture, or clip, and of the text: no two alike, so that shapes tell them apart.
 GRID = {"f": 5, "h": 7, "w": 3}
 TEXT, PADDED = 6, 2  # of which the last ones are padding
-UNKNOWN = (37, 41, 43, 47, 53, 59, 61, 67, 71, 73)  # channels that are not known yet, a number of its own for each input
+UNKNOWN = (
+    37,
+    41,
+    43,
+    47,
+    53,
+    59,
+    61,
+    67,
+    71,
+    73,
+)  # channels that are not known yet, a number of its own for each input
 TRIES = 14
 LAYOUTS = ("bnc", "bchw", "bcfhw", "bfchw", "bfhwc", "bc1hw")
 CLIPS = re.compile(r"3DModel$|Video")
@@ -73,10 +85,8 @@ class Making:
 
 def _latent(making: Making, name: str) -> Tensor:
     spans = {"f": 1, "h": 1, "w": 1}
-    try:
+    with contextlib.suppress(AttributeError, TypeError):  # else of one pixel each
         spans |= patch_sizes(making.model.config)
-    except (AttributeError, TypeError):  # of one pixel each
-        pass
     sizes = {"b": 1, "n": making.tokens, "1": 1, "c": making.wide(name)}
     sizes |= {axis: making.grid.get(axis, 1) * spans[axis] for axis in SPACE}
     return making.random(name, *(sizes[axis] for axis in making.axes))
@@ -122,7 +132,9 @@ def _given_sizes(name: str) -> Callable[[Making, str], int]:
 
 MAKERS: dict[str, Callable[[Making, str], Any]] = {
     **dict.fromkeys(("hidden_states", "x"), _latent),
-    **dict.fromkeys(("encoder_hidden_states", "encoder_hidden_states_t5", "encoder_hidden_states_2", "text_bth"), _text),
+    **dict.fromkeys(
+        ("encoder_hidden_states", "encoder_hidden_states_t5", "encoder_hidden_states_2", "text_bth"), _text
+    ),
     **dict.fromkeys(("pooled_projections", "pooled_embeds"), _pooled),
     **dict.fromkeys(("timestep", "timesteps", "t", "r_timestep"), _time),
     **dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask"), _mask),
@@ -142,7 +154,8 @@ MAKERS: dict[str, Callable[[Making, str], Any]] = {
     "prior_token_id": lambda making, _: torch.arange(making.tokens)[None] % 16,
     "prior_token_drop": lambda *_: torch.tensor([False]),
     "added_cond_kwargs": lambda making, name: {
-        "resolution": _pairs(making, name), "aspect_ratio": _pairs(making, name)[:, :1] / 64,
+        "resolution": _pairs(making, name),
+        "aspect_ratio": _pairs(making, name)[:, :1] / 64,
     },
     "visual_rope_pos": lambda making, _: [torch.arange(making.grid.get(axis, 1)) for axis in SPACE],
     "text_rope_pos": lambda *_: torch.arange(TEXT),

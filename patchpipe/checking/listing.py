@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,8 +100,9 @@ def block_list(
         if held is not None:
             rows[name] = held
     between = any(
-        not isinstance(run.arguments.get(name), Tensor) or all(run.arguments[name] is not value for value in before.returned)
-        for before, run in zip(runs, runs[1:], strict=False)
+        not isinstance(run.arguments.get(name), Tensor)
+        or all(run.arguments[name] is not value for value in before.returned)
+        for before, run in itertools.pairwise(runs)
         for name in streams
     )
     sums, borders = _mixers(blocks[0], layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -188,11 +188,8 @@ def record(pipe: Any, call: Callable[[], Any]) -> Sample:
         ValueError: It never called its transformer.
     """
     seen: list[tuple[str, dict[str, Any]]] = []
-    with _recording(pipe.transformer, seen):
-        try:
-            call()
-        except _Enough:
-            pass
+    with _recording(pipe.transformer, seen), suppress(_Enough):
+        call()
     if not seen:
         raise ValueError(f"{type(pipe).__name__} never called its transformer")
     return _sample(pipe.transformer, seen)
@@ -200,7 +197,10 @@ def record(pipe: Any, call: Callable[[], Any]) -> Sample:
 
 @contextmanager
 def _recording(model: Any, seen: list[tuple[str, dict[str, Any]]]) -> Iterator[None]:
-    forward, names = model.forward, [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+    forward, names = (
+        model.forward,
+        [name for name in inspect.signature(type(model).forward).parameters if name != "self"],
+    )
     context, time, branch = getattr(model, "cache_context", None), [None], [""]
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -249,7 +249,10 @@ def _sample(model: nn.Module, seen: Sequence[tuple[str, dict[str, Any]]]) -> Sam
     listed = isinstance(seen[0][1][latent], list)
     latents = [torch.stack(given[latent]) if listed else given[latent] for _, given in seen]
     calls = tuple(
-        Call(name, {key: value for key, value in given.items() if key not in (latent, "return_dict") and value is not None})
+        Call(
+            name,
+            {key: value for key, value in given.items() if key not in (latent, "return_dict") and value is not None},
+        )
         for name, given in seen
     )
     first = latents[0]

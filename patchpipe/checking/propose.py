@@ -92,7 +92,9 @@ def _lists(seen: _Seen) -> list[Found]:
     for run in runs:
         by_list.setdefault(run.path, []).append(run)
     lists = outer_lists(model)
-    whole = {path: some for path, some in by_list.items() if [run.index for run in some] == list(range(len(lists[path])))}
+    whole = {
+        path: some for path, some in by_list.items() if [run.index for run in some] == list(range(len(lists[path])))
+    }
     streams = {path: streams_of(some) for path, some in whole.items()}
     streams = {path: names for path, names in streams.items() if names}
     moved = runs_of(model, with_latent(sample, perturbed), streams)

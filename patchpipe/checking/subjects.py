@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
@@ -170,10 +171,8 @@ def cast(sample: Sample, dtype: torch.dtype) -> Sample:
 def small_call(pipe: Any) -> dict[str, Any]:
     """Arguments of a pipeline's call that make a small picture or clip, guided, as its signature has them."""
     spans = {"f": 1, "h": 1, "w": 1}
-    try:
+    with contextlib.suppress(AttributeError, TypeError):  # else of one pixel each
         spans |= patch_sizes(pipe.transformer.config)
-    except (AttributeError, TypeError):
-        pass
     factor = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
     pixels = max(16, factor * spans["h"])
     height, width = GRID["h"] * pixels, GRID["w"] * pixels
@@ -188,5 +187,9 @@ def small_call(pipe: Any) -> dict[str, Any]:
     needed = {"image": picture, "mask_image": picture, "class_labels": [3]}
     parameters = inspect.signature(type(pipe).__call__).parameters
     call = {name: value for name, value in known.items() if name in parameters}
-    required = {name for name, each in parameters.items() if each.default is each.empty}
-    return call | {name: value for name, value in needed.items() if name in required or (name in ("image",) and "image" in str(type(pipe)).lower() and name in parameters)}
+    wanted = {name for name, each in parameters.items() if each.default is each.empty}
+    if (
+        any(part in type(pipe).__name__ for part in ("Img2Img", "ImageToVideo", "Inpaint")) and "image" in parameters
+    ):  # some say it may be left out, and need it
+        wanted.add("image")
+    return call | {name: value for name, value in needed.items() if name in wanted}

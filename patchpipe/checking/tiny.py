@@ -1,4 +1,4 @@
-"""A tiny random copy of a transformer class: few blocks, two heads, and all that other parts of a model must fit as is."""
+"""A tiny random copy of a transformer class: few blocks, two heads; what other parts must fit stays as it is."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def _fewer_blocks(settings: dict[str, Any]) -> dict[str, Any]:
     found = {**settings, **fewer}
     for name, value in settings.items():
         if isinstance(value, (list, tuple)) and "layers" in name and all(type(each) is int for each in value):
-            found[name] = type(value)(value[:kept] if len(value) == longest else [each for each in value if each < kept])
+            found[name] = type(value)(
+                value[:kept] if len(value) == longest else [each for each in value if each < kept]
+            )
     return found
 
 

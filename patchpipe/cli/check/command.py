@@ -22,7 +22,7 @@ EPILOG = """
 
   [green]patchpipe check[/] FluxTransformer2DModel                    a class of diffusers
 
-  [green]patchpipe check[/] ./FLUX.1-dev                              a model of your own: its pipeline, its transformer made tiny
+  [green]patchpipe check[/] ./FLUX.1-dev                              a model of your own
 
   [green]patchpipe check[/] HunyuanImageTransformer2DModel            a class without a plan: proposes one, and tries it
 
