@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from patchpipe.checking.laws import LAWS, Trial
-from patchpipe.checking.propose import propose
+from patchpipe.checking.proposal.propose import propose
+from patchpipe.checking.proposal.writing import written
 from patchpipe.checking.subjects import Subject, subject_of
 from patchpipe.checking.tiny import CannotShrink, tiny_settings
-from patchpipe.checking.writing import written
 from patchpipe.cli import app
+from patchpipe.demo import MODEL_DIR
 from patchpipe.models import plan_for
 from tests.ranks import quieten
 
@@ -61,11 +62,17 @@ def test_plans_are_proposed_as_they_are(name: str) -> None:
     assert proposed.grid.axes == plan.grid.axes
     for own, other in zip(plan.blocks, proposed.blocks, strict=True):
         assert (other.path, other.count, other.streams) == (own.path, own.count, own.streams)
-        assert other.attention == {**own.attention, **{key: () for key in other.attention if key not in own.attention}} or {
-            key: value for key, value in own.attention.items() if key in other.attention
-        } == other.attention
+        assert other.attention == {name: own.attention[name] for name in other.attention}  # attn2 is of SD3.5
     [finding] = Trial(found.model, found.sample, proposed).findings(TRUE_KEYS)
     assert finding.outcome == "holds", (finding, written(proposed))
+
+
+def test_a_folder_s_own_pipeline_says_what_the_transformer_is_called_with() -> None:
+    found = subject_of(str(MODEL_DIR), {})
+    assert [call.name for call in found.sample.calls] == ["cond", "uncond"]
+    assert len(found.model.transformer_blocks) == 3
+    [finding] = Trial(found.model, found.sample).findings(TRUE_KEYS)
+    assert finding.outcome == "holds", finding
 
 
 def test_what_is_needed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,5 +86,6 @@ def test_what_is_needed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_prints_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert app(["check", "SD3Transformer2DModel", "--set", "pos_embed_max_size=16", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["holds"] and {finding["outcome"] for finding in told["findings"]} == {"holds"}
+    assert told["holds"]
+    assert {finding["outcome"] for finding in told["findings"]} == {"holds"}
     assert torch.get_num_threads() == 1

@@ -166,7 +166,9 @@ MAKERS: dict[str, Callable[[Making, str], Any]] = {
 ONLY_IF = {"guidance": "guidance_embeds"}  # inputs that a field of the configuration asks for
 
 
-def fitted(model: nn.Module, dtype: torch.dtype, layouts: Sequence[str] = ()) -> tuple[Sample, str]:
+def fitted(
+    model: nn.Module, dtype: torch.dtype, layouts: Sequence[str] = (), wanted: Sequence[str] = ()
+) -> tuple[Sample, str]:
     """A call of a transformer that runs, and the axes of its latent.
 
     Channels, and the latent's layout where it is not known, are found by trying: torch says what did not fit.
@@ -175,11 +177,13 @@ def fitted(model: nn.Module, dtype: torch.dtype, layouts: Sequence[str] = ()) ->
         model: The transformer.
         dtype: What it computes in.
         layouts: Axes of its latent to try; by default all there are.
+        wanted: Inputs beside the latent to give, where it is known which ones pipelines give; by default all.
 
     Raises:
         CannotMakeInputs: It has inputs that are not known, or no layout fits.
     """
     names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+    names = [name for at, name in enumerate(names) if at == 0 or not wanted or name in wanted]
     parameters = inspect.signature(type(model).forward).parameters
     unknown = [name for name in names if parameters[name].default is inspect.Parameter.empty and name not in MAKERS]
     if unknown:

@@ -48,9 +48,9 @@ class Law:
         """What is tried, of a latent of so many rows of tokens: a patch has two at least, for two ranks to share it."""
         count = min(PATCHES, rows // 2)
         sizes = tuple((at + 1) * rows // count - at * rows // count for at in range(count))
-        schedule: dict[str, Any] = {"warmup": "all"} if self.synchronous else {"patch_rows": sizes, "warmup": 1}
-        fixed: dict[str, Any] = {"split_batch": False, "share_blocks": False, "forecast": False, "timeout": SECONDS}
-        return ParallelConfig(**self.degrees, **schedule, **fixed)
+        options: dict[str, Any] = {"warmup": "all"} if self.synchronous else {"patch_rows": sizes, "warmup": 1}
+        options |= {"split_batch": False, "share_blocks": False, "forecast": False, "timeout": SECONDS}
+        return ParallelConfig(**{**options, **self.degrees})
 
 
 LAWS = (
@@ -161,7 +161,10 @@ class Trial:
         def rank(group: Group, at: int) -> Tensor | None:
             loop = parallelize(loops[at], config, group=group)
             output = loop(STEPS, still)
+            streamed = loop.patchpipe.last.steps_patched
             restore(loop)
+            if not config.synchronous and not streamed:
+                raise RuntimeError("no patch streamed, so that this shows nothing")
             return None if output is None else output.images
 
         found = on_ranks(config, rank, SECONDS)[0]

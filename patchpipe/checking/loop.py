@@ -137,8 +137,8 @@ class Loop(DiffusionPipeline):
                 with self._branch(call.name):
                     result = self.transformer(**sample.inputs(at, latents[at], later), return_dict=False)[0]
                 predicted[at] = torch.stack(list(result)) if sample.listed else result
-            if not still:
-                latents = self._moved(latents, predicted)
+            # A second call on the very same tensor would be taken for another branch of guidance.
+            latents = [latent.clone() for latent in latents] if still else self._moved(latents, predicted)
         return ImagePipelineOutput(images=torch.stack(predicted if still else latents))
 
     def _branch(self, name: str) -> Any:

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from patchpipe.checking.laws import Finding, Trial
-from patchpipe.checking.propose import propose as proposal_for
+from patchpipe.checking.proposal.propose import propose as proposal_for
+from patchpipe.checking.proposal.writing import written
 from patchpipe.checking.subjects import Subject, known_plan, subject_of
-from patchpipe.checking.writing import written
 from patchpipe.models.plan import ModelPlan
 
 
@@ -59,6 +59,7 @@ def quieten() -> None:
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("patchpipe").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # as each rank has: another number adds sums up in another order
 
@@ -78,7 +79,8 @@ def checked(
         ValueError: There is no such class, or it cannot be made tiny or called without being told more.
     """
     subject = subject_of(place, settings)
-    plan, text, unknown = known_plan(subject.kind), "", ()
+    plan, text = known_plan(subject.kind), ""
+    unknown: tuple[str, ...] = ()
     if plan is None or propose:
         proposal = proposal_for(subject.model, subject.sample)
         plan, unknown, text = proposal.plan, proposal.unknown, written(proposal.plan)

@@ -95,12 +95,12 @@ def subject_of_class(name: str, settings: Mapping[str, Any]) -> Subject:
     kind = transformer_class(name)
     fields = {**tiny_settings(kind, settings), **{key: settings[key] for key in settings if key in _chosen(settings)}}
     plan = known_plan(name)
-    layouts = () if plan is None else (plan.grid.axes,)
+    layouts, wanted = ((), ()) if plan is None else ((plan.grid.axes,), plan.inputs)
     problem: ValueError | None = None
     for dtype in DTYPES:
         model = build(kind, fields, dtype)
         try:
-            sample, axes = fitted(model, dtype, layouts)
+            sample, axes = fitted(model, dtype, layouts, wanted)
         except ValueError as error:
             problem = problem or error
             continue
@@ -125,22 +125,38 @@ def known_plan(name: str) -> ModelPlan | None:
 
 
 def _of_pipeline(folder: Path, settings: Mapping[str, Any]) -> Subject:
-    """The folder's own pipeline, its transformer made tiny, tells what a transformer is called with."""
+    """The folder's own pipeline, its transformer made tiny, tells what a transformer is called with.
+
+    Some fields of a configuration are as large as the width by chance, and must stay, for the text to fit: if the
+    narrow copy cannot be called, the width stays too.
+    """
+    problem: RuntimeError | None = None
+    for narrow in (True, False):
+        tiny = _tiny_transformers(folder, settings, narrow=narrow)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **tiny)
+        pipe.set_progress_bar_config(disable=True)
+        call = small_call(pipe)
+        try:
+            sample = record(pipe, lambda pipe=pipe, call=call: pipe(**call))  # type: ignore[misc]
+        except RuntimeError as error:
+            problem = problem or error
+            continue
+        return in_float64(tiny["transformer"], sample, f"inputs recorded from {type(pipe).__name__}")
+    raise ValueError(f"the pipeline in {folder} cannot be called with a tiny transformer: {problem}") from problem
+
+
+def _tiny_transformers(folder: Path, settings: Mapping[str, Any], *, narrow: bool) -> dict[str, nn.Module]:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     tiny = {}
     for name, entry in index.items():
         if name.startswith("transformer") and isinstance(entry, list) and entry[1]:
             config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
             kind = transformer_class(entry[1])
-            tiny[name] = build(kind, {**tiny_settings(kind, config, alone=False), **settings}, torch.float32)
+            fields = {**tiny_settings(kind, config, alone=False, narrow=narrow), **settings}
+            tiny[name] = build(kind, fields, torch.float32)
     if "transformer" not in tiny:
         raise ValueError(f"the pipeline in {folder} has no transformer: patchpipe spreads diffusion transformers only")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **tiny)
-    pipe.set_progress_bar_config(disable=True)
-    call = small_call(pipe)
-    sample = record(pipe, lambda: pipe(**call))
-    model = tiny["transformer"]
-    return in_float64(model, sample, f"inputs recorded from {type(pipe).__name__}")
+    return tiny
 
 
 def in_float64(model: nn.Module, sample: Sample, told: str) -> Subject:
@@ -173,7 +189,7 @@ def small_call(pipe: Any) -> dict[str, Any]:
     spans = {"f": 1, "h": 1, "w": 1}
     with contextlib.suppress(AttributeError, TypeError):  # else of one pixel each
         spans |= patch_sizes(pipe.transformer.config)
-    factor = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
+    factor: int = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8) or 8
     pixels = max(16, factor * spans["h"])
     height, width = GRID["h"] * pixels, GRID["w"] * pixels
     frames = (GRID["f"] - 1) * getattr(pipe, "vae_scale_factor_temporal", 4) * spans["f"] + 1
@@ -188,8 +204,6 @@ def small_call(pipe: Any) -> dict[str, Any]:
     parameters = inspect.signature(type(pipe).__call__).parameters
     call = {name: value for name, value in known.items() if name in parameters}
     wanted = {name for name, each in parameters.items() if each.default is each.empty}
-    if (
-        any(part in type(pipe).__name__ for part in ("Img2Img", "ImageToVideo", "Inpaint")) and "image" in parameters
-    ):  # some say it may be left out, and need it
-        wanted.add("image")
+    of_pictures = any(part in type(pipe).__name__ for part in ("Img2Img", "ImageToVideo", "Inpaint"))
+    wanted |= {"image"} & set(parameters) if of_pictures else set()  # some say it may be left out, and need it
     return call | {name: value for name, value in needed.items() if name in wanted}

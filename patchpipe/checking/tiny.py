@@ -28,7 +28,9 @@ class CannotShrink(ValueError):
     """A class cannot be made tiny without being told more."""
 
 
-def tiny_settings(kind: type, given: Mapping[str, Any] | None = None, *, alone: bool = True) -> dict[str, Any]:
+def tiny_settings(
+    kind: type, given: Mapping[str, Any] | None = None, *, alone: bool = True, narrow: bool = True
+) -> dict[str, Any]:
     """The configuration of a tiny model of a class.
 
     Blocks and heads become few; the width follows, and so does every other field that was as large. Heads stay as
@@ -38,6 +40,7 @@ def tiny_settings(kind: type, given: Mapping[str, Any] | None = None, *, alone: 
         kind: The transformer class.
         given: Fields that are set, such as a model's own configuration; the rest are the class's defaults.
         alone: Whether no other parts of a model must fit: then the text's channels are few too.
+        narrow: Whether heads become few too, and not blocks alone.
 
     Raises:
         CannotShrink: Fields without a default are not given.
@@ -51,7 +54,10 @@ def tiny_settings(kind: type, given: Mapping[str, Any] | None = None, *, alone: 
             f"{kind.__name__} has no default for {', '.join(missing)}: say what they are with "
             f"{' '.join(f'--set {name}=…' for name in missing)}, or give a folder that has its config.json"
         )
-    settings = _narrower(_fewer_blocks(settings))
+    settings = _fewer_blocks(settings)
+    if not narrow:
+        return settings
+    settings = _narrower(settings)
     return {name: NARROW if _needless(name, value, alone) else value for name, value in settings.items()}
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from patchpipe.checking.axes import by_numbers
+from patchpipe.checking.proposal.axes import by_numbers
 from patchpipe.models.latent import Latent
 from patchpipe.models.plan import BlockList, Holds, ModelPlan
 

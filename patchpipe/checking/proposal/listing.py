@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchpipe.checking.trace import Asked, Run, asked_in, changed_rows, outer_lists, perturbed
+from patchpipe.checking.proposal.trace import Asked, Run, asked_in, changed_rows, outer_lists, perturbed
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import BlockList, Holds
 

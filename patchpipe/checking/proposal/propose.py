@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patchpipe.checking.axes import latent_of
-from patchpipe.checking.listing import Found, Segments, block_list, streams_of
 from patchpipe.checking.loop import Sample
-from patchpipe.checking.trace import Run, changed_rows, outer_lists, perturbed, runs_of, with_latent
+from patchpipe.checking.proposal.axes import latent_of
+from patchpipe.checking.proposal.listing import Found, Segments, block_list, streams_of
+from patchpipe.checking.proposal.trace import Run, changed_rows, outer_lists, perturbed, runs_of, with_latent
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import ModelPlan
 
@@ -62,7 +62,13 @@ def propose(model: nn.Module, sample: Sample) -> Proposal:
     given = sample.inputs(0, sample.latents[0]) | {sample.latent: sample.latents[0]}
     raster = latent.rows(model, sample.latents[0].shape, given)
     seen = _Seen(model, sample, raster, unknown)
-    lists = _lists(seen)
+    try:
+        lists = _lists(seen)
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:  # a block that cannot be run by itself
+        raise CannotPropose(
+            f"{type(model).__name__} runs in a way that cannot be followed ({type(error).__name__}: {error}): write "
+            f"its plan by docs/adding-a-model.md"
+        ) from error
     inputs = list(sample.calls[0].inputs)
     plan = ModelPlan(
         model=type(model).__name__,
@@ -200,8 +206,3 @@ def _differ(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) != len(other) or any(map(_differ, one, other))
     return False
-
-
-def of_names(held: Mapping[str, Any]) -> str:
-    """For people: the names of a mapping."""
-    return ", ".join(held)
