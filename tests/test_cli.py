@@ -207,7 +207,7 @@ sys.exit(heavy or None)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.count("Usage:") == 12  # eleven commands, and all of them
+    assert run.stdout.count("Usage:") == 13  # twelve commands, and all of them
 
 
 @pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["info", "--help"], ["models", "--help"]])

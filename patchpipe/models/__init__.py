@@ -94,12 +94,17 @@ def settings_of(model: Any) -> dict[str, Any]:
 def plan_for(model: nn.Module | str) -> ModelPlan:
     """The plan of a transformer, by its class or a class it derives from.
 
+    A model whose ``patchpipe_plan`` is a plan has that one: a way to try a plan without changing patchpipe.
+
     Args:
         model: The transformer, or the name of its class alone; its configuration is then left unchecked.
 
     Raises:
         UnsupportedModel: No plan describes the class, or not as it is configured.
     """
+    own = None if isinstance(model, str) else vars(model).get("patchpipe_plan")
+    if isinstance(own, ModelPlan):
+        return own
     names = [model] if isinstance(model, str) else [cls.__name__ for cls in type(model).__mro__]
     for plan in PLANS:
         if plan.model in names:

@@ -1,0 +1,1 @@
+"""A plan for a class that has none, from a few runs of a tiny copy."""

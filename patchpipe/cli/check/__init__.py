@@ -1,0 +1,1 @@
+"""``patchpipe check``: the command and what it shows."""
