@@ -51,9 +51,13 @@ def compare(
     separate = name.startswith(SEPARATE) and options.get("guided", True)
     plain = paint(pipe, name, **options)
     patchpipe.parallelize(pipe, config)
-    ours, rows = paint(pipe, name, **options), pipe.patchpipe.last.patch_rows
+    ours, last = paint(pipe, name, **options), pipe.patchpipe.last
+    rows, text_patches = last.patch_rows, last.text_patches
     patchpipe.restore(pipe)
-    with naive_pipefusion(pipe, rows, int(config.warmup), branches=2 if separate else 1, forecast=config.forecast):
+    with naive_pipefusion(
+        pipe, rows, int(config.warmup), branches=2 if separate else 1, forecast=config.forecast,
+        text_patches=text_patches,
+    ):  # fmt: skip
         naive = paint(pipe, name, **options)
     scale = plain.std()
     tolerance = tolerance or (ROUNDED if name.startswith(IN_FLOAT32) else TOLERANCE)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from patchpipe.checking.threads import at_once, wait_for
 from tests.ranks import Place, quieten
 
 FIRST_CAUSE_SECONDS = 15  # for the others to end, once one has failed
@@ -51,30 +52,12 @@ def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout
     for thread in threads:
         thread.start()
     try:
-        _wait(threads, problems, time.monotonic() + timeout)
+        wait_for(threads, problems, time.monotonic() + timeout, FIRST_CAUSE_SECONDS)
     finally:  # also where a test runs out of time: what its ranks still do would disturb the next one
-        _leave(places)
+        at_once([place.leave for place in places], FIRST_CAUSE_SECONDS)
     if len(results) == world_size:
         return [results[rank] for rank in range(world_size)]
     told = {rank: problems.get(rank, "no answer before the deadline") for rank in range(world_size)}
     raise AssertionError(
         "\n".join(f"--- rank {rank} ---\n{'finished' if rank in results else text}" for rank, text in told.items())
     )
-
-
-def _leave(places: list[Place]) -> None:
-    """All at once: each waits for the next one's word."""
-    threads = [threading.Thread(target=place.leave, name="leaving", daemon=True) for place in places]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(FIRST_CAUSE_SECONDS)
-
-
-def _wait(threads: list[threading.Thread], problems: dict[int, str], deadline: float) -> None:
-    """Until all have ended, or the deadline, which comes sooner once a rank has failed."""
-    shortened = False
-    while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
-        next(thread for thread in threads if thread.is_alive()).join(0.05)
-        if problems and not shortened:
-            deadline, shortened = min(deadline, time.monotonic() + FIRST_CAUSE_SECONDS), True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def on_ranks(config: ParallelConfig, target: Callable[[Group, int], Any], second
     threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(ranks)]
     for thread in threads:
         thread.start()
-    _wait(threads, problems, time.monotonic() + seconds)
-    _close(groups)
+    wait_for(threads, problems, time.monotonic() + seconds, SECONDS_FOR_THE_OTHERS)
+    at_once([group.close for group in groups], SECONDS_FOR_THE_OTHERS)
     if problems:
         raise min(problems.values(), key=lambda error: isinstance(error, PatchpipeError))
     if len(results) < ranks:
@@ -60,19 +60,26 @@ def on_ranks(config: ParallelConfig, target: Callable[[Group, int], Any], second
     return [results[rank] for rank in range(ranks)]
 
 
-def _wait(threads: list[threading.Thread], problems: dict[int, BaseException], deadline: float) -> None:
-    """Until all have ended, or the deadline, which comes sooner once a rank has failed."""
+def wait_for(threads: Sequence[threading.Thread], problems: Sized, deadline: float, grace: float) -> None:
+    """Waits until all threads have ended, or for a deadline, which comes sooner once one has failed.
+
+    Args:
+        threads: The ranks.
+        problems: What has failed so far; they add to it.
+        deadline: When to give up, by ``time.monotonic``.
+        grace: Seconds the others have once one has failed.
+    """
     shortened = False
     while any(thread.is_alive() for thread in threads) and time.monotonic() < deadline:
         next(thread for thread in threads if thread.is_alive()).join(0.02)
         if problems and not shortened:
-            deadline, shortened = min(deadline, time.monotonic() + SECONDS_FOR_THE_OTHERS), True
+            deadline, shortened = min(deadline, time.monotonic() + grace), True
 
 
-def _close(groups: list[Group]) -> None:
-    """All at once: each waits for the next one's word."""
-    threads = [threading.Thread(target=group.close, name="leaving", daemon=True) for group in groups]
+def at_once(calls: Sequence[Callable[[], object]], seconds: float) -> None:
+    """Ranks leave together, each in a thread: each waits for the next one's word, so many seconds at most."""
+    threads = [threading.Thread(target=call, name="leaving", daemon=True) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(SECONDS_FOR_THE_OTHERS)
+        thread.join(seconds)

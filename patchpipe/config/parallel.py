@@ -52,9 +52,9 @@ class ParallelConfig:
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts patches so that all cost the same.
-        text_patches: Over how many of the first patches the text is spread. ``None`` takes one, or as many as it needs
-            that no patch takes much longer than another where the text is long beside the picture, and the model's
-            plan allows it.
+        text_patches: Over how many of the first patches the text is spread. ``None`` takes one. If the text is long
+            beside the picture and the model's plan allows it, ``None`` takes as many as it needs until no patch takes
+            much longer than another.
         stage_blocks: Blocks of each stage. ``None`` balances the stages by counted cost. In ``(3.5, 3.5)`` both stages
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.

@@ -219,13 +219,13 @@ def balanced_rows(rows: Raster, patches: int, text: int = 0, fewest: int = 1, te
     """
     if patches == text_patches:
         return _even(rows.count, patches)
-    others, share = patches - text_patches, -(-text // text_patches)
+    others = patches - text_patches
 
     def sizes(first: int) -> tuple[int, ...]:
         return *_even(first, text_patches), *_even(rows.count - first, others)
 
     def unevenness(first: int) -> tuple[float, float]:
-        costs = [size * rows.tokens + share * (at < text_patches) for at, size in enumerate(sizes(first))]
+        costs = _tokens(rows, sizes(first), text, text_patches)
         return max(costs), sum(cost * cost for cost in costs)
 
     low = text_patches * max(1, min(fewest, rows.count // patches))
@@ -241,14 +241,19 @@ def spread_of(rows: Raster, patches: int, text: int, fewest: int = 1) -> int:
         text: Text tokens.
         fewest: Rows every patch should have, if there are as many.
     """
-    mean = (rows.total + text) / patches
+    enough = EVEN * (rows.total + text) / patches
 
-    def dearest(spread: int) -> float:
-        sizes, share = balanced_rows(rows, patches, text, fewest, spread), -(-text // spread)
-        return max(size * rows.tokens + share * (at < spread) for at, size in enumerate(sizes)) / mean
+    def dearest(spread: int) -> int:
+        return max(_tokens(rows, balanced_rows(rows, patches, text, fewest, spread), text, spread))
 
-    even = (spread for spread in range(1, patches + 1) if dearest(spread) <= EVEN)
-    return next(even, min(range(1, patches + 1), key=dearest))
+    spreads = range(1, patches + 1)
+    return next((spread for spread in spreads if dearest(spread) <= enough), None) or min(spreads, key=dearest)
+
+
+def _tokens(rows: Raster, sizes: tuple[int, ...], text: int, text_patches: int) -> list[int]:
+    """Tokens of each patch, of which the first have their share of the text too."""
+    share = -(-text // text_patches)
+    return [size * rows.tokens + share * (at < text_patches) for at, size in enumerate(sizes)]
 
 
 def _even(rows: int, patches: int) -> tuple[int, ...]:
