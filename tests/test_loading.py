@@ -216,7 +216,7 @@ def test_a_folder_that_is_no_pipeline_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "text"),
     [
-        ("transformer", ["diffusers", "HunyuanDiT2DModel"], "HunyuanDiT2DModel has no plan.*adding-a-model"),
+        ("transformer", ["diffusers", "LatteTransformer3DModel"], "Latte.* has no plan.*adding-a-model"),
         ("transformer", [None, None], "has no transformer"),
         ("_class_name", "PipelineOfTomorrow", "has no pipeline class PipelineOfTomorrow: upgrade it"),
     ],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +55,25 @@ class Report:
         }  # fmt: skip
 
 
-def quieten() -> None:
-    """Silences what diffusers and transformers tell of tiny models, and keeps torch to one thread."""
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("patchpipe").setLevel(logging.ERROR)
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences, inside, what the libraries tell of tiny models, and keeps torch to one thread."""
+    own, threads = logging.getLogger("patchpipe"), torch.get_num_threads()
+    told, libraries = own.level, (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    own.setLevel(logging.ERROR)
     torch.set_num_threads(1)  # as each rank has: another number adds sums up in another order
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        own.setLevel(told)
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def checked(

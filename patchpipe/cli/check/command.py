@@ -85,10 +85,8 @@ def _prepare() -> None:
 def _checked(model: str, settings: dict[str, Any], propose: bool, show: Show) -> Report:
     with show.waiting("loading the libraries"):
         from patchpipe.checking.laws import LAWS
-        from patchpipe.checking.report import checked, quieten  # heavy, and not needed to refuse bad input
-
-        quieten()
-    with show.progress(len(LAWS)) as tell:
+        from patchpipe.checking.report import checked, quiet  # heavy, and not needed to refuse bad input
+    with quiet(), show.progress(len(LAWS)) as tell:
         report = checked(model, settings, propose=propose, tell=tell)
     show.report(report)
     return report
