@@ -210,7 +210,7 @@ def served(service: Service, kinds: list[Kind], asked: list[Request]) -> dict[st
     threading.Event().wait(0.1)
     figures = service.metrics.registry
     learned = {
-        str(kind.shape): {degree: service._decider.costs.step(kind.shape, 1, degree) for degree in (1, 2)}
+        str(kind.shape): {degree: service.painters.costs.step(kind.shape, 1, degree) for degree in (1, 2)}
         for kind in kinds
     }
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 
@@ -29,6 +30,9 @@ class Refusal(Exception):
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it may have to travel between the processes of a fleet
+        return partial(Refusal, code=self.code, param=self.param, retry_after=self.retry_after), (self.status, self.message)
 
     def body(self) -> dict[str, Any]:
         """The answer's JSON."""

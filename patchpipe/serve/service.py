@@ -11,20 +11,16 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from patchpipe.scheduling import Policy, policy_named
+from patchpipe.scheduling import Policy
 from patchpipe.serve.clips.jobs import Clips
+from patchpipe.serve.group import Group
 from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
-from patchpipe.serve.steer.believed import planner_of
-from patchpipe.serve.steer.conductor import Conductor
-from patchpipe.serve.steer.costs import LiveCosts, Machine
-from patchpipe.serve.steer.deciding import Decider
-from patchpipe.serve.steer.runs import Hand
-from patchpipe.serve.steer.shapes import shape_of
 from patchpipe.serve.work.asking import lora_names
 from patchpipe.serve.work.model import Model
-from patchpipe.serve.work.tickets import Ended, Event, Kind, Listener, Painted, Seen, Started, Ticket, Work
+from patchpipe.serve.work.painters import Painters
+from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Seen, Started, Ticket, Work
 
 logger = logging.getLogger("patchpipe.serve")
 
@@ -36,11 +32,14 @@ class Service:
 
     Args:
         settings: What the operator decided.
-        models: The models by the service's name for them; see ``add_model``.
+        models: The models of this machine.
         policy: Who has which devices next; ``None`` takes the one that the settings name.
+        fleet: Who paints, in place of this machine's devices.
 
     Attributes:
-        models: The models.
+        painters: Who paints.
+        conductor: Takes requests, and has them painted.
+        models: The models by the service's name for them.
         clips: The clips.
         metrics: The figures.
         started: When it began, in seconds of the Unix epoch.
@@ -49,22 +48,18 @@ class Service:
         ValueError: The folder or the database cannot be used.
     """
 
-    def __init__(self, settings: Settings, models: Sequence[Model], policy: Policy | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        models: Sequence[Model] = (),
+        policy: Policy | None = None,
+        fleet: Painters | None = None,
+    ) -> None:
         self.settings = settings
-        self.models: Mapping[str, Model] = {model.name: model for model in models}
-        self.metrics = Metrics()
+        self.painters: Painters = fleet or Group(models, settings, Metrics(), policy)
+        self.models: Mapping[str, Model] = self.painters.models
+        self.metrics, self.conductor = self.painters.metrics, self.painters.conductor
         self.started = int(time.time())
-        machine = machine_of(models, settings.in_flight)
-        self._decider = Decider(
-            machine,
-            policy or policy_named(settings.policy),
-            LiveCosts(machine, planner_of(self.models)),
-            admission=settings.admission,
-            scale=settings.deadline_scale,
-            failed=self.metrics.failed_decisions.inc,
-        )
-        self._hands = {name: Hand(model, settings.lora_folder) for name, model in self.models.items()}
-        self.conductor = Conductor(self.models, self._decider, self._hands, self.metrics, settings.limits.waiting)
         self.metrics.watch(self.conductor.snapshot, self.models)
         self.clips = Clips(settings.folder, settings.database, settings.keep_hours, self._submit_again, self.cancel)
         self._ending = threading.Event()
@@ -76,13 +71,11 @@ class Service:
         Raises:
             Exception: A model could not start.
         """
-        for model in self.models.values():
-            if model.cause is not None:
-                model.start()
+        self.painters.start()
         restored = self.clips.restore()
         if restored:
             logger.info("clips restored", extra={"fields": {"clips": restored}})
-        for name, work in (("look on", self._look_on), ("ask the planner", self._ask_planner)):
+        for name, work in (("look on", self._look_on), ("ask the planner", self.painters.ask_planner)):
             threading.Thread(target=work, name=name, daemon=True).start()
 
     # -- requests --------------------------------------------------------------------------------
@@ -198,7 +191,8 @@ class Service:
             "ready": self.ready,
             "draining": self.draining,
             "models": [_describe(model) for model in self.models.values()],
-            "policy": self._decider.policy.name,
+            "policy": self.painters.policy,
+            **self.painters.state(),
             **{
                 state: [_place(one) for one in seen if one.state == state] for state in ("running", "paused", "waiting")
             },
@@ -218,24 +212,14 @@ class Service:
         self._ending.set()
         for ticket in self.conductor.close():
             ticket.wait(10)
-        for model in self.models.values():
-            model.close()
-        for hand in self._hands.values():
-            hand.close()
+        self.painters.close()
         self.clips.close()
-
-    def _ask_planner(self) -> None:
-        """Asks what usual requests take, so that the first of them need not wait for the answer."""
-        for model in self.models.values():
-            kind: Kind = "clip" if model.facts.clips else "picture"
-            self._decider.costs.know(shape_of(Work("usual", model.name, kind, {}, (0,)), model.facts))
 
     def _look_on(self) -> None:
         """Notices workers that die while nothing is asked of them, and deletes old clips."""
         swept = monotonic()
         while not self._ending.wait(1.0):
-            for model in self.models.values():
-                model.check()
+            self.painters.look_on()
             if monotonic() - swept > SWEEP_SECONDS:
                 swept = monotonic()
                 self.clips.sweep()
@@ -276,14 +260,3 @@ def _place(seen: Seen) -> dict[str, Any]:
         "ran": round(now - ticket.started, 1) if ticket.started else None,
         "due": None if math.isinf(ticket.due) else round(ticket.due - now, 1),
     }
-
-
-def machine_of(models: Sequence[Model], in_flight: int) -> Machine:
-    """What there is to share: the devices where all models are elastic, else the machine as a whole."""
-    layouts = {model.facts.elastic for model in models if model.cause is None}
-    counts = {0 if layout is None else layout.ranks for layout in layouts}
-    if len(counts) != 1 or 0 in counts:
-        return Machine(together=in_flight)
-    [devices] = counts
-    degrees = tuple(2**power for power in range(devices.bit_length()))
-    return Machine(devices, degrees, in_flight, elastic=True)
