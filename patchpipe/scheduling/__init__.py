@@ -7,7 +7,8 @@
 
 ``State`` says what there is, ``Decisions`` what should run where from each batch's next step boundary on. Times are
 seconds on the caller's clock; nothing in here looks at one. What changes while the service runs are the costs: tell
-``MeasuredCosts`` what steps really took. Many groups of devices have a ``Scheduler.decide`` each, and a ``Router``.
+``MeasuredCosts`` what steps really took. Many groups of devices have a ``Scheduler.decide`` each. ``dispatch`` says
+which group a request goes to, by deadlines; ``Router`` by load alone, for thousands of groups.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from patchpipe.scheduling.admission import Admission
 from patchpipe.scheduling.costs import Costs, MeasuredCosts, TableCosts
 from patchpipe.scheduling.deadlines import DEFAULT_SCALE, alone, with_deadline
+from patchpipe.scheduling.dispatch import Group, Waiting, dispatch
 from patchpipe.scheduling.policies import POLICIES, Balanced, Genserve, Ordered, Policy, policy_named
 from patchpipe.scheduling.router import Router
 from patchpipe.scheduling.scheduler import Scheduler
@@ -28,6 +30,7 @@ __all__ = [
     "Costs",
     "Decisions",
     "Genserve",
+    "Group",
     "Job",
     "Kind",
     "MeasuredCosts",
@@ -41,7 +44,9 @@ __all__ = [
     "State",
     "Status",
     "TableCosts",
+    "Waiting",
     "alone",
+    "dispatch",
     "policy_named",
     "with_deadline",
 ]

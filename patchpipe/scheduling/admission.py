@@ -32,14 +32,28 @@ class Admission:
         needed = view.fastest(job)
         if needed > self.margin * allowed:
             return f"it takes {needed:.1f} s on the idle machine, and its deadline is in {allowed:.1f} s"
-        before = [other for other in view.jobs if other.request.deadline <= request.deadline]
-        work = sum(
-            _device_seconds(view, other) for other in before if view.now + view.fastest(other) <= other.request.deadline
-        )
-        reckoned = (work + _device_seconds(view, job)) / max(1, view.room)
-        if reckoned > self.margin * allowed:
-            return f"what is due before it takes {reckoned:.1f} s, and its deadline is in {allowed:.1f} s"
+        soonest = reckoned(view, request)
+        if soonest > self.margin * allowed:
+            return f"what is due before it takes {soonest:.1f} s, and its deadline is in {allowed:.1f} s"
         return None
+
+
+def reckoned(view: View, request: Request, *, late: bool = False) -> float:
+    """Seconds until a request would be done if it came now, as if work flowed like water.
+
+    Args:
+        view: What there is without it.
+        request: The request.
+        late: Count what is late already too, where it does not give way.
+    """
+    job = Job(request, request.steps)
+    before = [other for other in view.jobs if other.request.deadline <= request.deadline]
+    work = sum(
+        _device_seconds(view, other)
+        for other in before
+        if late or view.now + view.fastest(other) <= other.request.deadline
+    )
+    return max(view.fastest(job), (work + _device_seconds(view, job)) / max(1, view.room))
 
 
 def _device_seconds(view: View, job: Job) -> float:

@@ -32,7 +32,10 @@ class Refusal(Exception):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:  # it may have to travel between the processes of a fleet
-        return partial(Refusal, code=self.code, param=self.param, retry_after=self.retry_after), (self.status, self.message)
+        return partial(Refusal, code=self.code, param=self.param, retry_after=self.retry_after), (
+            self.status,
+            self.message,
+        )
 
     def body(self) -> dict[str, Any]:
         """The answer's JSON."""

@@ -15,11 +15,11 @@ from patchpipe.scheduling import Policy
 from patchpipe.serve.clips.jobs import Clips
 from patchpipe.serve.group import Group
 from patchpipe.serve.metrics import Metrics
+from patchpipe.serve.painters import Painters
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.work.asking import lora_names
 from patchpipe.serve.work.model import Model
-from patchpipe.serve.work.painters import Painters
 from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Seen, Started, Ticket, Work
 
 logger = logging.getLogger("patchpipe.serve")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from patchpipe.cli import options
+from patchpipe.serve.fleet.needs import Wanted
 from patchpipe.serve.models import Loading, Named, ServedLayout, read_models
 from patchpipe.serve.settings import Limits, Settings, read_keys
 
@@ -34,6 +37,10 @@ EPILOG = """
 
   [green]PATCHPIPE_API_KEY=$(openssl rand -hex 24) patchpipe serve[/] ./FLUX.1-dev --host 0.0.0.0
 
+  On all nodes of a Ray cluster, two GPUs a replica:
+
+  [green]patchpipe serve[/] ./FLUX.1-dev --ray auto --replica-devices 2
+
   A picture:
 
   [green]curl -s localhost:8000/v1/images/generations -H 'content-type: application/json' \
@@ -42,7 +49,7 @@ open("heart.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["
 """
 KEY_VARIABLE = "PATCHPIPE_API_KEY"
 _NEEDS = ("fastapi", "uvicorn", "multipart", "sqlalchemy", "prometheus_client", "av")
-_SERVICE, _SCHEDULING, _LIMITS = "Service", "Devices and who is next", "Limits"
+_SERVICE, _SCHEDULING, _FLEET, _LIMITS = "Service", "Devices and who is next", "Several nodes", "Limits"
 
 Models = Annotated[
     list[str] | None,
@@ -100,6 +107,17 @@ DeadlineScale = Annotated[
 ]
 Admit = Annotated[bool, options.option(_SCHEDULING, "Turn away at once what cannot be there in time.", "--admission")]
 InFlight = Annotated[int, options.option(_SCHEDULING, "Pictures painted together at most.", default=True)]
+RayAddress = Annotated[
+    str | None,
+    options.option(
+        _FLEET, "[bold]auto[/] or HOST:PORT: have a Ray cluster paint, on all its nodes.", metavar="ADDRESS"
+    ),
+]
+Replicas = Annotated[
+    int | None,
+    options.option(_FLEET, "Groups of devices. [dim]Default: as many as there is room for.[/]"),
+]
+ReplicaDevices = Annotated[int, options.option(_FLEET, "Devices of each, on one node.", default=True)]
 DrainSeconds = Annotated[float, options.option(_SERVICE, "Seconds that pictures under way get to end.", default=True)]
 DrainDelay = Annotated[
     float, options.option(_SERVICE, "Seconds of accepting while not ready any more, before the end.", default=True)
@@ -136,6 +154,9 @@ def serve(
     devices: options.Devices = None,
     dtype: options.Dtype = None,
     threads: options.Threads = None,
+    ray: RayAddress = None,
+    replicas: Replicas = None,
+    replica_devices: ReplicaDevices = 1,
     max_pixels: MaxPixels = Limits.pixels,
     max_frames: MaxFrames = Limits.frames,
     max_steps: MaxSteps = Limits.steps,
@@ -145,13 +166,13 @@ def serve(
     max_waiting: MaxWaiting = Limits.waiting,
     _debug: options.Debug = False,
 ) -> None:
-    """Serve models of this machine: OpenAI's API, and a page to play with."""
+    """Serve models, of this machine or of several: OpenAI's API, and a page to play with."""
     given = locals()
     settings = _settings(given)
     loading = Loading(layout, options.read_devices(devices), dtype, threads, in_flight)
     named = read_models(models or ())
     _check_installed(loras=lora_folder is not None)
-    _run(settings, loading, named, edits, log_format)
+    _run(settings, loading, named, edits, log_format, _wanted(ray, replicas, replica_devices))
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -188,39 +209,87 @@ def _check_installed(loras: bool) -> None:
         raise ValueError(f"the service needs {', '.join(missing)}: pip install 'patchpipe[serve,lora]'")
 
 
+def _wanted(ray: str | None, replicas: int | None, replica_devices: int) -> Wanted | None:
+    if ray is None:
+        if replicas is not None or replica_devices != 1:
+            raise ValueError("--replicas and --replica-devices are of a fleet: give --ray auto too")
+        return None
+    from patchpipe.serve.fleet.cluster import check_installed
+
+    check_installed()
+    return Wanted(ray, replicas, replica_devices)
+
+
 def _run(
-    settings: Settings, loading: Loading, named: tuple[Named, ...], edits: bool, log_format: Literal["text", "json"]
+    settings: Settings,
+    loading: Loading,
+    named: tuple[Named, ...],
+    edits: bool,
+    log_format: Literal["text", "json"],
+    wanted: Wanted | None,
 ) -> None:
     """Loads and serves; heavy libraries come only now."""
     from patchpipe.engine.processes import warm
     from patchpipe.serve import logs
     from patchpipe.serve.clips.jobs import own
-    from patchpipe.serve.models import start_models
-    from patchpipe.serve.service import Service
     from patchpipe.serve.start import listen, run
 
     console = Console(highlight=False)
     logs.set_up(log_format)
     logging.getLogger("patchpipe.engine").setLevel(logging.WARNING)
-    made: list[Service] = []
-    with listen(settings) as listener, own(settings.folder), warm():  # an engine that died is up again at once
-
-        def changed() -> None:
-            for service in made:
-                service.model_changed()
-
+    # an engine that died is up again at once
+    engines = warm() if wanted is None else nullcontext()
+    with listen(settings) as listener, own(settings.folder), engines:
         with console.status("loading …") as status:
-            models = start_models(
-                named, loading, edits=edits, on_change=changed, told=lambda name: status.update(f"loading {name} …")
+            service = (
+                _on_this_machine(settings, loading, named, edits, lambda name: status.update(f"loading {name} …"))
+                if wanted is None
+                else _on_a_fleet(settings, loading, named, edits, wanted)
             )
-        try:
-            made.append(Service(settings, models))
-            made[0].start()
-        except BaseException:
-            for model in models:
-                model.close()
-            raise
-        for model in models:
+        for model in service.models.values():
             layout = f"{model.facts.pipeline} · {model.facts.layout} · {', '.join(model.facts.devices)}"
             console.print(f"[bold]{escape(model.name)}[/]  [dim]{escape(layout)}[/]", soft_wrap=True)
-        run(made[0], listener, lambda address: console.print(f"listening on [bold]{address}[/]"))
+        run(service, listener, lambda address: console.print(f"listening on [bold]{address}[/]"))
+
+
+def _on_this_machine(
+    settings: Settings, loading: Loading, named: tuple[Named, ...], edits: bool, told: Callable[[str], None]
+) -> Service:
+    from patchpipe.serve.models import start_models
+    from patchpipe.serve.service import Service
+
+    made: list[Service] = []
+
+    def changed() -> None:
+        for service in made:
+            service.model_changed()
+
+    models = start_models(named, loading, edits=edits, on_change=changed, told=told)
+    try:
+        made.append(Service(settings, models))
+        made[0].start()
+    except BaseException:
+        for model in models:
+            model.close()
+        raise
+    return made[0]
+
+
+def _on_a_fleet(settings: Settings, loading: Loading, named: tuple[Named, ...], edits: bool, wanted: Wanted) -> Service:
+    from patchpipe.serve.fleet.cluster import Cluster
+    from patchpipe.serve.fleet.fleet import Fleet
+    from patchpipe.serve.fleet.words import Spec, theirs
+    from patchpipe.serve.service import Service
+    from patchpipe.version import __version__
+
+    spec = Spec(__version__, named, loading, edits, theirs(settings))
+    fleet = Fleet(wanted, spec, settings, Cluster(wanted.address))
+    try:
+        fleet.open()
+        service = Service(settings, fleet=fleet)
+        fleet.on_change = service.model_changed
+        service.start()
+    except BaseException:
+        fleet.close()
+        raise
+    return service

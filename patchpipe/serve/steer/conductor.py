@@ -14,10 +14,11 @@ from patchpipe.serve.steer.deciding import Decider, batch_of, batches
 from patchpipe.serve.steer.outcomes import MOST_ATTEMPTS, outcome_of
 from patchpipe.serve.steer.parts import Part
 from patchpipe.serve.steer.runs import Hand, News
-from patchpipe.serve.steer.shapes import shape_of
+from patchpipe.serve.steer.shapes import shape_of, stays
 from patchpipe.serve.steer.stands import Stands
 from patchpipe.serve.work.model import Model
-from patchpipe.serve.work.tickets import Ended, Event, Painted, Seen, Stepped, Ticket
+from patchpipe.serve.work.teller import Teller
+from patchpipe.serve.work.tickets import Ended, Painted, Seen, Stepped, Ticket
 
 logger = logging.getLogger("patchpipe.serve")
 
@@ -41,16 +42,16 @@ class Conductor:
         self, models: Mapping[str, Model], decider: Decider, hands: Mapping[str, Hand], metrics: Metrics, limit: int
     ) -> None:
         self._models, self._decider, self._metrics, self.limit = models, decider, metrics, limit
+        self._teller = Teller()
+        self._tell = self._teller.tell
         self._stands = Stands(models, hands, decider.machine, self._post, self._tell, metrics)
         self._parts: list[Part] = []
         self._why: dict[Ticket, Refusal] = {}  # what ends requests of which some still runs
         self._news: queue.SimpleQueue[News | None] = queue.SimpleQueue()
-        self._told: queue.SimpleQueue[tuple[Ticket, Event] | None] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.RLock())
         self._closed = self._draining = False
         self._usual, self._review = FIRST_GUESS, 0.0
-        for name, work in (("conductor", self._conduct), ("teller", self._tell_all)):
-            threading.Thread(target=work, name=name, daemon=True).start()
+        threading.Thread(target=self._conduct, name="conductor", daemon=True).start()
 
     # -- what others ask of it, from any thread ----------------------------------------------------
 
@@ -156,7 +157,7 @@ class Conductor:
                     self._changed.notify_all()
             except Exception:  # it must never end while a request is left
                 logger.exception("the conductor stumbled")
-        self._told.put(None)
+        self._teller.close()
 
     def _next(self) -> News | None:
         wait = min(BEAT, max(0.0, self._review - monotonic()))
@@ -318,24 +319,12 @@ class Conductor:
             del self._why[ticket]
             self._tell(ticket, Ended(why))
 
-    def _tell(self, ticket: Ticket, event: Event) -> None:
-        self._told.put((ticket, event))
-
-    def _tell_all(self) -> None:
-        """Tells listeners in a thread of its own: one may wait for a database."""
-        while (told := self._told.get()) is not None:
-            try:
-                told[0].tell(told[1])
-            except Exception:
-                logger.exception("a listener failed")
-
     # -- what a request is to the scheduler ----------------------------------------------------------
 
     def _parts_of(self, ticket: Ticket) -> list[Part]:
         """A request's pictures, with a deadline if it named none; may have to ask the planner."""
         work, facts = ticket.work, self._models[ticket.work.model].facts
-        whole = not facts.together or (work.previews > 0 and facts.elastic is None)
-        pinned = facts.elastic is not None and not facts.carried
+        whole, pinned = stays(work, facts)
         shape = shape_of(work, facts, alone=whole or pinned)
         self._decider.costs.know(shape)
         parts = [Part(ticket, number, shape, pinned=pinned, whole=whole) for number in range(len(work.seeds))]

@@ -29,6 +29,12 @@ def shape_of(work: Work, facts: Facts, alone: bool = False) -> Shape:
     return Shape(_MARK.join([work.model, *marks]), width, height, frames)
 
 
+def stays(work: Work, facts: Facts) -> tuple[bool, bool]:
+    """What a request must have once it has begun: the engine to itself, and its devices to its end."""
+    whole = not facts.together or (work.previews > 0 and facts.elastic is None)
+    return whole, facts.elastic is not None and not facts.carried
+
+
 def model_of(shape: Shape) -> str:
     """The model's name."""
     return shape.model.split(_MARK)[0]
