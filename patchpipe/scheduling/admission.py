@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from patchpipe.scheduling.policies.view import View
@@ -32,28 +33,25 @@ class Admission:
         needed = view.fastest(job)
         if needed > self.margin * allowed:
             return f"it takes {needed:.1f} s on the idle machine, and its deadline is in {allowed:.1f} s"
-        soonest = reckoned(view, request)
+        due = [other for other in view.jobs if other.request.deadline <= request.deadline]
+        reached = [other for other in due if view.now + view.fastest(other) <= other.request.deadline]
+        soonest = reckoned(view, request, reached)
         if soonest > self.margin * allowed:
             return f"what is due before it takes {soonest:.1f} s, and its deadline is in {allowed:.1f} s"
         return None
 
 
-def reckoned(view: View, request: Request, *, late: bool = False) -> float:
+def reckoned(view: View, request: Request, before: Sequence[Job]) -> float:
     """Seconds until a request would be done if it came now, as if work flowed like water.
 
     Args:
         view: What there is without it.
         request: The request.
-        late: Count what is late already too, where it does not give way.
+        before: Of the jobs there are, those that go before it.
     """
     job = Job(request, request.steps)
-    before = [other for other in view.jobs if other.request.deadline <= request.deadline]
-    work = sum(
-        _device_seconds(view, other)
-        for other in before
-        if late or view.now + view.fastest(other) <= other.request.deadline
-    )
-    return max(view.fastest(job), (work + _device_seconds(view, job)) / max(1, view.room))
+    work = sum(_device_seconds(view, other) for other in before) + _device_seconds(view, job)
+    return max(view.fastest(job), work / max(1, view.room))
 
 
 def _device_seconds(view: View, job: Job) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from patchpipe.scheduling.admission import reckoned
 from patchpipe.scheduling.costs import Costs
@@ -23,6 +23,7 @@ class Group:
         devices: How many devices it has.
         costs: What things take there.
         jobs: The requests it was given and has not ended.
+        staying: The ids of those that run and would not give way to others.
         models: Models it can paint with now; ``None`` are all.
     """
 
@@ -30,28 +31,36 @@ class Group:
     devices: int
     costs: Costs
     jobs: tuple[Job, ...] = ()
-    models: frozenset[str] | None = field(default=None)
+    staying: frozenset[str] = frozenset()
+    models: frozenset[str] | None = None
 
-    def takes(self, request: Request, model: str) -> bool:
-        """Whether a request may be sent to it now, rather than wait where every group can still have it.
+    def before(self, request: Request) -> list[Job]:
+        """What of its work goes before a request."""
+        key = urgency(request)
+        return [job for job in self.jobs if job.id in self.staying or urgency(job.request) <= key]
 
-        It may where the group would begin it at once or next, as far as what is due before it goes. So what is
-        urgent is sent even to a group that is busy with what is not, and which may hold that.
+    def paints(self, model: str) -> bool:
+        """Whether it can paint with a model now."""
+        return self.models is None or model in self.models
+
+    def has_room(self, request: Request) -> bool:
+        """Whether it would begin a request at once or next, as far as what goes before it.
+
+        So what is urgent is sent even to a group that is busy with what is not, and which may hold that.
         """
-        if self.models is not None and model not in self.models:
-            return False
-        before = sum(job.request.deadline <= request.deadline for job in self.jobs)
-        return before < self.devices * self.costs.largest_batch(request.shape) + AHEAD
+        return len(self.before(request)) < self.devices * self.costs.largest_batch(request.shape) + AHEAD
 
-    def view(self, now: float) -> View:
-        """It, as a policy looks at it: as if nothing had begun, since any of it may be held."""
-        jobs = tuple(Job(job.request, max(1, job.remaining)) for job in self.jobs)
-        return View(State(now, tuple(range(self.devices)), jobs), self.costs)
+    def end(self, now: float, request: Request) -> float:
+        """Seconds until a request would be done there."""
+        return reckoned(self._view(now), request, self.before(request))
 
     def load(self, now: float) -> float:
         """Seconds of work it has."""
-        view = self.view(now)
+        view = self._view(now)
         return sum(view.fastest(job) for job in view.jobs)
+
+    def _view(self, now: float) -> View:
+        return View(State(now, tuple(range(self.devices)), self.jobs), self.costs)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,11 @@ class Waiting:
 
 
 def dispatch(now: float, groups: Iterable[Group], waiting: Sequence[Waiting]) -> list[tuple[Request, int]]:
-    """Which requests go to which group now; the others wait, since no group would come to them soon.
+    """Which requests go to which group now.
+
+    Each is meant for the group that ends it first, but sent only where that would begin it at once or next. So the
+    others wait where every group can still have them, and none waits behind something long that happened to be short
+    of company.
 
     Args:
         now: Seconds, on the clock of the deadlines.
@@ -83,22 +96,25 @@ def dispatch(now: float, groups: Iterable[Group], waiting: Sequence[Waiting]) ->
     """
     there = {group.number: group for group in groups}
     sent: list[tuple[Request, int]] = []
-    for one in sorted(waiting, key=_urgency):
-        able = [group for group in there.values() if group.takes(one.request, one.model)]
-        if able:
-            chosen = _soonest(now, able, one.request)
-            there[chosen.number] = replace(chosen, jobs=(*chosen.jobs, Job(one.request, one.request.steps)))
+    for one in sorted(waiting, key=lambda one: urgency(one.request)):
+        able = [group for group in there.values() if group.paints(one.model)]
+        if not any(group.has_room(one.request) for group in able):
+            continue
+        chosen = _soonest(now, able, one.request)
+        if chosen.has_room(one.request):
             sent.append((one.request, chosen.number))
+        there[chosen.number] = replace(chosen, jobs=(*chosen.jobs, Job(one.request, one.request.steps)))
     return sent
 
 
-def _urgency(one: Waiting) -> tuple[float, float, str]:
-    return one.request.deadline, one.request.arrival, one.request.id
+def urgency(request: Request) -> tuple[float, float, float, str]:
+    """A key that sorts requests: those of more weight first, then by deadlines."""
+    return -request.weight, request.deadline, request.arrival, request.id
 
 
 def _soonest(now: float, groups: Sequence[Group], request: Request) -> Group:
     """The group that ends a request first; of those that end it as soon, the one with the least work."""
-    ends = {group.number: reckoned(group.view(now), request, late=True) for group in groups}
+    ends = {group.number: group.end(now, request) for group in groups}
     best = min(ends.values())
     alike = [group for group in groups if ends[group.number] <= ALIKE * best]
     return min(alike, key=lambda group: (group.load(now), ends[group.number], group.number))

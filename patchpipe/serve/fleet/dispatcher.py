@@ -20,7 +20,7 @@ from patchpipe.serve.refusals import Refusal, cancelled, shutting_down
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.steer.conductor import FIRST_GUESS
 from patchpipe.serve.steer.outcomes import MOST_ATTEMPTS
-from patchpipe.serve.steer.parts import USUAL_STEPS
+from patchpipe.serve.steer.parts import MOST_PRIORITY, USUAL_STEPS
 from patchpipe.serve.steer.shapes import bare, shape_of, stays
 from patchpipe.serve.work.model import Model
 from patchpipe.serve.work.teller import Teller
@@ -29,7 +29,8 @@ from patchpipe.serve.work.tickets import Ended, Event, Painted, Partial, Seen, S
 logger = logging.getLogger("patchpipe.serve")
 
 PRICE_SECONDS = 10.0  # for a replica to say what a request takes
-HERE = Place("waiting", ())
+HERE, SENT = Place("waiting", ()), Place("waiting", ())
+HOLDING = ("srtf", "edf", "genserve", "balanced")  # policies that hold clips for others
 GIVEN_BACK = ("model_down", "shutting_down")  # another replica may paint it
 
 
@@ -219,7 +220,8 @@ class Dispatcher:
             for key, place in told.places.items():
                 if key in self._records and self._records[key].slot is slot:
                     self._records[key].place = place
-            self.look()
+            if any(not isinstance(event, (Stepped, Partial)) for _, event in told.events):
+                self.look()
 
     def has_painted(self, slot: Slot, key: str, painted: Painted) -> None:
         """A request's pictures are here."""
@@ -264,18 +266,29 @@ class Dispatcher:
         return not (self._draining and record.ticket.work.kind == "clip")
 
     def _group(self, up: Up) -> Group:
-        jobs = tuple(
-            Job(record.request, max(1, record.request.steps - record.step))
-            for record in self._records.values()
-            if record.slot is up.slot
-        )
+        records = [record for record in self._records.values() if record.slot is up.slot]
+        staying = frozenset(record.request.id for record in records if self._stays(record))
         usable = frozenset(name for name, health in up.slot.healths.items() if health.cause is None)
-        return Group(up.slot.number, up.begun.machine.devices, up.prices, jobs, usable)
+        return Group(
+            up.slot.number,
+            up.begun.machine.devices,
+            up.prices,
+            tuple(_job(record) for record in records),
+            staying,
+            usable,
+        )
+
+    def _stays(self, record: Record) -> bool:
+        """Whether it is on its devices to its end; what was just sent is, until the replica tells that it waits."""
+        work = record.ticket.work
+        held = self._settings.policy in HOLDING and work.kind == "clip"
+        waits = record.place.state == "waiting" and record.place is not SENT
+        return not waits and not (held and not any(stays(work, self._models[work.model].facts)))
 
     def _send(self, record: Record, slot: Slot) -> None:
         ticket = record.ticket
         left = None if math.isinf(ticket.due) else max(0.001, ticket.due - monotonic())
-        record.slot = slot
+        record.slot, record.place = slot, SENT
         try:
             slot.tell("submit", record.request.id, replace(ticket.work, deadline_s=left))
         except Exception as error:
@@ -317,7 +330,7 @@ class Dispatcher:
         if self._admission is None or not self._up:
             return
         devices = sum(up.begun.machine.devices for up in self._up.values())
-        jobs = tuple(Job(one.request, max(1, one.request.steps - one.step)) for one in self._records.values())
+        jobs = tuple(_job(record) for record in self._records.values())
         prices = next(iter(self._up.values())).prices
         reason = self._admission.refusal(View(State(monotonic(), tuple(range(devices)), jobs), prices), request)
         if reason is not None:
@@ -336,7 +349,8 @@ class Dispatcher:
             seconds = len(work.seeds) * alone(prices, shape, steps, devices)
             ticket.due = ticket.arrived + self._settings.deadline_scale * seconds
         key = f"{next(self._numbers)} {work.id}"
-        return Request(key, shape, max(1, steps * len(work.seeds)), ticket.arrived, ticket.due)
+        weight = 2.0 ** max(-MOST_PRIORITY, min(MOST_PRIORITY, work.priority))
+        return Request(key, shape, max(1, steps * len(work.seeds)), ticket.arrived, ticket.due, weight)
 
     def priced(self, shape: Shape) -> tuple[Prices | None, int]:
         """What requests of a shape take, and the devices of the replica that says so."""
@@ -353,6 +367,10 @@ class Dispatcher:
                 if up is not known:
                     up.slot.tell("price", (shape,))
         return known.prices, known.begun.machine.devices
+
+
+def _job(record: Record) -> Job:
+    return Job(record.request, max(1, record.request.steps - record.step))
 
 
 def _seen(record: Record, offsets: Mapping[int, int]) -> Seen:

@@ -130,6 +130,7 @@ class Fleet:
         if any(slot.state in ("loading", "up") for slot in self.slots.values()):
             self._alive_at = now
         self._see_models()
+        self.conductor.look()
         if self._wanted.replicas is None and now - self._counted > COUNT_SECONDS:
             self._counted = now
             self._fit(self._life.need.room(self._cluster.nodes()))

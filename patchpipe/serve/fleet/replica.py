@@ -47,21 +47,27 @@ class Replica(Actor):
             ValueError: The node has another version of patchpipe.
             Exception: A model could not start; see ``Engine``.
         """
-        from patchpipe.engine.processes import warm
         from patchpipe.serve.group import Group
-        from patchpipe.serve.models import start_models
 
-        spec = self._spec
-        if spec.version != __version__:
-            raise ValueError(f"the service is patchpipe {spec.version}, and this node has {__version__}: make them one")
-        self._open.enter_context(warm())  # an engine that died is up again at once
-        models = start_models(
-            spec.named, spec.loading, edits=spec.edits, on_change=self._model_changed, told=lambda name: None
-        )
-        self._group = Group(models, spec.settings, self._metrics)
-        threading.Thread(target=self._look_on, name="look on", daemon=True).start()
+        if self._spec.version != __version__:
+            there = f"the service is patchpipe {self._spec.version}, and this node has {__version__}"
+            raise ValueError(f"{there}: install the same on all nodes")
+        models = self._load()
+        self._group = Group(models, self._spec.settings, self._metrics)
+        for name, work in (("look on", self._look_on), ("ask the planner", self._group.ask_planner)):
+            threading.Thread(target=work, name=name, daemon=True).start()
         introduced = {one.name: Introduced(one.public, one.source, one.for_edits, one.facts) for one in models}
         return Begun(os.getpid(), introduced, self._group.machine)
+
+    def _load(self) -> list[Model]:
+        from patchpipe.engine.processes import warm
+        from patchpipe.serve.models import start_models
+
+        self._open.enter_context(warm())  # an engine that died is up again at once
+        spec = self._spec
+        return start_models(
+            spec.named, spec.loading, edits=spec.edits, on_change=self._model_changed, told=lambda name: None
+        )
 
     def price(self, shapes: tuple[Shape, ...]) -> dict[Shape, Price]:
         """What requests of some shapes take."""

@@ -243,9 +243,18 @@ function element(name, text, className = "") {
   return made;
 }
 
+function drawReplica(one) {
+  const card = element("div", "", "model");
+  const work = ["running", "paused", "waiting"].filter((how) => one[how]).map((how) => `${one[how]} ${how}`).join(", ");
+  card.append(element("strong", `Replica ${one.replica}`), element("span", one.node, "dim"));
+  card.append(element("p", one.cause ?? (work || "idle"), one.cause ? "problem" : ""));
+  return card;
+}
+
 function drawModels() {
   const busyModels = new Set(state.running.map((one) => one.model));
-  at("models").replaceChildren(...state.models.map((model) => {
+  const replicas = (state.replicas ?? []).map(drawReplica); // of a fleet
+  at("models").replaceChildren(...replicas, ...state.models.map((model) => {
     const name = model.kind === "edit" ? `${model.id} (edits)` : model.id;
     const card = element("div", "", "model");
     card.append(element("strong", name), element("span", `${model.pipeline} · ${model.layout}`, "dim"));
