@@ -84,7 +84,8 @@ class Quality:
             return None
         if config.synchronous or patches == 1:
             return math.inf
-        measured = self.decibels.get((config.warmup, config.forecast), {})
+        warmup = 1 if config.warmup is None else config.warmup
+        measured = self.decibels.get((warmup, config.forecast), {})
         return next((measured[count] for count in sorted(measured) if count >= patches), None)
 
     def meets(self, config: ParallelConfig, patches: int) -> bool:
