@@ -239,7 +239,7 @@ def watched(name: str, jumps: bool = True, **layout: Any) -> tuple[int, Tensor]:
     ("name", "calls", "layouts"),  # calls of a step: one for each branch, or one in all
     [
         ("flux", 2, [{"pipefusion": 2}, {"pipefusion": 4}, {"pipefusion": 2, "cfg": 2}]),
-        ("sd35", 1, [{"pipefusion": 3}, {"cfg": 2}]),
+        ("sd35", 1, [{"pipefusion": 3}]),
     ],
     ids=("flux", "sd35"),
 )

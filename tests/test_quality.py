@@ -29,7 +29,9 @@ def test_every_combination_is_a_setting() -> None:
     ]  # fmt: skip
     assert found[1].config.forecast
     assert found[1].config.patches == 2
-    assert settings([2], ["auto"], [False, True]) == [Setting(2, "auto", forecast=True)], "without one there is no error"
+    assert settings([2], ["auto"], [False, True]) == [Setting(2, "auto", forecast=True)], (
+        "without one there is no error"
+    )
 
 
 def test_structure_is_one_for_equal_pictures_and_falls_with_noise() -> None:

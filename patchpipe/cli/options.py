@@ -332,7 +332,7 @@ def read_layout(context: typer.Context, given: dict[str, Any], auto: AutoLayout)
         if named:
             raise ValueError(f"--layout plain is diffusers alone: leave it out, or --{named[0]}")
         return None
-    warmup = read_warmup(given["warmup"] or "1")
+    warmup = None if given["warmup"] is None else read_warmup(given["warmup"])
     rest = {name: given[name] for name in ("compile", "backend", "timeout")}
     return dataclasses.replace(auto, exact=wish == "exact", warmup=warmup, **rest)
 

@@ -188,7 +188,7 @@ class ParallelConfig:
         profile: Profile | str | Path | None = None,
         exact: bool = False,
         memory: float | None = None,
-        warmup: WarmupKind = 1,
+        warmup: WarmupKind | None = None,
         compile: bool = False,
         **asked: Any,
     ) -> ParallelConfig:

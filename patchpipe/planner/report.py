@@ -187,11 +187,7 @@ def layout_words(config: ParallelConfig) -> list[str]:
     for name in DEGREE_FLAGS:
         words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
-    words += (
-        ["--warmup", str(config.warmup)]
-        if config.warmup is not None and (config.warmup != 1 or config.forecast)
-        else []
-    )
+    words += ["--warmup", str(config.warmup)] if config.warmup is not None else []
     words += ["--forecast"] if config.forecast else []
     if config.split_batch is not None:
         words.append("--split-batch" if config.split_batch else "--no-split-batch")

@@ -187,7 +187,7 @@ def plan(
         exact=exact,
         fresh=fresh,
         memory=None if memory is None else int(memory * 2**30),
-        warmup=options.read_warmup(warmup or "1"),
+        warmup=None if warmup is None else options.read_warmup(warmup),
         compile=compile,
         offload=offload,
         quality=measured,

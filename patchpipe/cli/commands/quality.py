@@ -36,7 +36,8 @@ Prompts = Annotated[
 ]
 Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
 Warmups = Annotated[
-    str, options.option(_PANEL, "Numbers of synchronous steps, coarse or auto.", "--warmup", metavar="W,…", default=True)
+    str,
+    options.option(_PANEL, "Synchronous steps, coarse or auto.", "--warmup", metavar="W,…", default=True),
 ]
 Forecasts = Annotated[
     str,

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchpipe.config import COARSE, ParallelConfig, WarmupKind
 
-Way = tuple[WarmupKind, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
+Way = tuple[WarmupKind | None, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
 
 
 @dataclass(frozen=True)
