@@ -70,7 +70,7 @@ class Layer:
 
     def __init__(self, size: Size, patches: int, dtype: torch.dtype, *, forecast: bool) -> None:
         self.store, self.clock, self.forecast, self.calls = LayerStore(size.rows), Clock(), forecast, 0
-        self.cut = Cut.of(size.rows.raster, ParallelConfig(patches=patches), {"text": size.text})
+        self.cut = Cut.of(size.rows.raster, ParallelConfig(patches=patches), size.text)
         whole = torch.randn(2, 1, size.heads, size.rows.total, 128, dtype=dtype)
         self.fresh = {patch.index: self._part(patch, whole) for patch in self.cut.patches}
         self.store.keep(*whole, pace=self._pace())
