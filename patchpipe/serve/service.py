@@ -18,6 +18,7 @@ from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.painters import Painters
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
+from patchpipe.serve.spans import Spans
 from patchpipe.serve.work.asking import lora_names
 from patchpipe.serve.work.model import Model
 from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Seen, Started, Ticket, Work
@@ -35,6 +36,7 @@ class Service:
         models: The models of this machine.
         policy: Who has which devices next; ``None`` takes the one that the settings name.
         fleet: Who paints, in place of this machine's devices.
+        spans: Who is told of every request that is over; ``None`` tells nobody.
 
     Attributes:
         painters: Who paints.
@@ -54,8 +56,9 @@ class Service:
         models: Sequence[Model] = (),
         policy: Policy | None = None,
         fleet: Painters | None = None,
+        spans: Spans | None = None,
     ) -> None:
-        self.settings = settings
+        self.settings, self._spans = settings, spans
         self.painters: Painters = fleet or Group(models, settings, Metrics(), policy)
         self.models: Mapping[str, Model] = self.painters.models
         self.metrics, self.conductor = self.painters.metrics, self.painters.conductor
@@ -162,8 +165,11 @@ class Service:
             met, by = outcome == "completed" and now <= ticket.due, "client" if work.deadline_s else "service"
             self.metrics.deadlines.labels(*names, by, "met" if met else "missed").inc()
         fields = {"request": work.id, "model": work.model, "kind": work.kind, "outcome": outcome, "seconds": seconds}
-        if isinstance(event, Ended):
-            fields["cause"] = event.refusal.message
+        cause = event.refusal.message if isinstance(event, Ended) else None
+        if cause is not None:
+            fields["cause"] = cause
+        if self._spans is not None:
+            self._spans.over(ticket, outcome, cause)
         logger.info("request over", extra={"fields": {**fields, "work_seconds": ticket.seconds}})
 
     def model_changed(self) -> None:
@@ -214,6 +220,8 @@ class Service:
             ticket.wait(10)
         self.painters.close()
         self.clips.close()
+        if self._spans is not None:
+            self._spans.close()
 
     def _look_on(self) -> None:
         """Notices workers that die while nothing is asked of them, and deletes old clips."""
@@ -241,6 +249,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "cause": model.cause,
         "pipeline": facts.pipeline,
         "layout": facts.layout,
+        "elastic": facts.elastic is not None,
         "devices": list(facts.devices),
         "restarts": model.restarts,
         "usual": {name: facts.usual(name) for name in ("height", "width", "num_inference_steps", "num_frames")},
@@ -250,6 +259,7 @@ def _describe(model: Model) -> dict[str, Any]:
 def _place(seen: Seen) -> dict[str, Any]:
     now, ticket = monotonic(), seen.ticket
     return {
+        "id": ticket.work.id if ticket.work.kind == "clip" else f"req_{ticket.work.id}",  # as its client knows it
         "model": ticket.work.model,
         "kind": ticket.work.kind,
         "state": seen.state,

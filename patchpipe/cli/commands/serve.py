@@ -21,6 +21,7 @@ from patchpipe.serve.settings import Limits, Settings, read_keys
 
 if TYPE_CHECKING:
     from patchpipe.serve.service import Service
+    from patchpipe.serve.spans import Spans
 
 EPILOG = """
 [bold]Examples[/]
@@ -122,6 +123,10 @@ DrainSeconds = Annotated[float, options.option(_SERVICE, "Seconds that pictures 
 DrainDelay = Annotated[
     float, options.option(_SERVICE, "Seconds of accepting while not ready any more, before the end.", default=True)
 ]
+Otlp = Annotated[
+    str | None,
+    options.option(_SERVICE, "OpenTelemetry collector that gets a span of every request, over HTTP.", metavar="URL"),
+]
 LogFormat = Annotated[Literal["text", "json"], options.option(_SERVICE, "How the log is written.", default=True)]
 MaxPixels = Annotated[int, options.option(_LIMITS, "Pixels of a picture, or of a frame.", default=True)]
 MaxFrames = Annotated[int, options.option(_LIMITS, "Frames of a clip.", default=True)]
@@ -147,6 +152,7 @@ def serve(
     drain_seconds: DrainSeconds = 60.0,
     drain_delay: DrainDelay = 0.0,
     log_format: LogFormat = "text",
+    otlp: Otlp = None,
     layout: Layout = "auto",
     policy: PolicyName = "balanced",
     deadline_scale: DeadlineScale = 3.0,
@@ -186,6 +192,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         "folder",
         "database",
         "keep_hours",
+        "otlp",
         "lora_folder",
         "in_flight",
         "policy",
@@ -266,13 +273,19 @@ def _on_this_machine(
 
     models = start_models(named, loading, edits=edits, on_change=changed, told=told)
     try:
-        made.append(Service(settings, models))
+        made.append(Service(settings, models, spans=_spans(settings)))
         made[0].start()
     except BaseException:
         for model in models:
             model.close()
         raise
     return made[0]
+
+
+def _spans(settings: Settings) -> Spans | None:
+    from patchpipe.serve.spans import spans_to
+
+    return None if settings.otlp is None else spans_to(settings.otlp)
 
 
 def _on_a_fleet(settings: Settings, loading: Loading, named: tuple[Named, ...], edits: bool, wanted: Wanted) -> Service:
@@ -286,7 +299,7 @@ def _on_a_fleet(settings: Settings, loading: Loading, named: tuple[Named, ...], 
     fleet = Fleet(wanted, spec, settings, Cluster(wanted.address))
     try:
         fleet.open()
-        service = Service(settings, fleet=fleet)
+        service = Service(settings, fleet=fleet, spans=_spans(settings))
         fleet.on_change = service.model_changed
         service.start()
     except BaseException:
