@@ -62,7 +62,7 @@ def make(nodes: Any, settings: Settings, source: str = str(MODEL_DIR), **wanted:
 @pytest.fixture(scope="module")
 def running(nodes: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = Settings(folder=tmp_path_factory.mktemp("fleet"))
-    fleet = make(nodes, settings)
+    fleet = make(nodes, settings, replicas=2)
     fleet.open()
     service = Service(settings, fleet=fleet)
     fleet.on_change = service.model_changed

@@ -15,10 +15,11 @@ from prometheus_client.registry import Collector
 from patchpipe.serve.fleet.cluster import Cluster
 from patchpipe.serve.fleet.dispatcher import Dispatcher
 from patchpipe.serve.fleet.figures import count
-from patchpipe.serve.fleet.needs import Wanted, check_room, in_words, need_of
+from patchpipe.serve.fleet.needs import Need, Wanted, check_room, in_words, need_of
 from patchpipe.serve.fleet.slot import Life, Slot
 from patchpipe.serve.fleet.words import Begun, Introduced, Spec, Told
 from patchpipe.serve.metrics import Metrics
+from patchpipe.serve.models import ServedLayout
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.steer.shapes import shape_of
 from patchpipe.serve.work.model import Model
@@ -75,10 +76,7 @@ class Fleet:
         nodes, loading = cluster.nodes(), spec.loading
         need = need_of(wanted, nodes, loading.devices, loading.threads)
         check_room(wanted, need, nodes)
-        devices = (
-            None if need.gpu else "cpu" if need.devices == 1 or loading.layout == "plain" else ["cpu"] * need.devices
-        )
-        loading = replace(loading, devices=devices, threads=loading.threads if need.gpu else need.threads)
+        loading = replace(loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads)
         fetching = ThreadPoolExecutor(FETCHERS, "fetch")
         self._life = Life(cluster, wanted, need, replace(spec, loading=loading), fetching)
         self.models: dict[str, Model] = {}
@@ -241,6 +239,13 @@ class Fleet:
     def lost(self) -> int:
         """Replicas that were lost so far."""
         return self._lost
+
+
+def _devices(need: Need, layout: ServedLayout) -> str | list[str] | None:
+    """A replica's devices as its engines are told: the GPUs that Ray shows it, or as many CPU ranks as it has room for."""
+    if need.gpu:
+        return None
+    return "cpu" if layout == "plain" else ["cpu"] * need.devices
 
 
 class _Figures(Collector):
