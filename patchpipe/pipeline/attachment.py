@@ -73,7 +73,15 @@ class Attachment:
         plan, owned = plan_for(pipe.transformer), split[group.stage]
         kernels = watch_kernels(group.device, group.output)
         stages = [
-            Stage(model, plan, owned, first=group.first, last=group.last, kernels=kernels)
+            Stage(
+                model,
+                plan,
+                owned,
+                first=group.first,
+                last=group.last,
+                kernels=kernels,
+                values_first=config.values_first,
+            )
             for model in transformers_of(pipe).values()
         ]
         group.open_keys(sharing_stages(split))
