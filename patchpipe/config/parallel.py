@@ -317,7 +317,9 @@ class ParallelConfig:
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
         holdings = [self.holdings(rank) for rank in range(self.world_size)]
-        return describe_ranks(self.describe(), self.mesh_shape, holdings, share=self.may_share)
+        return describe_ranks(
+            self.describe(), self.mesh_shape, holdings, share=self.may_share, inner=self.ulysses_inner
+        )
 
     def holdings(self, rank: int) -> str:
         """What a rank holds, in words."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchpipe.distributed.exchange import Coming, Trading
 from patchpipe.layout.axes import shares
-from patchpipe.stage.keys.early import TEXT, Part
+from patchpipe.stage.keys.early import OTHER, Part
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
 
@@ -34,7 +34,7 @@ class ValuesAhead:
         self._exchange, self._pieces, self._rows = exchange, pieces, rows
         self._parts, self._heads = parts, heads
         # Models project the picture's rows before the text's; a rank without rows of a kind may leave them out.
-        self._order = sorted(range(len(parts)), key=lambda index: parts[index].value in TEXT)
+        self._order = sorted(range(len(parts)), key=lambda at: (parts[at].query, parts[at].value) in OTHER)
         self._put: dict[int, Tensor] = {}
         self._coming: dict[int, Coming] = {}
         self._taken: Tensor | None = None

@@ -19,9 +19,11 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from patchpipe.models.latent import IMAGE, REFERENCE
+from patchpipe.models.plan import ModelPlan
 
-PICTURE = (("to_q", "to_v"), ("to_query", "to_value"))  # what diffusers calls the projections of a layer's own rows
-TEXT = ("add_q_proj", "add_v_proj")  # and of those that a second stream brings
+OWN = (("to_q", "to_v"), ("to_query", "to_value"))  # what diffusers calls the projections of a layer's own rows
+OTHER = (("add_q_proj", "add_v_proj"), ("to_q_t", "to_v_t"))  # and of those that a second stream brings: text
+PICTURE = (IMAGE, REFERENCE, "pad")  # the segments of the first stream, where there are two
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,20 @@ class Ahead(Protocol):
 
 
 def parts_of(layer: nn.Module, segments: Sequence[str]) -> tuple[Part, ...]:
-    """The projections that make a layer's values, in the order of its rows; none where they are not known."""
-    names = next((pair for pair in PICTURE if _is_module(layer, pair)), None)
+    """The projections that make a layer's values, in the order of its rows.
+
+    None where they are not known, are one with others, or make fewer heads than queries have: values are then repeated.
+    """
+    names, others = _pair(layer, OWN), _pair(layer, OTHER)
     if names is None or getattr(layer, "fused_projections", False):
         return ()
-    if not _is_module(layer, TEXT) or len(segments) == 1:
+    if _outputs(layer, names[0]) != _outputs(layer, names[1]):
+        return ()
+    if others is None or len(segments) == 1:
         return (Part(*names, tuple(segments)),)
     found: list[Part] = []
     for segment in segments:
-        own = names if segment in (IMAGE, REFERENCE) else TEXT
+        own = names if segment in PICTURE else others
         if found and found[-1].value == own[1]:
             found[-1] = Part(*own, (*found[-1].segments, segment))
         else:
@@ -77,8 +84,31 @@ def parts_of(layer: nn.Module, segments: Sequence[str]) -> tuple[Part, ...]:
     return tuple(found) if len({part.value for part in found}) == len(found) else ()
 
 
-def _is_module(layer: nn.Module, names: Sequence[str]) -> bool:
-    return all(isinstance(getattr(layer, name, None), nn.Module) for name in names)
+def _pair(layer: nn.Module, known: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
+    """Those of the known names that the layer has modules for."""
+    return next(
+        (pair for pair in known if all(isinstance(getattr(layer, name, None), nn.Module) for name in pair)), None
+    )
+
+
+def _outputs(layer: nn.Module, name: str) -> int | None:
+    return getattr(getattr(layer, name), "out_features", None)
+
+
+def check_values(model: nn.Module, plan: ModelPlan) -> None:
+    """Refuses to send the values of a model first none of whose layers can.
+
+    Raises:
+        ValueError: It is one.
+    """
+    for place in plan.blocks_of(model):
+        layers = {} if place.listing.drops_masked else place.self_attention
+        if any(parts_of(place.block.get_submodule(path), segments) for path, segments in layers.items()):
+            return
+    raise ValueError(
+        f"values_first=True is not supported for {plan.model}: its layers project values together with others, or "
+        f"change them before they attend. Leave it out"
+    )
 
 
 class Early:
