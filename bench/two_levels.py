@@ -40,9 +40,9 @@ from patchpipe.stage.rows import Rows
 from tests.ranks import Place, run_ranks
 
 HEADS, CHANNELS = 24, 64
-SLOW, RATIO = 80e6, 8  # bits a second, and how many times faster links inside a domain are
+SLOW, RATIO = 30e6, 8  # bits a second, and how many times faster links inside a domain are
 MTU = 1500
-LAYERS = 2  # a round: each contender runs so many layers, one after the other
+LAYERS = 1  # a round: each contender runs so many layers, one after the other
 SHARE_BEFORE, SHARE_NORMS = 0.2, 0.05  # of a layer's computing: its three projections; norms and rotations
 
 

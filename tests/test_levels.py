@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -178,11 +179,18 @@ class Layer(torch.nn.Module):
 
     def __init__(self, spoil: str = "") -> None:
         super().__init__()
-        torch.manual_seed(5)
         self.to_q, self.to_k, self.to_v = (torch.nn.Linear(16, 16) for _ in range(3))
+        generator = torch.Generator().manual_seed(5)  # the process's own is shared by ranks that are threads
+        for parameter in self.parameters():
+            parameter.requires_grad_(False).normal_(generator=generator)
         self.spoil, self.asked = spoil, []
         for name in ("to_q", "to_k", "to_v"):
-            getattr(self, name).register_forward_hook(lambda *_, name=name: self.asked.append(name))
+            module = getattr(self, name)
+            module.forward = partial(self.noting, name, module.forward)
+
+    def noting(self, name: str, compute: Any, rows: Tensor) -> Tensor:
+        self.asked.append(name)
+        return compute(rows)
 
     def forward(self, rows: Tensor) -> Tensor:
         query = self.to_q(rows)

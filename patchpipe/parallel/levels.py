@@ -2,8 +2,9 @@
 
 Ranks of a domain reach each other over fast links, ranks of different domains over slow ones. In a flat exchange every
 rank sends a message to each rank of every other domain. Here it sends one to each other domain, to the rank that stands
-there where it stands itself, with all that is meant for that domain. What came is then handed on inside the domain. The
-bytes over slow links are the same, in fewer and larger messages (CoCoDiff, arXiv 2604.14561).
+there where it stands itself, with all that is meant for that domain. What came is then handed on inside the domain;
+what is meant for ranks of one's own domain sets out with the rest. The bytes over slow links are the same, in fewer and
+larger messages (CoCoDiff, arXiv 2604.14561).
 
 CoCoDiff goes inside first. Both orders send the same messages of the same sizes, over slow and fast links. But what
 goes across first has nothing to wait for: it sets out at once, and the host is free to compute while it is on its way.
@@ -75,28 +76,40 @@ class Crossing:
     def __init__(self, levels: Levels, sent: Sequence[Tensor], shape_of: ShapeOf) -> None:
         self._levels, self._shape_of = levels, shape_of
         own, members = levels.outer.index, range(levels.inner.size)
-        self._stays = [sent[levels.place(own, member)] for member in members]
+        stays = [sent[levels.place(own, member)] for member in members]
         nothing = sent[0].new_empty((0,))
         across = [
             nothing if domain == own else _packed([sent[levels.place(domain, member)] for member in members])
             for domain in range(levels.outer.size)
         ]
         self._coming: Coming = levels.outer.trade(across, lambda domain, _: self._from(domain))
+        self._near: Coming = levels.inner.trade(
+            stays, lambda one, other: shape_of(levels.place(own, one), levels.place(own, other))
+        )
 
     def take(self) -> list[Tensor]:
         """What every rank gave this one, by its place; once only."""
         levels = self._levels
         levels.close(self)
         own, members = levels.outer.index, range(levels.inner.size)
-        arrived = self._coming.take()
-        parts: list[list[Tensor]] = []  # by domain, then by the member that it is for
-        for domain in range(levels.outer.size):
+        near, arrived = self._near.take(), self._coming.take()
+        parts: list[Sequence[Tensor]] = []  # by other domain, then by the member that it is for
+        for domain in self._others:
             sizes = [self._size(domain, levels.inner.index, member) for member in members]
-            parts.append(self._stays if domain == own else list(arrived[domain].split(sizes)))
+            parts.append(arrived[domain].split(sizes))
         handed = [_packed([part[member] for part in parts]) for member in members]
         given = levels.inner.trade(handed, lambda member, _: self._by(member)).take()
-        found = [self._unpacked(given[member], member) for member in members]
-        return [found[member][domain] for domain in range(levels.outer.size) for member in members]
+        far = [self._unpacked(given[member], member) for member in members]
+        return [
+            near[member] if domain == own else far[member][domain]
+            for domain in range(levels.outer.size)
+            for member in members
+        ]
+
+    @property
+    def _others(self) -> list[int]:
+        """The other domains."""
+        return [domain for domain in range(self._levels.outer.size) if domain != self._levels.outer.index]
 
     def _from(self, domain: int) -> Shape:
         """Elements that come from another domain, to be handed on; none from this one."""
@@ -108,20 +121,19 @@ class Crossing:
     def _by(self, member: int) -> Shape:
         """Elements that a member of this domain hands on to this rank."""
         levels = self._levels
-        return (sum(self._size(domain, member, levels.inner.index) for domain in range(levels.outer.size)),)
+        return (sum(self._size(domain, member, levels.inner.index) for domain in self._others),)
 
     def _size(self, domain: int, member: int, to: int) -> int:
         """Elements that a rank gives a member of this domain."""
         levels = self._levels
         return prod(self._shape_of(levels.place(domain, member), levels.place(levels.outer.index, to)))
 
-    def _unpacked(self, flat: Tensor, member: int) -> list[Tensor]:
+    def _unpacked(self, flat: Tensor, member: int) -> dict[int, Tensor]:
         """What a member handed on, by the domain it is from."""
         levels = self._levels
-        places = [levels.place(domain, member) for domain in range(levels.outer.size)]
-        shapes = [self._shape_of(place, levels.index) for place in places]
+        shapes = [self._shape_of(levels.place(domain, member), levels.index) for domain in self._others]
         parts = flat.split([prod(shape) for shape in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return {at: part.view(shape) for at, part, shape in zip(self._others, parts, shapes, strict=True)}
 
 
 def _packed(pieces: Sequence[Tensor]) -> Tensor:

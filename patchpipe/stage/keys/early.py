@@ -124,6 +124,7 @@ class Early:
         self._ahead: Ahead | None = None
         self._asked: dict[int, Tensor] = {}  # what queries were made of
         self._made: dict[int, tuple[Tensor, int, Tensor]] = {}  # values that the layer has not asked for yet
+        self._compute: dict[int, Callable[..., Tensor]] = {}  # values, without the module's own hooks: they run later
         self._same: dict[int, bool] = {}  # whether a part makes values of what it makes queries of
 
     @property
@@ -140,9 +141,10 @@ class Early:
         """
         undo = []
         for index, part in enumerate(self.parts):
-            for name, hooked in ((part.query, self._query), (part.value, self._value)):
-                module = getattr(self.layer, name)
-                undo.append(override(module, partial(hooked, index, module.forward)))
+            queries, values = getattr(self.layer, part.query), getattr(self.layer, part.value)
+            self._compute[index] = values.forward
+            undo.append(override(queries, partial(self._query, index, queries.forward)))
+            undo.append(override(values, partial(self._value, index)))
         return undo
 
     @contextmanager
@@ -161,13 +163,12 @@ class Early:
         if self._ahead is not None and isinstance(rows, Tensor) and not rows.is_inference():
             self._asked[index] = rows
             if self._same.get(index):
-                values = getattr(self.layer, self.parts[index].value)
-                self._made[index] = (rows, rows._version, values(rows))
+                self._made[index] = (rows, rows._version, self._project(index, rows))
         return compute(*args, **kwargs)
 
-    def _value(self, index: int, compute: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def _value(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
         if self._ahead is None:
-            return compute(*args, **kwargs)
+            return self._compute[index](*args, **kwargs)
         made = self._made.pop(index, None)
         if made is not None:
             rows, version, values = made
@@ -178,6 +179,10 @@ class Early:
                 )
             return values
         self._same.setdefault(index, args[0] is self._asked.get(index))
-        values = compute(*args, **kwargs)
+        return self._project(index, *args, **kwargs)
+
+    def _project(self, index: int, *args: Any, **kwargs: Any) -> Tensor:
+        assert self._ahead is not None
+        values = self._compute[index](*args, **kwargs)
         self._ahead.put(index, values)
         return values
