@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
-WarmupKind = int | Literal["all", "coarse"]
+WATCHED: Literal["auto"] = "auto"
+WarmupKind = int | Literal["all", "coarse", "auto"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
@@ -47,7 +48,9 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits.
+            stands for all tokens, so no stage waits. ``"auto"`` goes by the forecast's own error: a synchronous step
+            follows one in which keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and
+            guidance, which amplifies the error of the first stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -89,7 +92,7 @@ class ParallelConfig:
     patches: int | None = None
     split_batch: bool | None = None
     share_blocks: bool | None = None
-    warmup: WarmupKind = 1
+    warmup: WarmupKind | None = None
     forecast: bool = False
     patch_rows: tuple[int, ...] | None = None
     text_patches: int | None = None
@@ -138,8 +141,11 @@ class ParallelConfig:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (ALL_STEPS, COARSE):
-            check_at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously, or "coarse"')
+        if self.warmup not in (None, ALL_STEPS, COARSE, WATCHED):
+            hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
+            check_at_least("warmup", self.warmup, 0, hint=hint)
+        if self.warmup == WATCHED:
+            self._check_watched()
         if self.warmup == COARSE and self.distrifusion > 1:
             raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
@@ -182,7 +188,7 @@ class ParallelConfig:
         profile: Profile | str | Path | None = None,
         exact: bool = False,
         memory: float | None = None,
-        warmup: int = 1,
+        warmup: WarmupKind | None = None,
         compile: bool = False,
         **asked: Any,
     ) -> ParallelConfig:
@@ -244,10 +250,23 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    @property
-    def warmup_steps(self) -> int:
-        """Synchronous steps before patches stream, if ever they do."""
+    def warmup_steps(self, *, guided: bool) -> int:
+        """Synchronous steps before patches stream, if ever they do.
+
+        Args:
+            guided: Whether the request has two guidance branches.
+        """
+        if self.warmup in (None, WATCHED):
+            return 2 if guided and self.forecast else 1
         return self.warmup if isinstance(self.warmup, int) else 0
+
+    @property
+    def _warmup_told(self) -> str:
+        if self.warmup not in (None, WATCHED):
+            return str(self.warmup)
+        steps = " or ".join(dict.fromkeys(str(self.warmup_steps(guided=guided)) for guided in (False, True)))
+        steps += " with guidance" if "or" in steps else ""
+        return steps if self.warmup is None else f"{steps}, and where a forecast fails"
 
     @property
     def may_share(self) -> bool | None:
@@ -284,7 +303,7 @@ class ParallelConfig:
         patches = "auto" if self.patches is None else str(self.patches)
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
-        steps = "every step synchronous" if self.synchronous else f"warm-up {self.warmup}"
+        steps = "every step synchronous" if self.synchronous else f"warm-up {self._warmup_told}"
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
@@ -356,6 +375,14 @@ class ParallelConfig:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
         if self.warmup in (0, COARSE):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
+
+    def _check_watched(self) -> None:
+        others = self.methods - {"pipefusion", "cfg"}
+        if others or self.compile:
+            named = ", ".join(sorted(others)) or "compile=True"
+            raise ValueError(f'warmup="auto" is not supported with {named}: leave it out, or use warmup=2')
+        if not self.forecast:
+            raise ValueError('warmup="auto" goes by the error of a forecast: use forecast=True, or a number of steps')
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:

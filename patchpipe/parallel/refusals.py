@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
-from patchpipe.config import COARSE, ParallelConfig
+from patchpipe.config import COARSE, WATCHED, ParallelConfig
 from patchpipe.models.plan import ModelPlan
 
 
@@ -110,8 +110,8 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
             f"text_patches={config.text_patches} has not been tested with {plan.model}: leave it out, so that all "
             f"text goes with the first patch"
         )
-    if config.warmup == COARSE and not plan.plain:
-        raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
+    if config.warmup in (COARSE, WATCHED) and not plan.plain:
+        raise ValueError(f'warmup="{config.warmup}" has not been tested with {plan.model}: use warmup=1')
     if config.compile and any(listing.drops_masked for listing in plan.blocks):
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
     if config.compile and not plan.attends:

@@ -179,7 +179,8 @@ class Schedule:
     @cached_property
     def timing(self) -> Timing:
         """The seconds of the request."""
-        warmup = self.workload.steps if self.config.synchronous else self.config.warmup_steps
+        guided = self.workload.branches == 2
+        warmup = self.workload.steps if self.config.synchronous else self.config.warmup_steps(guided=guided)
         streams = len(self.layout.patches) > 1 or self.config.distrifusion > 1
         whole = self._synchronous()
         if not streams:

@@ -45,7 +45,7 @@ class Wishes:
         exact: Only methods whose picture is that of one device, up to the order of sums.
         fresh: Least mean share of fresh keys of a layout that may win; others are listed after those that may.
         memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
-        warmup: Synchronous steps, ``"all"`` or ``"coarse"``.
+        warmup: Synchronous steps, ``"all"`` or ``"coarse"``; ``None`` as in ``ParallelConfig``.
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
         offload: Whether weights may come and go where a layout does not fit otherwise.
@@ -56,7 +56,7 @@ class Wishes:
     exact: bool = False
     fresh: float = FRESH
     memory: int | None = None
-    warmup: WarmupKind = 1
+    warmup: WarmupKind | None = None
     methods: tuple[str, ...] | None = None
     compile: bool = False
     offload: bool = False
@@ -273,7 +273,7 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
         yield from _at_once(workload, degrees, profile, wishes)
         return
     coarse = not wishes.compile and degrees["ulysses"] == degrees["ring"] == 1
-    ways = [way for way in wishes.ways if way[0] != COARSE or coarse] or [(1, False)]
+    ways = [way for way in wishes.ways if way[0] != COARSE or coarse] or [(None, False)]
     for warmup, forecast in ways:
         yield from _streaming(workload, {**degrees, "forecast": forecast}, profile, replace(wishes, warmup=warmup))
 
@@ -282,7 +282,7 @@ def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wish
     """Layouts in which no patches stream: without stages, or with every step synchronous."""
     stages, given = degrees["pipefusion"], cast("dict[str, Any]", {**degrees, "compile": wishes.compile})
     if stages == 1:
-        yield ParallelConfig(**given, warmup=1 if wishes.warmup == COARSE else wishes.warmup)
+        yield ParallelConfig(**given, warmup=None if wishes.warmup == COARSE else wishes.warmup)
         return
     yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=_uneven(workload, degrees, profile))
 

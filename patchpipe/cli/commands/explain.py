@@ -43,7 +43,7 @@ def explain(
     share_blocks: options.ShareBlocks = None,
     forecast: options.Forecast = False,
     offload: options.Offload = None,
-    warmup: options.Warmup = "1",
+    warmup: options.Warmup = None,
     height: options.Height = 1024,
     width: options.Width = 1024,
     text_tokens: TextTokens = 512,

@@ -117,7 +117,7 @@ def generate(
     share_blocks: options.ShareBlocks = None,
     forecast: options.Forecast = False,
     offload: options.Offload = None,
-    warmup: options.Warmup = "1",
+    warmup: options.Warmup = None,
     patch_rows: options.PatchRows = None,
     text_patches: options.TextPatches = None,
     stage_blocks: options.StageBlocks = None,
