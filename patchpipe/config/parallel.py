@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.checks import check_at_least, plain_numbers
-from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded
+from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
 from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
@@ -157,7 +157,7 @@ class ParallelConfig:
             hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
             check_at_least("warmup", self.warmup, 0, hint=hint)
         if self.warmup == WATCHED:
-            self._check_watched()
+            check_watched(self.methods, self.compile, self.forecast)
         if self.warmup == COARSE and self.distrifusion > 1:
             raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
@@ -393,14 +393,6 @@ class ParallelConfig:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
         if self.warmup in (0, COARSE):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
-
-    def _check_watched(self) -> None:
-        others = self.methods - {"pipefusion", "cfg"}
-        if others or self.compile:
-            named = ", ".join(sorted(others)) or "compile=True"
-            raise ValueError(f'warmup="auto" is not supported with {named}: leave it out, or use warmup=2')
-        if not self.forecast:
-            raise ValueError('warmup="auto" goes by the error of a forecast: use forecast=True, or a number of steps')
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:

@@ -3,8 +3,8 @@
 Each rank keeps the keys and values of all rows of its own heads, so that the store is whole at the next
 step with no traffic beyond the exchange itself.
 
-Over links of two speeds the exchange has two levels, and a layer's heads take turns: while some are attended to, others
-are on their way. A head is attended to by itself, so that neither changes a bit of the result.
+Over links of two speeds the exchange has two levels. There, and where values go first, a layer's heads take turns: while
+some are attended to, others are on their way. A head is attended to by itself, so that neither changes a bit of the result.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Ulysses:
             return 1
         if self.turns is not None:
             return min(self.turns, most)
-        if not isinstance(self.exchange, Levels):
+        if layer.ahead is None and not isinstance(self.exchange, Levels):
             return 1
         size = 3 * batch * most * layer.rows.count(self.patch) * channels * query.element_size()
         return max(1, min(MOST_TURNS, most, size // TURN_BYTES))
