@@ -3,8 +3,9 @@
 Each rank keeps the keys and values of all rows of its own heads, so that the store is whole at the next
 step with no traffic beyond the exchange itself.
 
-Over links of two speeds the exchange has two levels. There, and where values go first, a layer's heads take turns: while
-some are attended to, others are on their way. A head is attended to by itself, so that neither changes a bit of the result.
+Over links of two speeds the exchange has two levels. There, and where values go first, a layer's heads take turns:
+while some are attended to, others are on their way. A head is attended to by itself, so that neither changes a bit of
+the result.
 """
 
 from __future__ import annotations
