@@ -58,6 +58,18 @@ IdleBranch = Annotated[
 ]
 Data = Annotated[int, _degree("Parts the pictures of a request are split into.")]
 Ulysses = Annotated[int, _degree("Ranks that share a stage by tokens and heads.")]
+UlyssesInner = Annotated[
+    int,
+    _option(
+        _DETAIL,
+        "How many of --ulysses' ranks share fast links, if others are slow. [dim]Default: all links are alike.[/]",
+        "--ulysses-inner",
+        metavar="N",
+    ),
+]
+ValuesFirst = Annotated[
+    bool, _option(_DETAIL, "With --ulysses: send values while queries and keys are computed.", "--values-first")
+]
 Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
 Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
 Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.checks import check_at_least, plain_numbers
-from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded
+from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
+from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
@@ -69,6 +70,12 @@ class ParallelConfig:
             ranks while the others wait. ``False`` refuses them, since they would be faster with ``cfg=1``.
         ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
             (DeepSpeed-Ulysses, arXiv 2309.14509).
+        ulysses_inner: How many of these ranks reach each other over fast links, where those between such domains are
+            slow: the ranks of a host, say. Each then exchanges across domains with one rank of each, and inside its
+            domain what came (CoCoDiff, arXiv 2604.14561). Neighbours in rank number share a domain. The picture is the
+            same. 1 makes no difference between links.
+        values_first: Whether values are exchanged as soon as they are projected, while queries and keys are still
+            being computed. The picture is the same.
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
             (Ring Attention, arXiv 2310.01889).
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
@@ -103,6 +110,8 @@ class ParallelConfig:
     cfg: int = 1
     idle_branch: bool = False
     ulysses: int = 1
+    ulysses_inner: int = 1
+    values_first: bool = False
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
@@ -132,9 +141,12 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be True, False or None")
             if value and self.distrifusion > 1:
                 raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
-        for name in ("compile", "forecast", "idle_branch"):
+        check_levels(self.ulysses, self.ulysses_inner)
+        for name in ("compile", "forecast", "idle_branch", "values_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.values_first:
+            check_values_first(self.ulysses, self.compile)
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
@@ -145,7 +157,7 @@ class ParallelConfig:
             hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
             check_at_least("warmup", self.warmup, 0, hint=hint)
         if self.warmup == WATCHED:
-            self._check_watched()
+            check_watched(self.methods, self.compile, self.forecast)
         if self.warmup == COARSE and self.distrifusion > 1:
             raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
@@ -307,6 +319,10 @@ class ParallelConfig:
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
+        if self.ulysses_inner > 1:
+            degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
+        if self.values_first:
+            degrees.append("values first")
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
         if self.share_blocks is not None:
@@ -320,7 +336,9 @@ class ParallelConfig:
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
         holdings = [self.holdings(rank) for rank in range(self.world_size)]
-        return describe_ranks(self.describe(), self.mesh_shape, holdings, share=self.may_share)
+        return describe_ranks(
+            self.describe(), self.mesh_shape, holdings, share=self.may_share, inner=self.ulysses_inner
+        )
 
     def holdings(self, rank: int) -> str:
         """What a rank holds, in words."""
@@ -375,14 +393,6 @@ class ParallelConfig:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
         if self.warmup in (0, COARSE):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
-
-    def _check_watched(self) -> None:
-        others = self.methods - {"pipefusion", "cfg"}
-        if others or self.compile:
-            named = ", ".join(sorted(others)) or "compile=True"
-            raise ValueError(f'warmup="auto" is not supported with {named}: leave it out, or use warmup=2')
-        if not self.forecast:
-            raise ValueError('warmup="auto" goes by the error of a forecast: use forecast=True, or a number of steps')
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:

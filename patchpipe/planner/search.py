@@ -268,7 +268,18 @@ def _placements(config: ParallelConfig, workload: Workload) -> Iterator[Parallel
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
-    """Layouts of these degrees: warm-ups, numbers of patches, splits of the blocks."""
+    """Layouts of these degrees; where a Ulysses line leaves the ranks that fast links join, on two levels too."""
+    for config in _on_one_level(workload, degrees, profile, wishes):
+        yield config
+        inner = profile.link.domain(Layout(workload, config, profile).line("ulysses"))
+        if inner > 1:
+            yield replace(config, ulysses_inner=inner)
+
+
+def _on_one_level(
+    workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes
+) -> Iterator[ParallelConfig]:
+    """The same: warm-ups, numbers of patches, splits of the blocks."""
     if degrees["pipefusion"] == 1 or wishes.exact or wishes.warmup == ALL_STEPS:
         yield from _at_once(workload, degrees, profile, wishes)
         return

@@ -107,6 +107,8 @@ def generate(
     idle_branch: options.IdleBranch = False,
     data: options.Data = 1,
     ulysses: options.Ulysses = 1,
+    ulysses_inner: options.UlyssesInner = 1,
+    values_first: options.ValuesFirst = False,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.service import Service
@@ -21,6 +21,7 @@ from patchpipe.serve.web.reading import validation_refused
 from patchpipe.version import __version__
 
 logger = logging.getLogger("patchpipe.serve")
+_ROUTERS = (pictures.router, videos.router, others.router)
 _SAID = {
     404: ("there is no such route", "not_found"),
     405: ("this route takes no such method", "method_not_allowed"),
@@ -47,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
             allow_headers=["authorization", "content-type"],
             expose_headers=["x-request-id"],
         )
-    for router in (pictures.router, videos.router, others.router):
+    for router in _ROUTERS:
         app.include_router(router, max_body_size=service.settings.limits.body)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(HTTPException, _http)
@@ -74,8 +75,9 @@ async def _http(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> set[str]:
     """The methods that a path takes, over all its routes."""
-    found = [route for route in request.app.router.routes if route.matches(request.scope)[0] != Match.NONE]
-    return {method for route in found for method in getattr(route, "methods", None) or ()}
+    routes = [route for router in _ROUTERS for route in router.routes if isinstance(route, Route)]
+    found = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+    return {method for route in found for method in route.methods or ()}
 
 
 async def _invalid(_: Request, error: Exception) -> Response:
