@@ -8,6 +8,7 @@ from math import gcd
 from typing import Any
 
 from patchpipe.config import COARSE, ParallelConfig
+from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
 
 
@@ -112,10 +113,23 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
         )
     if config.warmup == COARSE and not plan.plain:
         raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
+    if config.forecast:
+        check_tested(plan.model, "forecast", "forecast=True", "use forecast=False")
+    if config.warmup == COARSE:
+        check_tested(plan.model, "coarse", 'warmup="coarse"', "use warmup=1")
+    if config.distrifusion > 1:
+        degree = config.distrifusion
+        check_tested(plan.model, "distrifusion", f"distrifusion={degree}", f"use pipefusion={degree}, ulysses or ring")
+    if config.data > 1:
+        check_tested(plan.model, "data", f"data={config.data}", "use data=1, and paint one picture after the other")
+    if config.offload is not None:
+        check_tested(plan.model, "offload", "offload", "leave it out")
     if config.compile and any(listing.drops_masked for listing in plan.blocks):
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
     if config.compile and not plan.attends:
         raise ValueError(f"compile=True is not for {plan.model}, in which rows meet in sums and convolutions")
+    if config.compile:
+        check_tested(plan.model, "compile", "compile=True", "use compile=False")
 
 
 def heads_of(plan: ModelPlan, heads: int) -> str:
