@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bench.rounds import save
+from bench.rounds import load, save
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.engine import Elastic, Engine
 from patchpipe.engine.processes import warm
@@ -105,25 +105,30 @@ def main(
     seed: Annotated[int, typer.Option(help="Of chance.")] = 1,
     policies: Annotated[str, typer.Option(help="Which, in order.")] = ",".join(POLICIES),
 ) -> None:
-    """Measures, prints a table and writes bench/results."""
-    console, load = Console(), Load(minutes, busy, clips, scale, seed)
+    """Measures, prints a table and writes bench/results, beside runs with other options."""
+    console, asked_for = Console(), Load(minutes, busy, clips, scale, seed)
+    command = (
+        f"python -m bench.policies --minutes {minutes:g} --busy {busy:g} --clips {clips:g} --scale {scale:g} "
+        f"--picture-seconds {picture_seconds:g} --clip-seconds {clip_seconds:g} --seed {seed} --policies {policies}"
+    )
+    earlier = [run for run in (load("policies") or {}).get("runs", ()) if run["command"] != command]
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, warm():
         wan = tiny.save("wan", Path(folder) / "wan")
         (wan / "call.json").write_text(json.dumps({**CLIP, "output_type": "np"}))
         sources = {"pictures": str(MODEL_DIR), "clips": str(wan)}
         kinds = calibrated(sources, {"pictures": picture_seconds, "clips": clip_seconds})
-        asked = load.draw(kinds)
+        asked = asked_for.draw(kinds)
         console.print(f"{len(asked)} requests a policy; {[(str(k.shape), k.steps, k.seconds, k.ends) for k in kinds]}")
         for name in policies.split(","):
-            rows[name] = {**measured(name, sources, kinds, asked, Path(folder) / name), **predicted(name, kinds, asked)}
+            row = measured(name, sources, kinds, asked, Path(folder) / name)
+            row["predicted"] = predicted(name, kinds, asked)
+            row["predicted_as_it_ran"] = predicted(name, as_it_ran(kinds, row), asked)
+            rows[name] = row
             console.print(name, rows[name])
-            command = (
-                f"python -m bench.policies --minutes {minutes:g} --busy {busy:g} --clips {clips:g} --scale {scale:g} "
-                f"--picture-seconds {picture_seconds:g} --clip-seconds {clip_seconds:g} --seed {seed}"
-            )
             told = [{"shape": str(k.shape), "steps": k.steps, "step_seconds": k.seconds, "ends": k.ends} for k in kinds]
-            save("policies", command, {"requests": len(asked), "kinds": told, "policies": rows})  # as far as it came
+            run = {"command": command, "requests": len(asked), "kinds": told, "policies": rows}
+            save("policies", command, {"runs": [*earlier, run]})  # as far as it came
 
 
 # -- what steps take -------------------------------------------------------------------------------
@@ -209,10 +214,8 @@ def served(service: Service, kinds: list[Kind], asked: list[Request]) -> dict[st
         ticket.wait(PATIENCE)
     threading.Event().wait(0.1)
     figures = service.metrics.registry
-    learned = {
-        str(kind.shape): {degree: service._decider.costs.step(kind.shape, 1, degree) for degree in (1, 2)}
-        for kind in kinds
-    }
+    costs = service._decider.costs
+    learned = {str(kind.shape): {degree: costs.step(kind.shape, 1, degree) for degree in (1, 2)} for kind in kinds}
     return {
         "met": shares(asked, {name: end for name, (end, painted) in ends.items() if painted}),
         "seconds": time.monotonic() - began,
@@ -220,6 +223,7 @@ def served(service: Service, kinds: list[Kind], asked: list[Request]) -> dict[st
         "degree_changes": total(figures, "patchpipe_degree_changes_total"),
         "failed": sum(not painted for _, painted in ends.values()),
         "step_seconds": learned,
+        "ends": {str(kind.shape): costs.ends(kind.shape, 1) for kind in kinds},
         "load_average": [load, os.getloadavg()[0]],
     }
 
@@ -240,12 +244,18 @@ def shares(asked: list[Request], ends: dict[str, float]) -> dict[str, float]:
 # -- the same in simulated time ------------------------------------------------------------------------
 
 
-def predicted(policy: str, kinds: list[Kind], asked: list[Request]) -> dict[str, Any]:
-    """What the simulator makes of the same requests with the steps as they were measured beforehand."""
+def as_it_ran(kinds: list[Kind], row: dict[str, Any]) -> list[Kind]:
+    """The kinds with the seconds that the service had learned by the end of its run: other programs slow steps down."""
+    steps, ends = row["step_seconds"], row["ends"]
+    return [replace(kind, seconds=steps[str(kind.shape)], ends=ends[str(kind.shape)]) for kind in kinds]
+
+
+def predicted(policy: str, kinds: list[Kind], asked: list[Request]) -> dict[str, float]:
+    """What the simulator makes of the same requests, with these seconds of a step."""
     steps = {(kind.shape, 1, degree): seconds for kind in kinds for degree, seconds in kind.seconds.items()}
     costs = TableCosts(steps, pause=0.005, resume=0.02, change=0.2, decode={kind.shape: kind.ends for kind in kinds})
     found = simulate(asked, Fleet(RANKS, RANKS), Scheduler(policy_named(policy), costs))
-    return {"predicted": shares(asked, {one.request.id: one.end for one in found.served if one.end is not None})}
+    return shares(asked, {one.request.id: one.end for one in found.served if one.end is not None})
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ def _text(name: str) -> str | None:
         return around(figures)
     if "forecast" in figures:
         return forecast(figures)
+    if "forecast_cpu" in figures:
+        return forecast_here(figures)
     return predictions(figures) if "choices" in figures else table(figures)
 
 
@@ -124,6 +126,24 @@ def forecast(figures: dict[str, Any]) -> str:
     lines = ["```bash", figures["command"], "```", "", f"Seconds are those of one {figures['card'].upper()}.", ""]
     lines += ["| model | bytes moved | seconds |", "| --- | --- | --- |"]
     lines += [f"| {row['model']} | {row['bytes']:+.0%} | {row['seconds']:+.1%} |" for row in figures["forecast"]]
+    return "\n".join(lines) + "\n"
+
+
+def forecast_here(figures: dict[str, Any]) -> str:
+    """What a forecast adds on this machine's processor, in Markdown."""
+    lines = [
+        "```bash",
+        figures["command"],
+        "```",
+        "",
+        f"{figures['machine']['cpu']}, {figures['patches']} patches.",
+        "",
+    ]
+    lines += ["| dtype | a block's patch | added to the first patch | to each of the others | of a step |"]
+    lines += ["| --- " * 5 + "|"]
+    for row in figures["forecast_cpu"]:
+        cells = [f"{1000 * row[name]:.1f} ms" for name in ("block", "first", "others")]
+        lines.append(f"| {row['dtype']} | {' | '.join(cells)} | {row['share']:+.1%} |")
     return "\n".join(lines) + "\n"
 
 

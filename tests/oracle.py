@@ -170,7 +170,7 @@ class _Pass(TorchFunctionMode):
         exist: Sequence[int],
         begins: bool,
         after: int | None,
-        pace: tuple[float, bool] | None = None,
+        pace: tuple[float, bool, bool] | None = None,
         stands_for: Sequence[int] = (),
         sound: int = 0,
         joined: bool = False,
@@ -182,7 +182,7 @@ class _Pass(TorchFunctionMode):
         self.text_grows = len(exist) < tokens  # as the picture's rows do, where no pass has computed all of them
         self.references = references  # how many rows follow the picture's, whether they are refreshed, and there at all
         self.stands_for = stands_for  # the token in whose place each is shown from then on
-        self.pace = pace  # how far on the noise level has gone, and whether it is the last one's; of a forecast
+        self.pace = pace  # how far the noise level has gone, whether it is the last one's, whether all of it is shown
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.begins, self.after = begins, after  # riders that stand after the picture; all, if not said
         self.layer, self.idle, self.sound, self.joined = -1, False, sound, joined
@@ -245,6 +245,8 @@ class _Pass(TorchFunctionMode):
     def _worth(self, kept: History, new: Tensor, refreshed: list[int]) -> Tensor:
         """How far on each head is shown: not at all where the change does not go on."""
         assert self.pace is not None
+        if self.pace[2]:
+            return torch.full_like(new[:, :, :1, :1], self.pace[0])
         ahead = self.pace[0] * kept.change[:, :, refreshed]
         came = torch.nan_to_num(new - kept.true[:, :, refreshed])
         worth = (came * ahead).sum((2, 3), keepdim=True) > (ahead * ahead).sum((2, 3), keepdim=True) / 4
@@ -275,6 +277,7 @@ class _Naive:
         if self.facts is not None:
             self.text_first = self.facts.text_first
         self.level = float("inf")
+        self.ahead: set[int] = set()  # branches that have had a forecast
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.mixed: list[dict[Any, Any]] = [{} for _ in range(branches)]
         self.calls = 0
@@ -371,14 +374,17 @@ class _Naive:
                 table.clear()
         self.level = level
 
-    def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
-        """The step to this noise level, in steps that led to the last one."""
+    def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool, bool]:
+        """The step to this noise level, in steps that led to the last one; the first after a coarse start is sure."""
         now, known = float(given["t" if self.listed else "timestep"].max()), self.times[branch]
         again = bool(known) and known[-1] == now
         ahead = (now - known[-1]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
         if not again:
             known.append(now)
-        return min(max(ahead, 0.0), 4.0), again
+        first = self.coarse and ahead > 0 and branch not in self.ahead
+        if ahead > 0:
+            self.ahead.add(branch)
+        return min(max(ahead, 0.0), 4.0), again, first
 
 
 def _aside(model: Any) -> list[Any]:

@@ -187,11 +187,11 @@ class Heard:
 
 @contextmanager
 def service(
-    folder: Path, engines: dict[str, Callable[[], Engine]], policy: Any = None, **settings: Any
+    folder: Path, engines: dict[str, Callable[[], Engine]], policy: Any = None, spans: Any = None, **settings: Any
 ) -> Iterator[Service]:
     made: list[Service] = []
     models = [_model(name, start, lambda: made[0].model_changed()) for name, start in engines.items()]
-    made.append(Service(Settings(folder=folder, **settings), models, policy))
+    made.append(Service(Settings(folder=folder, **settings), models, policy, spans))
     try:
         yield made[0]
     finally:

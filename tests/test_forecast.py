@@ -67,9 +67,9 @@ def moving(step: int, noise: float = 0.0) -> Tensor:
     return start + step * speed + noise * torch.randn(2, 3, 12, 8, generator=fresh)
 
 
-def store_after(steps: int, noise: float = 0.0, forecast: bool = True) -> tuple[LayerStore, Tensor]:
+def store_after(steps: int, noise: float = 0.0, forecast: bool = True, **began: bool) -> tuple[LayerStore, Tensor]:
     """A store in which the first of three patches has come to a step, and what it shows."""
-    raster, clock = Raster(3, 4, 4), Clock()
+    raster, clock = Raster(3, 4, 4), Clock(**began)
     store, cut = LayerStore(Rows(("image",), (12,), raster)), Cut.of(raster, ParallelConfig(patches=3))
     shown = torch.empty(0)
     for step in range(steps + 1):
@@ -77,7 +77,8 @@ def store_after(steps: int, noise: float = 0.0, forecast: bool = True) -> tuple[
         pace = clock.tick(torch.tensor([1000.0 - step])) if forecast else None
         for patch in [cut.whole] if step == 0 else cut.patches[:1] if step == steps else cut.patches:
             part = rows[:, :, slice(*patch.tokens)]
-            shown, *_ = store.keep(part, part, pace=pace) if patch.whole else store.write(patch, part, part, pace=pace)
+            both = part, part.clone()
+            shown, *_ = store.keep(*both, pace=pace) if patch.whole else store.write(patch, *both, pace=pace)
     return store, shown
 
 
@@ -106,6 +107,22 @@ def test_the_true_rows_are_found_again() -> None:
 def test_rows_that_jump_about_are_shown_as_they_were() -> None:
     _, shown = store_after(4, noise=50.0)
     assert (shown[:, :, 4:] - moving(3, 50.0)[:, :, 4:]).abs().max() < 1e-3
+
+
+def test_after_a_coarse_start_the_first_forecast_is_shown_whatever_came() -> None:
+    """The change before is that from coarse keys to true ones too, and the first patch is no judge of it."""
+    expected = 2 * moving(1, 50.0) - moving(0, 50.0)
+    _, shown = store_after(2, noise=50.0, coarse=True)
+    assert (shown - expected)[:, :, 4:].abs().max() < 0.01 * expected.abs().max()
+    _, shown = store_after(3, noise=50.0, coarse=True)
+    assert (shown - moving(2, 50.0))[:, :, 4:].abs().max() < 0.01 * expected.abs().max()
+
+
+def test_the_error_of_a_forecast_is_told_where_it_is_asked_for() -> None:
+    assert store_after(4)[0].error == 0, "nobody asked"
+    assert store_after(1, watched=True)[0].error == 0, "there was no forecast"
+    assert store_after(4, watched=True)[0].error < 1e-3
+    assert store_after(4, noise=50.0, watched=True)[0].error > 1
 
 
 def test_what_a_forecast_keeps_is_an_eighth_of_a_byte_for_every_bit() -> None:
@@ -171,6 +188,83 @@ def test_a_forecast_is_the_same_in_every_layout(layout: dict[str, Any]) -> None:
 def test_ranks_that_share_patches_forecast_up_to_the_order_of_sums(method: str) -> None:
     expected = paint("flux")
     assert (paint("flux", pipefusion=2, **{method: 2}) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+# -- how many steps are synchronous --------------------------------------------------------------
+
+
+def steps_of(name: str, guided: bool, **options: Any) -> int:
+    """Synchronous calls of a request of four steps."""
+    pipe = tiny.pipeline(name)
+    patchpipe.parallelize(pipe, ParallelConfig(patches=2, **options))
+    pipe(**tiny.call_arguments(name, guided=guided), output_type="latent")
+    return int(pipe.patchpipe.last.steps_synchronous)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("flux", 2), ("sd35", 1)])  # of a step: one for each branch, or one in all
+def test_guidance_begins_with_two_synchronous_steps(name: str, calls: int) -> None:
+    found = [steps_of(name, guided, forecast=forecast) for guided in (False, True) for forecast in (False, True)]
+    assert found == [1, 1, calls, 2 * calls]
+    assert steps_of(name, True, forecast=True, warmup=1) == calls, "unless it is said otherwise"
+    assert "warm-up 1 or 2 with guidance" in ParallelConfig(forecast=True).describe()
+
+
+def jumping(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    if step == 8:
+        kwargs["latents"] = kwargs["latents"].neg()
+    return kwargs
+
+
+def watched_by(place: Place, name: str, layout: dict[str, Any], jumps: bool) -> tuple[int, Tensor | None]:
+    pipe = tiny.pipeline(name, blocks=4)
+    given = {"patch_rows": (3, 2, 2), "split_batch": False, "forecast": True, "warmup": "auto", "timeout": 60}
+    config = ParallelConfig(**{**given, **layout})
+    patchpipe.parallelize(pipe, config, group=place.join(config))
+    arguments = tiny.call_arguments(name, height=112, steps=STEPS) | (
+        {"callback_on_step_end": jumping} if jumps else {}
+    )
+    output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+    return pipe.patchpipe.last.steps_synchronous, None if output is None else tiny.painted(output)
+
+
+def watched(name: str, jumps: bool = True, **layout: Any) -> tuple[int, Tensor]:
+    ranks = ParallelConfig(**layout).world_size
+    with over("nccl" if ranks > 1 else "gloo"):
+        made = run_threads(ranks, watched_by, name, layout, jumps)
+    assert len({synchronous for synchronous, _ in made}) == 1, made
+    return made[0][0], next(one for _, one in made if one is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "calls", "layouts"),  # calls of a step: one for each branch, or one in all
+    [
+        ("flux", 2, [{"pipefusion": 2}, {"pipefusion": 4}, {"pipefusion": 2, "cfg": 2}]),
+        ("sd35", 1, [{"pipefusion": 3}]),
+    ],
+    ids=("flux", "sd35"),
+)
+def test_a_step_is_synchronous_after_a_jump_on_all_ranks_alike(
+    name: str, calls: int, layouts: list[dict[str, Any]]
+) -> None:
+    smooth, alone = watched(name, jumps=False)[0], watched(name)
+    assert alone[0] == smooth + calls
+    for layout in layouts:
+        made = watched(name, **layout)
+        assert made[0] == alone[0], layout
+        assert torch.equal(made[1], alone[1]), layout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "goes by the error of a forecast: use forecast=True"),
+        ({"forecast": True, "ring": 2, "pipefusion": 2}, "is not supported with ring: leave it out, or use warmup=2"),
+        ({"forecast": True, "compile": True}, "is not supported with compile=True"),
+    ],
+)
+def test_steps_that_nothing_tells_of_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        ParallelConfig(warmup="auto", **options)
 
 
 # -- the bundled model ---------------------------------------------------------------------------

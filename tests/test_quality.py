@@ -29,6 +29,9 @@ def test_every_combination_is_a_setting() -> None:
     ]  # fmt: skip
     assert found[1].config.forecast
     assert found[1].config.patches == 2
+    assert settings([2], ["auto"], [False, True]) == [Setting(2, "auto", forecast=True)], (
+        "without one there is no error"
+    )
 
 
 def test_structure_is_one_for_equal_pictures_and_falls_with_noise() -> None:
@@ -51,9 +54,10 @@ def test_the_page_shows_the_farthest_picture_and_says_where_there_is_no_differen
 def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts, out = tmp_path / "prompts.txt", tmp_path / "quality.html"
     prompts.write_text("red heart, flat style\n\n")
-    arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "8", "-o", str(out)]
+    arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "8", "--guidance", "1", "-o", str(out)]
     assert app(["quality", *arguments]) == 0
     told = json.loads(out.with_suffix(".json").read_text())
+    assert told["call"]["true_cfg_scale"] == 1
     stale, forecast = (one["psnr"][0] for one in told["found"])
     assert 20 < stale < 80
     assert 20 < forecast < 80

@@ -36,7 +36,10 @@ LAYOUTS: dict[str, tuple[list[Degrees], str]] = {
     "heads that do not divide": ([{"tensor": 2}] * 2, "use tensor=1 or 3"),
     "fewer heads than ranks": ([{"tensor": 5}] * 2, "tensor=5 does not divide the 3 attention heads"),
     "no plan to split matrices": ([{"tensor": 2}] * 2, "tensor=2 is not supported for PixArtTransformer2DModel"),
-    "different schedules": ([{"ring": 2}, {"ring": 2, "warmup": 3}], "config.warmup is 1 on rank 0 but 3 on rank 1"),
+    "different schedules": (
+        [{"ring": 2, "warmup": 1}, {"ring": 2, "warmup": 3}],
+        "config.warmup is 1 on rank 0 but 3 on rank 1",
+    ),
     "different methods": ([{"ring": 2}, {"ulysses": 2}], "the ranks were started differently: config.ring is 2 on"),
     "one that fits, one that does not": ([{"cfg": 2}, {"tensor": 5}], "config.cfg is 2 on rank 0 but 1 on rank 1"),
 }

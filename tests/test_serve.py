@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 import openai
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -215,6 +216,9 @@ def test_a_clip_from_create_to_delete(running: Running) -> None:
     assert (small.size, small.format) == ((48, 64), "WEBP")
     ranged = httpx2.get(f"{running.address}/v1/videos/{clip.id}/content", headers={"range": "bytes=0-7"})
     assert (ranged.status_code, len(ranged.content)) == (206, 8)
+    for wrong, status in (("bytes=99999999-", 416), ("bytes", 400)):
+        refused = httpx2.get(f"{running.address}/v1/videos/{clip.id}/content", headers={"range": wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (status, "range")
     assert clip.id in [one.id for one in videos.list(limit=1)]
     assert videos.delete(clip.id).deleted
     for again in (videos.delete, videos.retrieve, videos.download_content):
@@ -291,8 +295,12 @@ def test_bad_input_is_told_at_once_in_openais_shape(running: Running) -> None:
         answer = running.post(path, **request)
         assert answer.status_code == status, (path, answer.text)
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-    for path in ("/v1/videos?limit=0", "/v1/videos?order=up", "/v1/videos?after=nothing"):
+    for path in ("/v1/videos?limit=0", "/v1/videos?order=up", "/v1/videos/x/content?variant=big"):
         assert running.get(path).status_code == 400
+    for path in ("/v1/videos?after=nothing", "/v1/videos/%00"):
+        assert running.get(path).status_code == 404
+    wrong = httpx2.put(f"{running.address}/v1/videos/x")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "DELETE, GET")
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -393,7 +401,7 @@ def address_told(process: subprocess.Popen[str]) -> str:
     raise AssertionError(process.communicate()[1])
 
 
-def test_a_restart_goes_on_with_what_was_accepted(clips: str, tmp_path: Path) -> None:
+def test_a_restart_goes_on_with_what_was_accepted_also_after_a_kill(clips: str, tmp_path: Path) -> None:
     arguments = (f"wan={clips}", "--port", "0", "--folder", str(tmp_path), "--layout", "plain", "--threads", "1")
     with start(*arguments, "--log-format", "json") as first:
         address = address_told(first)
@@ -406,8 +414,16 @@ def test_a_restart_goes_on_with_what_was_accepted(clips: str, tmp_path: Path) ->
     assert "draining" in [json.loads(line)["event"] for line in log.splitlines()]
     with start(*arguments) as second:
         address = address_told(second)
+        until(lambda: httpx2.get(f"{address}/v1/videos/{ids[0]}").json()["progress"] > 0)
+        with start(*arguments) as other:  # the folder is taken
+            assert "belongs to a service that runs" in other.communicate(timeout=300)[1]
+        left = psutil.Process(second.pid).children(recursive=True)
+        second.kill()  # -9, with one clip under way and one that waits
+        assert left
+        assert not psutil.wait_procs(left, timeout=60)[1]  # no worker outlives it
+    with start(*arguments) as third:
+        address = address_told(third)
+        until(lambda: httpx2.get(f"{address}/v1/videos/{ids[0]}").json()["progress"] > 0)  # begun anew
         httpx2.delete(f"{address}/v1/videos/{ids[0]}")
         until(lambda: httpx2.get(f"{address}/v1/videos/{ids[1]}").json()["status"] == "completed")
-        with start(*arguments) as third:  # the folder is taken
-            assert "belongs to a service that runs" in third.communicate(timeout=300)[1]
-        second.kill()
+        third.kill()

@@ -57,9 +57,7 @@ def same(ticket: Ticket, expected: np.ndarray) -> bool:
 def test_requests_come_and_go(engine: Engine) -> None:
     long, short = engine(**call()), engine(**call(6))
     ticket = held(engine)
-    with pytest.raises(
-        ValueError, match=f"request {ticket.number} is paused, and the engine does nothing else until it is over"
-    ):
+    with pytest.raises(ValueError, match=f"request {ticket.number} is paused, and until it ends the engine"):
         engine(**call(2))
     with pytest.raises(TimeoutError, match=f"request {ticket.number} is paused"):
         ticket.result(0.01)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, AutoLayout, ParallelConfig, WarmupKind
+from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, WATCHED, AutoLayout, ParallelConfig, WarmupKind
 from patchpipe.layout.offloading import OffloadConfig
 
 _LAYOUT = "Layout"
@@ -58,6 +58,18 @@ IdleBranch = Annotated[
 ]
 Data = Annotated[int, _degree("Parts the pictures of a request are split into.")]
 Ulysses = Annotated[int, _degree("Ranks that share a stage by tokens and heads.")]
+UlyssesInner = Annotated[
+    int,
+    _option(
+        _DETAIL,
+        "How many of --ulysses' ranks share fast links, if others are slow. [dim]Default: all links are alike.[/]",
+        "--ulysses-inner",
+        metavar="N",
+    ),
+]
+ValuesFirst = Annotated[
+    bool, _option(_DETAIL, "With --ulysses: send values while queries and keys are computed.", "--values-first")
+]
 Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
 Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
 Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]
@@ -100,12 +112,12 @@ Offload = Annotated[
     ),
 ]
 Warmup = Annotated[
-    str,
+    str | None,
     _option(
         _LAYOUT,
-        'Synchronous steps before patches stream; "all" for a bit-exact run, "coarse" to start on fewer tokens.',
-        metavar="W|all|coarse",
-        default=True,
+        'Synchronous steps before patches stream; "all" for a bit-exact run, "coarse" to start on fewer tokens, "auto" '
+        "to go by the forecast's error. [dim]Default: 1; 2 with a forecast and guidance.[/]",
+        metavar="W|all|coarse|auto",
     ),
 ]
 PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
@@ -235,18 +247,18 @@ Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--d
 
 
 def read_warmup(text: str) -> WarmupKind:
-    """Reads a number of steps, ``all`` or ``coarse``.
+    """Reads a number of steps, ``all``, ``coarse`` or ``auto``.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is none of these.
     """
-    for word in (ALL_STEPS, COARSE):
+    for word in (ALL_STEPS, COARSE, WATCHED):
         if text.strip().lower() == word:
             return word
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all" or "coarse"') from None
+        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all", "coarse" or "auto"') from None
 
 
 def read_text_rank(text: str | None) -> int | Literal["spread"] | None:
@@ -332,7 +344,7 @@ def read_layout(context: typer.Context, given: dict[str, Any], auto: AutoLayout)
         if named:
             raise ValueError(f"--layout plain is diffusers alone: leave it out, or --{named[0]}")
         return None
-    warmup = read_warmup(given["warmup"])
+    warmup = None if given["warmup"] is None else read_warmup(given["warmup"])
     rest = {name: given[name] for name in ("compile", "backend", "timeout")}
     return dataclasses.replace(auto, exact=wish == "exact", warmup=warmup, **rest)
 
@@ -354,7 +366,7 @@ def read_config(given: dict[str, Any]) -> ParallelConfig:
     names = {field.name for field in dataclasses.fields(ParallelConfig)}
     fields = {name: value for name, value in given.items() if name in names}
     readers: dict[str, Callable[[str], Any]] = {
-        "warmup": read_warmup,
+        "warmup": lambda text: None if text is None else read_warmup(text),
         "text_rank": read_text_rank,
         "patch_rows": lambda text: read_numbers("--patch-rows", text),
         "stage_blocks": lambda text: read_numbers("--stage-blocks", text, fractions=True),

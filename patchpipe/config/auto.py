@@ -21,7 +21,7 @@ class AutoLayout:
         batched: Whether these may be painted in one request.
         plain: Whether plain diffusers will do where one device is best.
         methods: Methods that may be used; ``None`` allows all.
-        warmup: Synchronous steps, ``"all"`` or ``"coarse"``.
+        warmup: As in ``ParallelConfig``.
         compile: Whether blocks are compiled.
         backend: As in ``ParallelConfig``.
         timeout: As in ``ParallelConfig``.
@@ -33,7 +33,7 @@ class AutoLayout:
     batched: bool = False
     plain: bool = True
     methods: tuple[str, ...] | None = None
-    warmup: WarmupKind = 1
+    warmup: WarmupKind | None = None
     compile: bool = False
     backend: Backend = "auto"
     timeout: float = 300.0

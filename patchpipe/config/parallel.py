@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.checks import check_at_least, plain_numbers
-from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded
+from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
+from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
-WarmupKind = int | Literal["all", "coarse"]
+WATCHED: Literal["auto"] = "auto"
+WarmupKind = int | Literal["all", "coarse", "auto"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
@@ -47,7 +49,9 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits.
+            stands for all tokens, so no stage waits. ``"auto"`` goes by the forecast's own error: a synchronous step
+            follows one in which keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and
+            guidance, which amplifies the error of the first stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -66,6 +70,12 @@ class ParallelConfig:
             ranks while the others wait. ``False`` refuses them, since they would be faster with ``cfg=1``.
         ulysses: Ranks that share every stage by splitting each patch's tokens, and in attention the heads
             (DeepSpeed-Ulysses, arXiv 2309.14509).
+        ulysses_inner: How many of these ranks reach each other over fast links, where those between such domains are
+            slow: the ranks of a host, say. Each then exchanges across domains with one rank of each, and inside its
+            domain what came (CoCoDiff, arXiv 2604.14561). Neighbours in rank number share a domain. The picture is the
+            same. 1 makes no difference between links.
+        values_first: Whether values are exchanged as soon as they are projected, while queries and keys are still
+            being computed. The picture is the same.
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
             (Ring Attention, arXiv 2310.01889).
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
@@ -89,7 +99,7 @@ class ParallelConfig:
     patches: int | None = None
     split_batch: bool | None = None
     share_blocks: bool | None = None
-    warmup: WarmupKind = 1
+    warmup: WarmupKind | None = None
     forecast: bool = False
     patch_rows: tuple[int, ...] | None = None
     text_patches: int | None = None
@@ -100,6 +110,8 @@ class ParallelConfig:
     cfg: int = 1
     idle_branch: bool = False
     ulysses: int = 1
+    ulysses_inner: int = 1
+    values_first: bool = False
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
@@ -129,17 +141,23 @@ class ParallelConfig:
                 raise ValueError(f"{name}={value!r} must be True, False or None")
             if value and self.distrifusion > 1:
                 raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
-        for name in ("compile", "forecast", "idle_branch"):
+        check_levels(self.ulysses, self.ulysses_inner)
+        for name in ("compile", "forecast", "idle_branch", "values_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.values_first:
+            check_values_first(self.ulysses, self.compile)
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (ALL_STEPS, COARSE):
-            check_at_least("warmup", self.warmup, 0, hint='or "all" to run every step synchronously, or "coarse"')
+        if self.warmup not in (None, ALL_STEPS, COARSE, WATCHED):
+            hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
+            check_at_least("warmup", self.warmup, 0, hint=hint)
+        if self.warmup == WATCHED:
+            check_watched(self.methods, self.compile, self.forecast)
         if self.warmup == COARSE and self.distrifusion > 1:
             raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
@@ -182,7 +200,7 @@ class ParallelConfig:
         profile: Profile | str | Path | None = None,
         exact: bool = False,
         memory: float | None = None,
-        warmup: int = 1,
+        warmup: WarmupKind | None = None,
         compile: bool = False,
         **asked: Any,
     ) -> ParallelConfig:
@@ -244,10 +262,23 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
-    @property
-    def warmup_steps(self) -> int:
-        """Synchronous steps before patches stream, if ever they do."""
+    def warmup_steps(self, *, guided: bool) -> int:
+        """Synchronous steps before patches stream, if ever they do.
+
+        Args:
+            guided: Whether the request has two guidance branches.
+        """
+        if self.warmup in (None, WATCHED):
+            return 2 if guided and self.forecast else 1
         return self.warmup if isinstance(self.warmup, int) else 0
+
+    @property
+    def _warmup_told(self) -> str:
+        if self.warmup not in (None, WATCHED):
+            return str(self.warmup)
+        steps = " or ".join(dict.fromkeys(str(self.warmup_steps(guided=guided)) for guided in (False, True)))
+        steps += " with guidance" if "or" in steps else ""
+        return steps if self.warmup is None else f"{steps}, and where a forecast fails"
 
     @property
     def may_share(self) -> bool | None:
@@ -284,10 +315,14 @@ class ParallelConfig:
         patches = "auto" if self.patches is None else str(self.patches)
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
-        steps = "every step synchronous" if self.synchronous else f"warm-up {self.warmup}"
+        steps = "every step synchronous" if self.synchronous else f"warm-up {self._warmup_told}"
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
+        if self.ulysses_inner > 1:
+            degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
+        if self.values_first:
+            degrees.append("values first")
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
         if self.share_blocks is not None:
@@ -301,7 +336,9 @@ class ParallelConfig:
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""
         holdings = [self.holdings(rank) for rank in range(self.world_size)]
-        return describe_ranks(self.describe(), self.mesh_shape, holdings, share=self.may_share)
+        return describe_ranks(
+            self.describe(), self.mesh_shape, holdings, share=self.may_share, inner=self.ulysses_inner
+        )
 
     def holdings(self, rank: int) -> str:
         """What a rank holds, in words."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,25 @@ from patchpipe.distributed.transport import CALLS_IN_FLIGHT, Wire
 
 Shape: TypeAlias = torch.Size | tuple[int, ...]
 EXCHANGE_TAG = 1  # apart from the tensors of channels, whose receives may be posted long before
+
+
+class Coming(Protocol):
+    """What every rank of a line gives this one, on its way."""
+
+    def take(self) -> list[Tensor]:
+        """All of it, by rank; once only."""
+        ...
+
+
+class Trading(Protocol):
+    """Ranks that give each other tensors, all to all."""
+
+    index: int
+    size: int
+
+    def trade(self, sent: Sequence[Tensor], shape_of: Callable[[int, int], Shape]) -> Coming:
+        """See ``Exchange.trade``."""
+        ...
 
 
 class Exchange:
@@ -59,6 +78,15 @@ class Exchange:
     def all_to_all(self, sent: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         """Gives each rank its tensor and returns what each gave this one, of the ``shapes`` known beforehand."""
         return self._start(sent, shapes).take()
+
+    def trade(self, sent: Sequence[Tensor], shape_of: Callable[[int, int], Shape]) -> Pieces:
+        """Starts to give each rank its tensor and to take what each gives this one; returns at once.
+
+        Args:
+            sent: What each rank is given, all of one dtype; not to be written to until it was taken there.
+            shape_of: The shape of what a rank gives another, by their places in the line.
+        """
+        return self._start(sent, [shape_of(source, self.index) for source in range(self.size)])
 
     def pass_on(self, sent: Tensor, shape: Shape) -> Shift:
         """Starts giving a tensor to the next rank of the line and taking one from the rank before; returns at once.

@@ -9,16 +9,19 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from patchpipe.config import AutoLayout, ParallelConfig
-from patchpipe.distributed.agreement import agree, attempt, read
+from patchpipe.distributed.agreement import agree, attempt, gather, read
 from patchpipe.distributed.mesh import Group
+from patchpipe.layout.domains import check_alike
 
 logger = logging.getLogger("patchpipe")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def join(
@@ -66,6 +69,9 @@ def join(
         )
     if scoped is None:
         return Group(config, 0, place, None, "gloo")
+    if config.ulysses_inner > 1:
+        hosts = gather(scoped, "hosts", rank, world_size, host_name(), config.timeout)
+        check_alike(config.mesh_shape, config.ulysses_inner, hosts)
     return Group(config, rank, place, scoped, _backend(config, scoped, rank, world_size, place))
 
 
@@ -147,6 +153,14 @@ def meet(
             f"({config.describe()}): join with the same configuration"
         )
     return group
+
+
+def host_name() -> str:
+    """What tells this machine from others: containers of one machine share it."""
+    try:
+        return BOOT.read_text().strip()
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def _meeting_point(store: dist.Store | None, rank: int, timeout: float) -> dist.Store:

@@ -21,11 +21,15 @@ from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.distributed.rows import WireRows, join_rows
 from patchpipe.distributed.transport import Channel, Wire
 from patchpipe.errors import RankFailed
-from patchpipe.layout.axes import Axis, Mesh
-from patchpipe.layout.communicators import Link, answer_links, key_links, line_axes, stage_links
+from patchpipe.layout.axes import Mesh
+from patchpipe.layout.communicators import Link, answer_links, key_links, lines_of, stage_links
 from patchpipe.tracing.recorder import Recorder, span
 
-CARRIES = {"ulysses": "all-to-all"}  # what a line's wire carries, where it is not named like its axis
+CARRIES = {  # what a line's wire carries, where it is not named like its axis
+    "ulysses": "all-to-all",
+    "ulysses_inner": "all-to-all inside",
+    "ulysses_outer": "all-to-all across",
+}
 
 
 class Group:
@@ -61,7 +65,8 @@ class Group:
         self.recorder: Recorder | None = None
         self._in_flight = 1
         self._agreements = 0
-        self.lines: dict[Axis, Exchange] = {}
+        self.lines: dict[str, Exchange] = {}
+        self._later: list[Callable[[], None]] = []
         self._groups = ProcessGroups(store, config.timeout)
         self._guard: Guard | None = None
         self._lifeline: Any = None
@@ -72,8 +77,8 @@ class Group:
             self._guard = self._watch()
         self._add_wire("forward", "stream", stage_links(self.mesh))
         self._add_wire("return", "prediction", answer_links(self.mesh))
-        for axis in line_axes(self.mesh):
-            self.lines[axis] = self._line(axis)
+        for name, ranks in lines_of(self.mesh, config.ulysses_inner).items():
+            self.lines[name] = self._line(name, ranks)
 
     def open_keys(self, boundaries: Sequence[int]) -> None:
         """Makes the ways for keys and values of blocks that two stages share; every rank calls it alike.
@@ -102,10 +107,10 @@ class Group:
                 wire.channel(link.sender).expect((1,), torch.float32)
         self.drain()
 
-    def _line(self, axis: Axis) -> Exchange:
-        ranks, index = self.mesh.along(axis), self.mesh.at(axis)
-        inner = self._groups.make(f"{axis}/{ranks[0]}", self.backend, index, len(ranks))
-        options = (self.config.timeout, self.failures.explain, CARRIES.get(axis, axis), self._guard)
+    def _line(self, name: str, ranks: tuple[int, ...]) -> Exchange:
+        index = ranks.index(self.rank)
+        inner = self._groups.make(f"{name}/{ranks[0]}", self.backend, index, len(ranks))
+        options = (self.config.timeout, self.failures.explain, CARRIES.get(name, name), self._guard)
         line = Exchange(Wire(inner, self.device, self.backend, *options), index, len(ranks), ranks)
         if self.backend == "nccl":
             line.meet()
@@ -180,10 +185,21 @@ class Group:
         for end in self._ends:
             end.next_call(self._in_flight)
 
+    def later(self, check: Callable[[], None]) -> None:
+        """Has something checked at the end of the request, when the host waits for the device anyway."""
+        self._later.append(check)
+
     def drain(self) -> None:
-        """Waits until nothing is under way: no hop, and no rows sent for a step that never comes."""
+        """Waits until nothing is under way: no hop, and no rows sent for a step that never comes.
+
+        Raises:
+            Exception: Something that was to be checked by then was found wrong.
+        """
         for end in self._ends:
             end.drain()
+        checks, self._later = self._later, []
+        for check in checks:
+            check()
         if self._guard is not None:
             self._guard.settle()
 

@@ -111,3 +111,17 @@ def check_offloaded(tensor: int, compiled: bool, tier: str) -> None:
             f"offload tier='disk' reads whole matrices, of which tensor={tensor} has slices: use tier='host', or "
             f"tensor=1 with pipefusion or ulysses"
         )
+
+
+def check_watched(methods: frozenset[str], compiled: bool, forecast: bool) -> None:
+    """Whether the warm-up can end by the forecast's error.
+
+    Raises:
+        ValueError: Nothing tests the layout so, or there is no forecast.
+    """
+    others = methods - {"pipefusion", "cfg"}
+    if others or compiled:
+        named = ", ".join(sorted(others)) or "compile=True"
+        raise ValueError(f'warmup="auto" is not supported with {named}: leave it out, or use warmup=2')
+    if not forecast:
+        raise ValueError('warmup="auto" goes by the error of a forecast: use forecast=True, or a number of steps')

@@ -51,7 +51,27 @@ def line_axes(mesh: Mesh) -> list[Axis]:
     return [axis for axis in LINE_AXES if mesh.size(axis) > 1]
 
 
-def count(mesh: Mesh, boundaries: Sequence[int] = ()) -> dict[str, int]:
+def lines_of(mesh: Mesh, inner: int = 1) -> dict[str, tuple[int, ...]]:
+    """This rank's lines by name, in the order in which every rank makes them: of each its ranks.
+
+    Args:
+        mesh: The mesh.
+        inner: Ranks of a Ulysses line that share a fast domain. Where these are some but not all, the line has two
+            levels: ``ulysses_inner`` inside the domain, and ``ulysses_outer`` of those that stand alike in theirs.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for axis in line_axes(mesh):
+        ranks, at = mesh.along(axis), mesh.at(axis)
+        if axis == "ulysses" and 1 < inner < len(ranks):
+            start = at - at % inner
+            found["ulysses_inner"] = ranks[start : start + inner]
+            found["ulysses_outer"] = ranks[at % inner :: inner]
+        else:
+            found[axis] = ranks
+    return found
+
+
+def count(mesh: Mesh, boundaries: Sequence[int] = (), inner: int = 1) -> dict[str, int]:
     """Communicators of this rank, by what they carry."""
     carried = {
         "streams": stage_links(mesh),
@@ -59,8 +79,8 @@ def count(mesh: Mesh, boundaries: Sequence[int] = ()) -> dict[str, int]:
         "keys of shared blocks": key_links(mesh, boundaries),
     }
     found = {what: sum(mesh.rank in (link.sender, link.receiver) for link in links) for what, links in carried.items()}
-    for axis in line_axes(mesh):
-        found[axis] = 1
+    for name in lines_of(mesh, inner):
+        found[name.replace("_", " ")] = 1
     return {what: number for what, number in found.items() if number}
 
 

@@ -33,7 +33,7 @@ class Volume:
 FLUX_AT_1024 = Volume(tokens=4608, width=3072, attended=57 * 4608, summed=(2 * 19 + 38) * 4608, itemsize=2)
 
 
-def traffic(shape: Sequence[int], volume: Volume) -> dict[str, float]:
+def traffic(shape: Sequence[int], volume: Volume, inner: int = 1) -> dict[str, float]:
     """Bytes a rank sends per step of one branch of one picture, by method.
 
     The papers' cost table (arXiv 2405.14430, table 1; arXiv 2411.01738) with its constants; the mean over ranks where
@@ -43,6 +43,8 @@ def traffic(shape: Sequence[int], volume: Volume) -> dict[str, float]:
     Args:
         shape: Sizes of the axes, as ``ParallelConfig.mesh_shape`` has them.
         volume: What a step works on.
+        inner: Ranks of a Ulysses line that share a fast domain; where these are some but not all, ``ulysses inside`` is
+            sent over fast links and ``ulysses across`` over slow ones.
     """
     _, _, stages, displaced, ring, ulysses, tensor = shape
     parts, element = displaced * ring * ulysses, volume.width * volume.itemsize
@@ -56,7 +58,12 @@ def traffic(shape: Sequence[int], volume: Volume) -> dict[str, float]:
         "distrifusion": 2 * attended / parts * (displaced - 1),
     }
     degrees = dict(zip(DEGREES, shape, strict=True))
-    return {method: size for method, size in sent.items() if degrees[method] > 1}
+    if 1 < inner < ulysses:
+        given = sent.pop("ulysses") * ulysses / (ulysses - 1)
+        sent["ulysses inside"], sent["ulysses across"] = (
+            given * (size - 1) / size for size in (inner, ulysses // inner)
+        )
+    return {method: size for method, size in sent.items() if degrees[method.split()[0]] > 1}
 
 
 def kept(shape: Sequence[int], volume: Volume) -> float:

@@ -58,6 +58,33 @@ class Board:
         key = f"{self._prefix}/{topic}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
+    def note(self, topic: str, what: Any) -> None:
+        """Writes a note that is one for all ranks, which no other rank writes."""
+        self._put(topic, what)
+
+    def hear(self, topic: str, failed: Callable[[], Exception | None]) -> Any:
+        """Waits for a note that is one for all ranks; ``None`` if it does not come within the timeout.
+
+        Args:
+            topic: Of the note.
+            failed: Gives the failure of another rank, for which nobody need wait any longer.
+
+        Raises:
+            Exception: That failure.
+        """
+        key, deadline = f"{self._prefix}/{topic}", time.monotonic() + self.timeout
+        while not self._store.check([key]):
+            failure = failed()
+            if failure is not None:
+                raise failure
+            if time.monotonic() >= deadline:
+                return None
+            try:
+                self._store.wait([key], timedelta(seconds=SLICE_SECONDS))
+            except dist.DistStoreError:
+                continue
+        return json.loads(self._store.get(key))
+
     def told(self, topic: str, ranks: Collection[int] | None = None) -> list[Any] | None:
         """Every rank's note, or that of some ranks; ``None`` until all are there."""
         keys = [f"{self._prefix}/{topic}/{rank}" for rank in (range(self.world_size) if ranks is None else ranks)]

@@ -20,6 +20,7 @@ from patchpipe.distributed.exchange import Exchange
 from patchpipe.distributed.mesh import Group
 from patchpipe.parallel.parts import ROWS, MovingParts, PartStore
 from patchpipe.stage.attending import Attend, Attending
+from patchpipe.stage.keys.early import Part
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Rows
@@ -50,6 +51,9 @@ class Displaced:
         self.synchronous, self.pace = synchronous, pace
         self._layer = 0  # the next one: every call runs the same layers in the same order
         self._columns: tuple[Tensor, ...] = ()  # the same for every layer that masks keys
+
+    def ahead(self, layer: Attending, parts: Sequence[Part], heads: int) -> None:
+        """See ``Sharing``: here values are seen a step late anyway."""
 
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: own rows attend to own fresh rows and to what the others' last gathering brought."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
-from patchpipe.config import COARSE, ParallelConfig
+from patchpipe.config import COARSE, WATCHED, ParallelConfig
 from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
 
@@ -111,25 +111,28 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
             f"text_patches={config.text_patches} has not been tested with {plan.model}: leave it out, so that all "
             f"text goes with the first patch"
         )
-    if config.warmup == COARSE and not plan.plain:
-        raise ValueError(f'warmup="coarse" has not been tested with {plan.model}: use warmup=1')
-    if config.forecast:
-        check_tested(plan.model, "forecast", "forecast=True", "use forecast=False")
-    if config.warmup == COARSE:
-        check_tested(plan.model, "coarse", 'warmup="coarse"', "use warmup=1")
-    if config.distrifusion > 1:
-        degree = config.distrifusion
-        check_tested(plan.model, "distrifusion", f"distrifusion={degree}", f"use pipefusion={degree}, ulysses or ring")
-    if config.data > 1:
-        check_tested(plan.model, "data", f"data={config.data}", "use data=1, and paint one picture after the other")
-    if config.offload is not None:
-        check_tested(plan.model, "offload", "offload", "leave it out")
+    if config.warmup in (COARSE, WATCHED) and not plan.plain:
+        raise ValueError(f'warmup="{config.warmup}" has not been tested with {plan.model}: use warmup=1')
     if config.compile and any(listing.drops_masked for listing in plan.blocks):
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
     if config.compile and not plan.attends:
         raise ValueError(f"compile=True is not for {plan.model}, in which rows meet in sums and convolutions")
-    if config.compile:
-        check_tested(plan.model, "compile", "compile=True", "use compile=False")
+    _check_tested(plan, config)
+
+
+def _check_tested(plan: ModelPlan, config: ParallelConfig) -> None:
+    """Refuses what no test runs with the class."""
+    degree, data = config.distrifusion, config.data
+    for asked, column, what, instead in (
+        (config.forecast, "forecast", "forecast=True", "use forecast=False"),
+        (config.warmup == COARSE, "coarse", 'warmup="coarse"', "use warmup=1"),
+        (degree > 1, "distrifusion", f"distrifusion={degree}", f"use pipefusion={degree}, ulysses or ring"),
+        (data > 1, "data", f"data={data}", "use data=1, and paint one picture after the other"),
+        (config.offload is not None, "offload", "offload", "leave it out"),
+        (config.compile, "compile", "compile=True", "use compile=False"),
+    ):
+        if asked:
+            check_tested(plan.model, column, what, instead)
 
 
 def heads_of(plan: ModelPlan, heads: int) -> str:

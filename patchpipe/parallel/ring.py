@@ -7,7 +7,7 @@ their log-sum-exp. Where patches stream, every rank stores all rows, so that onl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from patchpipe.distributed.exchange import Exchange
 from patchpipe.kernels.lse import attend_with_lse
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Attend, Attending
+from patchpipe.stage.keys.early import Ahead, Part
 from patchpipe.stage.keys.masks import as_mask, gather_columns
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -41,6 +42,10 @@ class Ring:
         self.slices = tuple(pieces[start : start + width] for start in range(0, len(pieces), width))
         self._columns: dict[Any, list[Tensor]] = {}  # of every slice; the same for every layer of these segments
 
+    def ahead(self, layer: Attending, parts: Sequence[Part], heads: int) -> Ahead | None:
+        """See ``Sharing``: values go ahead inside a Ulysses line alone."""
+        return None if self.ulysses is None else self.ulysses.ahead(layer, parts, heads)
+
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """See ``Sharing``: keys and values of own heads go around, inside Ulysses' exchange of heads for rows.
 
@@ -48,6 +53,8 @@ class Ring:
             NotImplementedError: Dropout, causal or grouped attention, or no kernel for these tensors.
         """
         _check(attend)
+        if layer.ahead is not None and attend.column is not None:
+            layer.ahead.take(value)  # what was begun first is taken first
         columns = [self._gather_columns(column, layer) for column in attend.columns]
         if self.ulysses is None:
             return self._attend(query, key, value, columns, attend, layer)

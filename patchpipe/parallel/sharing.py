@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from patchpipe.distributed.exchange import Trading
 from patchpipe.distributed.mesh import Group
+from patchpipe.parallel.levels import Levels
 from patchpipe.parallel.ring import Ring
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Sharing
@@ -23,7 +25,16 @@ def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharin
     ulysses = None
     if mesh.size("ulysses") > 1:
         start = mesh.part - mesh.at("ulysses")
-        ulysses = Ulysses(group.lines["ulysses"], patch, pieces[start : start + mesh.size("ulysses")])
+        ulysses = Ulysses(ulysses_line(group), patch, pieces[start : start + mesh.size("ulysses")])
+        if group.config.values_first:
+            group.later(ulysses.settle)
     if mesh.size("ring") == 1:
         return ulysses
     return Ring(group.lines["ring"], patch, pieces, ulysses)
+
+
+def ulysses_line(group: Group) -> Trading:
+    """The ranks that share heads, on one level or on two."""
+    if "ulysses_outer" not in group.lines:
+        return group.lines["ulysses"]
+    return Levels(group.lines["ulysses_inner"], group.lines["ulysses_outer"])

@@ -72,8 +72,9 @@ class Attachment:
         self.config, self.group, self.offload = config, group, offload
         plan, owned = plan_for(pipe.transformer), split[group.stage]
         kernels = watch_kernels(group.device, group.output)
+        ahead = config.values_first
         stages = [
-            Stage(model, plan, owned, first=group.first, last=group.last, kernels=kernels)
+            Stage(model, plan, owned, first=group.first, last=group.last, kernels=kernels, values_first=ahead)
             for model in transformers_of(pipe).values()
         ]
         group.open_keys(sharing_stages(split))

@@ -158,7 +158,8 @@ def _uploaded(layout: Layout, stage: int, chosen: Chosen) -> int:
 
 def _traffic(layout: Layout) -> dict[str, float]:
     entries = layout.batch * layout.calls
-    return {method: size * entries for method, size in traffic(layout.config.mesh_shape, _volume(layout)).items()}
+    sent = traffic(layout.config.mesh_shape, _volume(layout), layout.config.ulysses_inner)
+    return {method: size * entries for method, size in sent.items()}
 
 
 def _volume(layout: Layout) -> Volume:

@@ -48,9 +48,9 @@ def _gain(choice: Choice) -> str:
     gain = f"{choice.speed_up(best):.2f}× over one device"
     if choice.speed_up(best) < 1 + ALIKE and config.world_size > 1:
         gain = f"no layout here beats one device ({choice.single.seconds:.2f} s)"
-    if config.pipefusion == 1 or not config.warmup_steps:
+    if config.pipefusion == 1 or not (warmup := config.warmup_steps(guided=choice.workload.branches == 2)):
         return gain
-    warmup = min(config.warmup_steps, choice.workload.steps)
+    warmup = min(warmup, choice.workload.steps)
     spent = warmup * best.timing.synchronous
     return f"{gain}; of its {best.seconds:.2f} s, {spent:.2f} s go to the {_steps(warmup)}, in which stages wait"
 
@@ -186,8 +186,10 @@ def layout_words(config: ParallelConfig) -> list[str]:
     words: list[str] = []
     for name in DEGREE_FLAGS:
         words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
+    words += ["--ulysses-inner", str(config.ulysses_inner)] if config.ulysses_inner > 1 else []
+    words += ["--values-first"] if config.values_first else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
-    words += ["--warmup", str(config.warmup)] if config.warmup != 1 else []
+    words += ["--warmup", str(config.warmup)] if config.warmup is not None else []
     words += ["--forecast"] if config.forecast else []
     if config.split_batch is not None:
         words.append("--split-batch" if config.split_batch else "--no-split-batch")

@@ -179,7 +179,8 @@ class Schedule:
     @cached_property
     def timing(self) -> Timing:
         """The seconds of the request."""
-        warmup = self.workload.steps if self.config.synchronous else self.config.warmup_steps
+        guided = self.workload.branches == 2
+        warmup = self.workload.steps if self.config.synchronous else self.config.warmup_steps(guided=guided)
         streams = len(self.layout.patches) > 1 or self.config.distrifusion > 1
         whole = self._synchronous()
         if not streams:
@@ -280,10 +281,15 @@ class Schedule:
         ) + self._sums(block, piece)  # fmt: skip
 
     def _ulysses(self, activation: float) -> float:
-        """Queries, keys, values and the result, each exchanged before anything goes on."""
-        ranks = self.config.ulysses
+        """Queries, keys, values and the result, each exchanged before anything goes on.
+
+        That values go first, or heads in turns, is not counted.
+        """
+        ranks, inner, line = self.config.ulysses, self.config.ulysses_inner, self.layout.line("ulysses")
+        if ranks == 1:
+            return 0.0
         sent = activation * (ranks - 1) / ranks
-        return 4 * self.link.all_to_all(sent, self.layout.line("ulysses")) if ranks > 1 else 0.0
+        return 4 * (self.link.two_levels(sent, line, inner) if 1 < inner < ranks else self.link.all_to_all(sent, line))
 
     def _ring(self, activation: float, attention: float) -> float:
         """Keys and values of a neighbour arrive while those at hand are attended to."""

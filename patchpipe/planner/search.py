@@ -46,7 +46,7 @@ class Wishes:
         exact: Only methods whose picture is that of one device, up to the order of sums.
         fresh: Least mean share of fresh keys of a layout that may win; others are listed after those that may.
         memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
-        warmup: Synchronous steps, ``"all"`` or ``"coarse"``.
+        warmup: Synchronous steps, ``"all"`` or ``"coarse"``; ``None`` as in ``ParallelConfig``.
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
         offload: Whether weights may come and go where a layout does not fit otherwise.
@@ -57,7 +57,7 @@ class Wishes:
     exact: bool = False
     fresh: float = FRESH
     memory: int | None = None
-    warmup: WarmupKind = 1
+    warmup: WarmupKind | None = None
     methods: tuple[str, ...] | None = None
     compile: bool = False
     offload: bool = False
@@ -271,7 +271,18 @@ def _placements(config: ParallelConfig, workload: Workload) -> Iterator[Parallel
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
-    """Layouts of these degrees: warm-ups, numbers of patches, splits of the blocks."""
+    """Layouts of these degrees; where a Ulysses line leaves the ranks that fast links join, on two levels too."""
+    for config in _on_one_level(workload, degrees, profile, wishes):
+        yield config
+        inner = profile.link.domain(Layout(workload, config, profile).line("ulysses"))
+        if inner > 1:
+            yield replace(config, ulysses_inner=inner)
+
+
+def _on_one_level(
+    workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes
+) -> Iterator[ParallelConfig]:
+    """The same: warm-ups, numbers of patches, splits of the blocks."""
     if degrees["pipefusion"] == 1 or wishes.exact or wishes.warmup == ALL_STEPS:
         yield from _at_once(workload, degrees, profile, wishes)
         return
@@ -279,7 +290,7 @@ def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wish
     ways = [way for way in wishes.ways if way[0] != COARSE or coarse]
     if wishes.quality is not None:  # the planner's own choice
         ways = [way for way in ways if _tested(workload, way)]
-    ways = ways or [(1, False)]
+    ways = ways or [(None, False)]
     for warmup, forecast in ways:
         yield from _streaming(workload, {**degrees, "forecast": forecast}, profile, replace(wishes, warmup=warmup))
 
@@ -293,7 +304,7 @@ def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wish
     """Layouts in which no patches stream: without stages, or with every step synchronous."""
     stages, given = degrees["pipefusion"], cast("dict[str, Any]", {**degrees, "compile": wishes.compile})
     if stages == 1:
-        yield ParallelConfig(**given, warmup=1 if wishes.warmup == COARSE else wishes.warmup)
+        yield ParallelConfig(**given, warmup=None if wishes.warmup == COARSE else wishes.warmup)
         return
     yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=_uneven(workload, degrees, profile))
 

@@ -11,54 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.config import COARSE, ParallelConfig
+from patchpipe.config import COARSE, WATCHED, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import share_batch
-from patchpipe.parallel.displaced import Layers
 from patchpipe.parallel.refusals import no_guidance
+from patchpipe.schedule.branches import Branch, watch_for
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
 from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.forecast import Clock
-from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
 BranchKey = tuple[str | None, int, int]
-
-
-@dataclass
-class Branch:
-    """One guidance branch: its keys and values must never serve another.
-
-    Attributes:
-        index: Its place among the request's branches.
-        calls: Calls of the transformer made for this branch so far.
-        stores: Keys and values of each half of its batch, by attention layer.
-        parts: The same where ranks see each other's part of the latent late, in the order layers run.
-        shared: What comes and goes for blocks that two stages share.
-        clock: The noise levels of its calls.
-        cold: Whether keys and values of earlier calls are gone, so that the next call must be synchronous.
-    """
-
-    index: int = 0
-    calls: int = 0
-    stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
-    parts: Layers = field(default_factory=list)
-    shared: list[SharedKeys] = field(default_factory=list)
-    clock: Clock = field(default_factory=Clock)
-    cold: bool = False
-
-    @property
-    def bytes(self) -> int:
-        """Memory of its keys and values."""
-        layers = sum(store.bytes for half in self.stores for store in half.values())
-        return layers + sum(store.bytes for store in self.parts)
 
 
 @dataclass
@@ -191,6 +161,7 @@ class Request:
         self._started = perf_counter()
         self.provenance = 0  # of the latent that is asked for
         self._asked: Any = None  # when the latent was last asked for in full
+        self._watch = watch_for(group, self.points)
         self._draw_alike()
 
     # -- the lazy latent's Exchange --------------------------------------------------------------
@@ -349,9 +320,20 @@ class Request:
             self._branches[key] = self._begun(Branch(index=len(self._branches)))
         return self._branches[key]
 
-    def synchronous(self, branch: Branch, cut: Cut) -> bool:
-        """Whether the branch's next call sees fresh keys and values only."""
-        return not self.keeps_stores(cut) or branch.cold or branch.calls < self.config.warmup_steps
+    def synchronous(self, branch: Branch, cut: Cut, batch: int) -> bool:
+        """Whether the branch's next call sees fresh keys and values only.
+
+        Args:
+            branch: The branch.
+            cut: The latent's.
+            batch: Entries of the call's batch.
+        """
+        if not self.keeps_stores(cut):
+            return True
+        # Two branches in one batch look like two pictures, which are taken for branches.
+        guided = batch % 2 == 0 if self.plan.guidance == "batch" else len(self._branches) > 1
+        warms_up = branch.cold or branch.calls < self.config.warmup_steps(guided=guided)
+        return (self._watch is not None and self._watch.follows(branch)) or warms_up
 
     def sample(self, branch: Branch, cut: Cut) -> Sample | None:
         """The tokens that stand for all in the branch's next call, if it begins on fewer."""
@@ -384,6 +366,9 @@ class Request:
 
     def _begun(self, branch: Branch) -> Branch:
         branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+        branch.clock = Clock(
+            coarse=self.config.warmup == COARSE and not branch.cold, watched=self.config.warmup == WATCHED
+        )
         return branch
 
     def finish(self) -> None:

@@ -26,9 +26,10 @@ from patchpipe.parallel.batches import share_batch
 from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
+from patchpipe.schedule.branches import Branch
 from patchpipe.schedule.hops import Crossing, Hops
 from patchpipe.schedule.parts import Part, parts_of
-from patchpipe.schedule.request import Branch, Request, RequestStats
+from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.patches import Cut, Patch
@@ -240,8 +241,9 @@ class Runner:
 
     def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> tuple[PatchTensor, Tensor | None]:
         assert self.request is not None
-        synchronous, keeps = self.request.synchronous(branch, cut), self.request.keeps_stores(cut)
         latent = inputs[self.plan.latent]
+        synchronous = self.request.synchronous(branch, cut, latent.shape[0])
+        keeps = self.request.keeps_stores(cut)
         call = Call(
             stage=self.request.stage,
             inputs=inputs,

@@ -16,6 +16,7 @@ from patchpipe.serve.clips.jobs import Clips
 from patchpipe.serve.metrics import Metrics
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Settings
+from patchpipe.serve.spans import Spans
 from patchpipe.serve.steer.believed import planner_of
 from patchpipe.serve.steer.conductor import Conductor
 from patchpipe.serve.steer.costs import LiveCosts, Machine
@@ -38,6 +39,7 @@ class Service:
         settings: What the operator decided.
         models: The models by the service's name for them; see ``add_model``.
         policy: Who has which devices next; ``None`` takes the one that the settings name.
+        spans: Who is told of every request that is over; ``None`` tells nobody.
 
     Attributes:
         models: The models.
@@ -49,8 +51,10 @@ class Service:
         ValueError: The folder or the database cannot be used.
     """
 
-    def __init__(self, settings: Settings, models: Sequence[Model], policy: Policy | None = None) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, models: Sequence[Model], policy: Policy | None = None, spans: Spans | None = None
+    ) -> None:
+        self.settings, self._spans = settings, spans
         self.models: Mapping[str, Model] = {model.name: model for model in models}
         self.metrics = Metrics()
         self.started = int(time.time())
@@ -169,8 +173,11 @@ class Service:
             met, by = outcome == "completed" and now <= ticket.due, "client" if work.deadline_s else "service"
             self.metrics.deadlines.labels(*names, by, "met" if met else "missed").inc()
         fields = {"request": work.id, "model": work.model, "kind": work.kind, "outcome": outcome, "seconds": seconds}
-        if isinstance(event, Ended):
-            fields["cause"] = event.refusal.message
+        cause = event.refusal.message if isinstance(event, Ended) else None
+        if cause is not None:
+            fields["cause"] = cause
+        if self._spans is not None:
+            self._spans.over(ticket, outcome, cause)
         logger.info("request over", extra={"fields": {**fields, "work_seconds": ticket.seconds}})
 
     def model_changed(self) -> None:
@@ -223,6 +230,8 @@ class Service:
         for hand in self._hands.values():
             hand.close()
         self.clips.close()
+        if self._spans is not None:
+            self._spans.close()
 
     def _ask_planner(self) -> None:
         """Asks what usual requests take, so that the first of them need not wait for the answer."""
@@ -257,6 +266,7 @@ def _describe(model: Model) -> dict[str, Any]:
         "cause": model.cause,
         "pipeline": facts.pipeline,
         "layout": facts.layout,
+        "elastic": facts.elastic is not None,
         "devices": list(facts.devices),
         "restarts": model.restarts,
         "usual": {name: facts.usual(name) for name in ("height", "width", "num_inference_steps", "num_frames")},
@@ -266,6 +276,7 @@ def _describe(model: Model) -> dict[str, Any]:
 def _place(seen: Seen) -> dict[str, Any]:
     now, ticket = monotonic(), seen.ticket
     return {
+        "id": ticket.work.id if ticket.work.kind == "clip" else f"req_{ticket.work.id}",  # as its client knows it
         "model": ticket.work.model,
         "kind": ticket.work.kind,
         "state": seen.state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -63,6 +64,7 @@ class Settings:
         deadline_scale: Deadlines of requests that name none, times their seconds alone on the idle machine.
         admission: Whether requests that cannot be in time are turned away at once.
         drain_seconds: Seconds that pictures under way get to end after SIGTERM.
+        otlp: Address of an OpenTelemetry collector that is told of every request; ``None`` tells nobody.
         drain_delay: Seconds between "not ready" and the end of accepting, for a load balancer to notice.
         limits: How much one request may ask for.
     """
@@ -80,6 +82,7 @@ class Settings:
     deadline_scale: float = DEFAULT_SCALE
     admission: bool = False
     drain_seconds: float = 60.0
+    otlp: str | None = field(default=None, repr=False)
     drain_delay: float = 0.0
     limits: Limits = field(default_factory=Limits)
 
@@ -101,6 +104,8 @@ class Settings:
         policy_named(self.policy)  # refuses what is none
         if not 0 < self.deadline_scale < float("inf"):
             raise ValueError(f"--deadline-scale {self.deadline_scale} must be above 0")
+        if self.otlp is not None and not re.match(r"https?://[^/]", self.otlp):
+            raise ValueError(f"--otlp {self.otlp} must be the address of a collector such as http://localhost:4318")
         for origin in self.origins:
             if "://" not in origin or origin.rstrip("/") != origin:
                 raise ValueError(f"--cors-origin {origin} must be an origin such as https://studio.example")

@@ -12,6 +12,7 @@ from torch import Tensor
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.coarse.beside import Positions
 from patchpipe.stage.coarse.sample import Sample
+from patchpipe.stage.keys.early import Ahead, Part
 from patchpipe.stage.keys.forecast import SEQUENCE, Pace
 from patchpipe.stage.keys.masks import as_mask
 from patchpipe.stage.keys.store import Entries, LayerStore, LayerStores
@@ -75,6 +76,16 @@ class Attend:
 class Sharing(Protocol):
     """How the ranks that share a patch attend together."""
 
+    def ahead(self, layer: Attending, parts: Sequence[Part], heads: int) -> Ahead | None:
+        """Values that will be sent as soon as they are projected; ``None`` where that gains nothing.
+
+        Args:
+            layer: The layer's rows.
+            parts: The projections that make its values.
+            heads: Of the layer, on this rank.
+        """
+        ...
+
     def attend(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, layer: Attending) -> Tensor:
         """Attention of this rank's rows ``[batch, heads, own rows, channels]`` over all rows there are.
 
@@ -112,6 +123,7 @@ class Attending:
         kept_keys: Which of this rank's keys take part, ``[1, rows]``, where the layer would drop the others.
         queries: The rows that ask, if they are not all of them.
         each: What the layer needs for each of its calls, where it attends to the entries of the batch one by one.
+        ahead: Its values, where they were sent as soon as they were projected.
     """
 
     patch: Patch
@@ -130,6 +142,7 @@ class Attending:
     kept_keys: Tensor | None = None
     queries: Rows | None = None
     each: tuple[Attending, ...] = ()
+    ahead: Ahead | None = None
 
     @property
     def asking(self) -> Rows:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,6 +17,7 @@ from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.coarse.beside import Products, keys_beside
 from patchpipe.stage.coarse.sample import Offset
+from patchpipe.stage.keys.early import Ahead, Early
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
 
 
@@ -163,13 +166,18 @@ class Attended:
         layer: The attention module.
         find: What the patch at work needs; ``None`` leaves the layer alone.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
+        early: The hooks on its projections, where values are to go ahead.
     """
 
     def __init__(
-        self, layer: nn.Module, find: Callable[[], Attending | None], kernels: KernelWatch | None = None
+        self,
+        layer: nn.Module,
+        find: Callable[[], Attending | None],
+        kernels: KernelWatch | None = None,
+        early: Early | None = None,
     ) -> None:
         self.name = type(layer).__name__
-        self.compute, self.find, self.kernels = layer.forward, find, kernels
+        self.compute, self.find, self.kernels, self.early = layer.forward, find, kernels, early
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with its one attention seen."""
@@ -178,10 +186,18 @@ class Attended:
             return self._alone(*args, **kwargs)
         if attending.sample is not None:
             return self._of_sample(attending, attending.sample.offsets[1:], args, kwargs)
-        with _StoreMode(attending) as mode:
+        ahead = self._ahead(attending)
+        sending = self.early.sending(ahead) if self.early and ahead else nullcontext()
+        with sending, _StoreMode(replace(attending, ahead=ahead)) as mode:
             result = self.compute(*args, **kwargs)
         self.check(mode.calls, attending.calls)
         return result
+
+    def _ahead(self, attending: Attending) -> Ahead | None:
+        """Values that go ahead, if this layer's can: blank rows, and entries one by one, are told apart too late."""
+        if self.early is None or attending.sharing is None or attending.blanks or attending.each:
+            return None
+        return attending.sharing.ahead(attending, self.early.parts, self.early.heads)
 
     def _of_sample(
         self, attending: Attending, offsets: Sequence[Offset], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -235,7 +251,10 @@ class Attended:
 
 
 def attend_through(
-    layer: nn.Module, find: Callable[[], Attending | None], kernels: KernelWatch | None = None
+    layer: nn.Module,
+    find: Callable[[], Attending | None],
+    kernels: KernelWatch | None = None,
+    early: Early | None = None,
 ) -> Callable[[], None]:
     """Sends a layer's self-attention through its store and the ranks that share the patch.
 
@@ -243,11 +262,12 @@ def attend_through(
         layer: The attention module.
         find: What the patch at work needs; ``None`` leaves the layer alone.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
+        early: The hooks on its projections, where values are to go ahead.
 
     Returns:
         A function that undoes it.
     """
-    return override(layer, Attended(layer, find, kernels))
+    return override(layer, Attended(layer, find, kernels, early))
 
 
 def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -11,6 +11,7 @@ from patchpipe.layout.patching import PatchCosts
 from patchpipe.layout.split import DECIMALS, StageBlocks, split_costs, stages_of
 from patchpipe.models.blocks import BlockPlace, attention_width, part_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.stage.keys.early import check_values
 
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
 NOMINAL_IMAGE_TOKENS = 4096
@@ -47,10 +48,12 @@ def split_blocks(model: nn.Module, plan: ModelPlan, config: ParallelConfig) -> l
     """The blocks that each stage owns.
 
     Raises:
-        ValueError: More stages than blocks, or ``stage_blocks`` that do not add up.
+        ValueError: More stages than blocks, ``stage_blocks`` that do not add up, or values that cannot go first.
     """
     places = plan.blocks_of(model)
     check_stages(config, len(places), plan)
+    if config.values_first:
+        check_values(model, plan)
     if config.stage_blocks is not None:
         return stages_of(config.stage_blocks)
     costs = [block_cost(place) for place in places]

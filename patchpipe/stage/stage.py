@@ -24,6 +24,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
+from patchpipe.stage.keys.early import Early, parts_of
 from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.mixing import bordered, summed
 from patchpipe.stage.patches import Patch
@@ -64,6 +65,7 @@ class Stage:
         first: Whether this is the first stage.
         last: Whether this is the last stage.
         kernels: Looks at what torch's attention kernels are given; ``None`` where there is but one.
+        values_first: Whether values are sent to the ranks that share a patch as soon as they are projected.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Stage:
         first: bool,
         last: bool,
         kernels: KernelWatch | None = None,
+        values_first: bool = False,
     ) -> None:
+        self.values_first = values_first
         self.model, self.plan, self.owned = model, plan, owned
         self.first, self.last = first, last
         self.kernels = kernels
@@ -291,7 +295,10 @@ class Stage:
     def _hook_attention(self, place: BlockPlace) -> None:
         for path, segments in place.self_attention.items():
             layer, find = place.block.get_submodule(path), partial(self._attending, place, path, segments)
-            self._undo.append(attend_through(layer, find, self.kernels))
+            parts = parts_of(layer, segments) if self.values_first else ()
+            early = Early(layer, parts) if parts else None
+            self._undo += early.hook(override) if early else []
+            self._undo.append(attend_through(layer, find, self.kernels, early))
 
     def _hook_others(self, place: BlockPlace) -> None:
         for kind, paths in ((summed, place.listing.sums), (bordered, place.listing.borders)):

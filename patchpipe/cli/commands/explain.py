@@ -34,6 +34,8 @@ def explain(
     cfg: options.Cfg = 1,
     data: options.Data = 1,
     ulysses: options.Ulysses = 1,
+    ulysses_inner: options.UlyssesInner = 1,
+    values_first: options.ValuesFirst = False,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,
@@ -43,7 +45,7 @@ def explain(
     share_blocks: options.ShareBlocks = None,
     forecast: options.Forecast = False,
     offload: options.Offload = None,
-    warmup: options.Warmup = "1",
+    warmup: options.Warmup = None,
     height: options.Height = 1024,
     width: options.Width = 1024,
     text_tokens: TextTokens = 512,
@@ -69,12 +71,12 @@ def explain(
         table.add_row(*row)
     console.print(table)
     volume = volume_of(source.path, config, tokens, text_tokens, revision)
-    sent = traffic(config.mesh_shape, volume)
+    sent = traffic(config.mesh_shape, volume, config.ulysses_inner)
     title = f"A rank sends per step, {height}×{width} pixels, one branch"
     console.print(title if sent else "One device: nothing travels.")
     for method, sent_bytes in sent.items():
         console.print(f"  {method:14}{size(int(sent_bytes))}")
     if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
         console.print(f"and holds {size(int(kept(config.mesh_shape, volume)))} of keys and values")
-    for line in communicators(config.mesh_shape):
+    for line in communicators(config.mesh_shape, config.ulysses_inner):
         console.print(line)

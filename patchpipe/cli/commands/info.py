@@ -36,6 +36,8 @@ def info(
     cfg: options.Cfg = 1,
     data: options.Data = 1,
     ulysses: options.Ulysses = 1,
+    ulysses_inner: options.UlyssesInner = 1,
+    values_first: options.ValuesFirst = False,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,

@@ -36,7 +36,8 @@ Prompts = Annotated[
 ]
 Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
 Warmups = Annotated[
-    str, options.option(_PANEL, "Numbers of synchronous steps, or coarse.", "--warmup", metavar="W,…", default=True)
+    str,
+    options.option(_PANEL, "Synchronous steps, coarse or auto.", "--warmup", metavar="W,…", default=True),
 ]
 Forecasts = Annotated[
     str,
@@ -58,6 +59,7 @@ def quality(
     warmup: Warmups = "1",
     forecast: Forecasts = "off,on",
     steps: options.Steps = None,
+    guidance: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
     seed: options.Seed = 0,
@@ -79,7 +81,8 @@ def quality(
     for path in (target, figures):
         check_new(path, force)
     console, pipe, call = Console(highlight=False), *_load(model, dtype, device)
-    given = {"num_inference_steps": steps, "height": height, "width": width}
+    strength = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
+    given = {"num_inference_steps": steps, strength: guidance, "height": height, "width": width}
     call |= {name: value for name, value in given.items() if value is not None}
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("painting", total=len(asked) * (1 + len(wanted)))

@@ -104,6 +104,10 @@ DrainSeconds = Annotated[float, options.option(_SERVICE, "Seconds that pictures 
 DrainDelay = Annotated[
     float, options.option(_SERVICE, "Seconds of accepting while not ready any more, before the end.", default=True)
 ]
+Otlp = Annotated[
+    str | None,
+    options.option(_SERVICE, "OpenTelemetry collector that gets a span of every request, over HTTP.", metavar="URL"),
+]
 LogFormat = Annotated[Literal["text", "json"], options.option(_SERVICE, "How the log is written.", default=True)]
 MaxPixels = Annotated[int, options.option(_LIMITS, "Pixels of a picture, or of a frame.", default=True)]
 MaxFrames = Annotated[int, options.option(_LIMITS, "Frames of a clip.", default=True)]
@@ -129,6 +133,7 @@ def serve(
     drain_seconds: DrainSeconds = 60.0,
     drain_delay: DrainDelay = 0.0,
     log_format: LogFormat = "text",
+    otlp: Otlp = None,
     layout: Layout = "auto",
     policy: PolicyName = "balanced",
     deadline_scale: DeadlineScale = 3.0,
@@ -165,6 +170,7 @@ def _settings(given: dict[str, Any]) -> Settings:
         "folder",
         "database",
         "keep_hours",
+        "otlp",
         "lora_folder",
         "in_flight",
         "policy",
@@ -197,12 +203,14 @@ def _run(
     from patchpipe.serve.clips.jobs import own
     from patchpipe.serve.models import start_models
     from patchpipe.serve.service import Service
+    from patchpipe.serve.spans import spans_to
     from patchpipe.serve.start import listen, run
 
     console = Console(highlight=False)
     logs.set_up(log_format)
     logging.getLogger("patchpipe.engine").setLevel(logging.WARNING)
     made: list[Service] = []
+    spans = None if settings.otlp is None else spans_to(settings.otlp)
     with listen(settings) as listener, own(settings.folder), warm():  # an engine that died is up again at once
 
         def changed() -> None:
@@ -214,7 +222,7 @@ def _run(
                 named, loading, edits=edits, on_change=changed, told=lambda name: status.update(f"loading {name} …")
             )
         try:
-            made.append(Service(settings, models))
+            made.append(Service(settings, models, spans=spans))
             made[0].start()
         except BaseException:
             for model in models:

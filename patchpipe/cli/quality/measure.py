@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.cli.pictures import as_pictures, psnr
-from patchpipe.config import ParallelConfig, WarmupKind
+from patchpipe.config import WATCHED, ParallelConfig, WarmupKind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,8 +99,9 @@ def told(decibels: float) -> str:
 
 
 def settings(patches: Sequence[int], warmups: Sequence[WarmupKind], forecasts: Sequence[bool]) -> list[Setting]:
-    """Every combination."""
-    return [Setting(*each) for each in itertools.product(patches, warmups, forecasts)]
+    """Every combination there is: the warm-up that goes by a forecast needs one."""
+    every = (Setting(*each) for each in itertools.product(patches, warmups, forecasts))
+    return [one for one in every if one.forecast or one.warmup != WATCHED]
 
 
 def measure(

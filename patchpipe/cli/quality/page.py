@@ -15,7 +15,7 @@ from patchpipe.config import WarmupKind
 
 AMPLIFIED = 8  # times, in pictures of differences
 COLOURS = ("#9aa4ae", "#1f6feb", "#d1782c", "#3a9d5d", "#8a63d2", "#b0485a")
-WIDTH, HEIGHT, LEFT, TOP = 640, 300, 48, 16
+WIDTH, HEIGHT, LEFT, TOP, LEGEND = 680, 300, 48, 16, 230
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; text-align: right }
@@ -90,14 +90,14 @@ def _drawing(found: Sequence[Found]) -> str:
         lines.setdefault((one.setting.warmup, one.setting.forecast), []).append(one)
 
     def across(count: int) -> float:
-        return LEFT + (WIDTH - LEFT - 190) * patches.index(count) / max(1, len(patches) - 1)
+        return LEFT + (WIDTH - LEFT - LEGEND) * patches.index(count) / max(1, len(patches) - 1)
 
     def up(value: float) -> float:
         return TOP + (HEIGHT - TOP - 40) * (high - value) / (high - low)
 
     parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' font-size='12' fill='#444'>"]
     for value in range(low, high + 1, max(1, (high - low) // 6)):
-        parts.append(f"<line x1='{LEFT}' x2='{WIDTH - 190}' y1='{up(value)}' y2='{up(value)}' stroke='#eee'/>")
+        parts.append(f"<line x1='{LEFT}' x2='{WIDTH - LEGEND}' y1='{up(value)}' y2='{up(value)}' stroke='#eee'/>")
         parts.append(f"<text x='{LEFT - 8}' y='{up(value) + 4}' text-anchor='end'>{value}</text>")
     parts += [f"<text x='{across(count)}' y='{HEIGHT - 20}' text-anchor='middle'>{count}</text>" for count in patches]
     parts.append(f"<text x='{LEFT}' y='{HEIGHT - 4}'>patches; mean dB against one device</text>")
@@ -110,5 +110,5 @@ def _drawing(found: Sequence[Found]) -> str:
             for one in row
         ]
         label = f"warm-up {warmup}, {'forecast' if forecast else 'as they were'}"
-        parts.append(f"<text x='{WIDTH - 170}' y='{TOP + 18 * index + 8}' fill='{colour}'>{label}</text>")
+        parts.append(f"<text x='{WIDTH - LEGEND + 20}' y='{TOP + 18 * index + 8}' fill='{colour}'>{label}</text>")
     return "".join([*parts, "</svg>"])

@@ -80,8 +80,8 @@ class Desk:
             paused = [ticket for ticket in self._open.values() if ticket.state == "paused"]
         if paused:
             raise ValueError(
-                f"request {paused[0].number} is paused, and the engine does nothing else until it is over: submit this "
-                f"call too, or resume, cancel or checkpoint that one"
+                f"request {paused[0].number} is paused, and until it ends the engine starts no call outside a ticket: "
+                f"submit this call as a ticket, or resume, cancel or checkpoint request {paused[0].number} first"
             )
 
     def cancel_all(self) -> bool:

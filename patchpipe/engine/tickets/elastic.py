@@ -69,8 +69,5 @@ class Elastic:
         """
         wanted = tuple(range(self.ranks)) if ranks is None else tuple(ranks)
         if wanted not in self.lanes:
-            raise ValueError(
-                f"ranks={wanted} cannot share a request: use one rank, two neighbours of which the first is even, such "
-                f"as (2, 3), or four, and so on; there are {self.ranks}"
-            )
+            raise ValueError(f"ranks={wanted} cannot share a request: use one of {', '.join(map(str, self.lanes))}")
         return self.lanes.index(wanted)

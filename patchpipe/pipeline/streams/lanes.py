@@ -78,6 +78,11 @@ def check_whole(config: ParallelConfig) -> None:
     Raises:
         ValueError: It is one.
     """
+    if config.ulysses_inner > 1 or config.values_first:
+        raise ValueError(
+            f"{config.describe()} cannot change its degree while it runs: lines on two levels, and values that go "
+            f"first, are not tested so. Leave ulysses_inner and values_first out"
+        )
     if config.methods - {"ulysses", "ring"} or config.compile or config.parallel_vae:
         raise ValueError(
             f"{config.describe()} cannot change its degree while it runs: its ranks do not all hold the whole model, "

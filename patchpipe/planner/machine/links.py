@@ -82,6 +82,21 @@ class Link:
         shared = self.flow(line) * (2 / line.ranks) ** self.contention
         return self.latency * (line.ranks - 1) + size / shared
 
+    def two_levels(self, size: float, line: Line, inner: int) -> float:
+        """Seconds of the same exchange on two levels: across domains of ``inner`` ranks, then inside them.
+
+        A rank gives every rank, itself included, an equal part. Across domains go ``(O - 1) / O`` of that over lines
+        that lie interleaved, and so share the trunk; inside ``(I - 1) / I``.
+        """
+        given, domains = size * line.ranks / max(1, line.ranks - 1), line.ranks // inner
+        across = self.all_to_all(given * (domains - 1) / domains, Line(domains, line.stride * inner))
+        return across + self.all_to_all(given * (inner - 1) / inner, Line(inner, line.stride))
+
+    def domain(self, line: Line) -> int:
+        """How many neighbours of a line reach each other without the trunk; 1 where that makes no two levels."""
+        inner = self.island // line.stride
+        return inner if 1 < inner < line.ranks and line.ranks % inner == 0 else 1
+
     def all_reduce(self, size: float, line: Line) -> float:
         """Seconds of a sum over the ranks of ``size`` bytes each: a ring, every part passed on twice."""
         rounds = 2 * (line.ranks - 1)

@@ -33,6 +33,7 @@ CALLS = 64
 MESSAGES = (2**10, 2**24)  # bytes: one tells the latency, the other the bandwidth
 TASKS_DEVICE, TASKS_LINK = 4, 2
 DEADLINE = 60.0
+SLOWER = 3.0  # times the seconds of the fastest send: over another kind of link
 CPU_INTERFERENCE, CUDA_INTERFERENCE = 1.0, 0.5  # a CPU's transfers are copies by the cores that compute
 
 
@@ -183,21 +184,44 @@ def measure_link(places: Sequence[str], progress: Progress) -> Link:
         found = [float(text) for text in (Path(folder) / "found").read_text(encoding="utf-8").split()]
     progress("link")
     cpu = places[0] == "cpu"
-    return _link(found, len(places), f"{'gloo' if cpu else 'NCCL'} on this machine", cpu)
+    return link_of(found, len(places), f"{'gloo' if cpu else 'NCCL'} on this machine", cpu)
 
 
-def _link(found: list[float], ranks: int, name: str, cpu: bool) -> Link:
-    """From the seconds of a small and a large send, and of a large exchange of all with all."""
-    small, large, exchange = found
+def link_of(found: Sequence[float], ranks: int, name: str, cpu: bool) -> Link:
+    """A link by what was measured.
+
+    Args:
+        found: Seconds of a small and of a large send to the next rank, of a large exchange of all with all, and of a
+            large send to each further rank.
+        ranks: Ranks that took part.
+        name: Its name.
+        cpu: Whether they are CPUs.
+    """
+    small, large, exchange, *farther = found
     latency = small
     bandwidth = MESSAGES[1] / max(large - small, 1e-9)
+    island = island_of([large, *farther])
+    trunk = bandwidth if island == ranks else MESSAGES[1] / max(farther[island - 2] - small, 1e-9)
     contention = 0.0
     if ranks > 2:
         shared = MESSAGES[1] / max(exchange - latency * (ranks - 1), 1e-9)
-        contention = max(0.0, math.log(bandwidth / shared) / math.log(ranks / 2))
+        contention = max(0.0, math.log(min(bandwidth, trunk) / shared) / math.log(ranks / 2))
     interference = CPU_INTERFERENCE if cpu else CUDA_INTERFERENCE
     source = "measured by patchpipe profile"
-    return Link(name, bandwidth, latency, ranks, bandwidth, contention, interference, source)
+    return Link(name, bandwidth, latency, island, trunk, contention, interference, source)
+
+
+def island_of(seconds: Sequence[float]) -> int:
+    """How many ranks, the first one included, reach each other over fast links; all where links are alike.
+
+    Args:
+        seconds: What a large message takes from the first rank to the next, and to each further one.
+    """
+    ranks, least = len(seconds) + 1, min(seconds)
+    far = [rank for rank, taken in enumerate(seconds, start=1) if taken > SLOWER * least]
+    island = far[0] if far else ranks
+    alike = island > 1 and ranks % island == 0 and far == list(range(island, ranks))
+    return island if alike else ranks
 
 
 def _rank(rank: int, places: list[str], store: str, folder: str) -> None:
@@ -210,19 +234,20 @@ def _rank(rank: int, places: list[str], store: str, folder: str) -> None:
     times = [_there_and_back(group, rank, place, size) for size in MESSAGES]
     wire = Wire(group, place, backend, DEADLINE, lambda error, _: error, "profile")
     times.append(_exchange(Exchange(wire, rank, ranks, tuple(range(ranks)))))
+    times += [_there_and_back(group, rank, place, MESSAGES[1], other) for other in range(2, ranks)]
     group.barrier().wait()
     if rank == 0:
         (Path(folder) / "found").write_text(" ".join(str(seconds) for seconds in times), encoding="utf-8")
 
 
-def _there_and_back(group: dist.ProcessGroup, rank: int, place: torch.device, size: int) -> float:
+def _there_and_back(group: dist.ProcessGroup, rank: int, place: torch.device, size: int, other: int = 1) -> float:
     data = torch.zeros(size, dtype=torch.uint8, device=place)
 
     def once() -> None:
         if rank == 0:
-            group.send([data], 1, 0).wait()
-            group.recv([data], 1, 0).wait()
-        elif rank == 1:
+            group.send([data], other, 0).wait()
+            group.recv([data], other, 0).wait()
+        elif rank == other:
             group.recv([data], 0, 0).wait()
             group.send([data], 0, 0).wait()
 

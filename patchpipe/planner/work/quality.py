@@ -10,7 +10,7 @@ from typing import Any
 
 from patchpipe.config import COARSE, ParallelConfig, WarmupKind
 
-Way = tuple[WarmupKind, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
+Way = tuple[WarmupKind | None, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Quality:
             return None
         if config.synchronous or patches == 1:
             return math.inf
-        measured = self.decibels.get((config.warmup, config.forecast), {})
+        warmup = 1 if config.warmup is None else config.warmup
+        measured = self.decibels.get((warmup, config.forecast), {})
         return next((measured[count] for count in sorted(measured) if count >= patches), None)
 
     def meets(self, config: ParallelConfig, patches: int) -> bool:

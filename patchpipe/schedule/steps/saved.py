@@ -90,8 +90,8 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
     """
     if SECOND in inspect.signature(type(scheduler).step).parameters:
         raise ValueError(
-            f"{type(scheduler).__name__} hands its pipeline more than the latent to carry from step to step, so its "
-            f"requests cannot be carried elsewhere: hold them where they are, or use another scheduler"
+            f"a request with {type(scheduler).__name__} cannot be moved: its step() returns a second tensor that the "
+            f"pipeline keeps. Resume it where it was paused, or use another scheduler"
         )
     made = (SETTINGS, *(name for name, value in vars(scheduler).items() if isinstance(value, FunctionType)))
     own = {name: value for name, value in vars(scheduler).items() if name not in made}
@@ -182,8 +182,8 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         return {key: _plain(each, name) for key, each in value.items()}
     raise ValueError(
-        f"{name} is a {type(value).__name__}, which cannot be carried elsewhere: hold the request where it is, or use "
-        f"a scheduler that remembers tensors and numbers only"
+        f"{name} is a {type(value).__name__}, which cannot be saved. Resume the request where it was paused, or use a "
+        f"scheduler that keeps tensors and numbers only"
     )
 
 

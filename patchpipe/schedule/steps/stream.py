@@ -298,8 +298,8 @@ class Stream:
             unlike = first_unlike(saved.looks, looks_of(self._runner.inputs_of(args, kwargs)))
             if unlike is not None:
                 raise ValueError(
-                    f"{flight.entry.pipeline} keeps more from step to step than its latent and its scheduler hold "
-                    f"({unlike} is another one after step {saved.step}), so its requests cannot be carried elsewhere"
+                    f"a request of {flight.entry.pipeline} cannot be moved: {unlike} changes at every step, and only "
+                    f"the latent and the scheduler are saved. Resume it where it was paused"
                 )
             request.stats.resumed.append({"step": saved.step, "keys": "dropped"})
         self._runner.check(*args, **kwargs)

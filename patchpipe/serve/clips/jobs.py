@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from PIL import Image
 
@@ -25,7 +25,8 @@ from patchpipe.serve.work.tickets import Ended, Event, Listener, Painted, Starte
 logger = logging.getLogger("patchpipe.serve")
 
 MOST_BEGINNINGS = 4  # of a clip; a clip that ends the service each time must not do so for ever
-VARIANTS = {
+Variant = Literal["video", "thumbnail", "spritesheet"]
+VARIANTS: Mapping[Variant, tuple[str, str]] = {
     "video": ("video.mp4", "video/mp4"),
     "thumbnail": ("thumbnail.webp", "image/webp"),
     "spritesheet": ("spritesheet.jpg", "image/jpeg"),
@@ -124,17 +125,15 @@ class Clips:
         """
         found = self._store.page(after, limit, newest_first)
         if found is None:
-            raise bad(f"there is no video {str(after)[:80]!r} to go on after", "after")
+            raise unknown("video to go on after", str(after)[:80])
         return found
 
-    def file(self, clip: str, variant: str) -> tuple[Path, str]:
+    def file(self, clip: str, variant: Variant) -> tuple[Path, str]:
         """A finished clip's file, and its media type.
 
         Raises:
-            Refusal: There is no such clip or variant, or it is not finished.
+            Refusal: There is no such clip, or it is not finished.
         """
-        if variant not in VARIANTS:
-            raise bad(f"variant must be one of {', '.join(VARIANTS)}", "variant")
         found = self.get(clip)
         if found.status != "completed":
             raise bad(f"the video is {found.status}: there is nothing to load", code="video_not_ready")

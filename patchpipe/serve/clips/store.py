@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from sqlalchemy.engine import Engine as Database
 from sqlalchemy.exc import SQLAlchemyError
 
 Status = Literal["queued", "in_progress", "completed", "failed"]  # the only ones that OpenAI's client knows
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 UNFINISHED = ("queued", "in_progress")
 
 
@@ -105,6 +107,8 @@ class Store:
 
     def get(self, clip: str) -> Clip | None:
         """One clip; ``None`` where there is none of that name."""
+        if not _NAME.fullmatch(clip):
+            return None  # a database may refuse to look for it: PostgreSQL takes no NUL
         with self._database.connect() as connection:
             row = connection.execute(select(_CLIPS).where(_CLIPS.c.id == clip)).mappings().first()
         return None if row is None else Clip(**row)
@@ -135,6 +139,8 @@ class Store:
 
     def delete(self, clip: str) -> bool:
         """Forgets a clip; whether it was there."""
+        if not _NAME.fullmatch(clip):
+            return False
         with self._database.begin() as connection:
             return connection.execute(_CLIPS.delete().where(_CLIPS.c.id == clip)).rowcount > 0
 

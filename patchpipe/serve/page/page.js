@@ -2,11 +2,12 @@
 
 const PREVIEWS = 6;
 const SIZES = [[1, 1], [4, 3], [3, 4], [16, 9], [9, 16]];
+const SHOWN = 12; // requests of the queue
 const KEPT = 60; // pictures in the gallery
 const at = (id) => document.getElementById(id);
 const form = at("ask");
 let state = null;
-let running = null; // an AbortController while something is painted
+let running = null; // while something is painted: an AbortController, with the request's id, step and deadline
 
 // -- talking to the service ------------------------------------------------------------------
 
@@ -75,9 +76,10 @@ function asked() {
 async function paint() {
   const fields = asked();
   const [width, height] = fields.size.split("x").map(Number);
-  running = new AbortController();
+  running = Object.assign(new AbortController(), { began: performance.now(), deadline: fields.deadline_s });
   busy(true);
   say("Waiting for its turn …");
+  at("stage").scrollIntoView({ block: "nearest" }); // on a phone it lies below the form
   try {
     at("canvas").style.aspectRatio = `${width} / ${height}`;
     await (kind() === "clip" ? paintClip(fields) : paintPicture(fields));
@@ -94,6 +96,7 @@ async function paintPicture(fields) {
   const body = JSON.stringify({ ...fields, stream: true, partial_images: PREVIEWS, progress: true });
   const headers = { "content-type": "application/json" };
   const answer = await call("/v1/images/generations", { method: "POST", headers, body, signal: running.signal });
+  running.id = answer.headers.get("x-request-id");
   for await (const event of eventsOf(answer)) {
     if (event.error) throw new Error(event.error.message);
     if (event.type === "patchpipe.progress") advance(event.step, event.total);
@@ -101,7 +104,7 @@ async function paintPicture(fields) {
     else if (event.type === "image_generation.completed") {
       const blob = blobOf(event);
       show(blob, fields, false);
-      finish(blob, fields, `${event.seconds.toFixed(1)} s · seed ${event.seed}`);
+      finish(blob, fields, `${event.seconds.toFixed(1)} s${inTime()} · seed ${event.seed}`);
       return;
     }
   }
@@ -113,6 +116,7 @@ async function paintClip(fields) {
   const headers = { "content-type": "application/json" };
   let clip = await (await call("/v1/videos", { method: "POST", headers, body, signal: running.signal })).json();
   const path = `/v1/videos/${clip.id}`;
+  running.id = clip.id;
   const { signal } = running;
   signal.addEventListener("abort", () => call(path, { method: "DELETE" }).catch(() => {}), { once: true });
   while (clip.status === "queued" || clip.status === "in_progress") {
@@ -124,7 +128,7 @@ async function paintClip(fields) {
   const blob = await (await call(`${path}/content`, { signal })).blob();
   const small = await (await call(`${path}/content?variant=thumbnail`, { signal })).blob();
   show(blob, fields, false);
-  finish(blob, fields, `${clip.seconds} s long · seed ${fields.seed}`, small);
+  finish(blob, fields, `${clip.seconds} s long${inTime()} · seed ${fields.seed}`, small);
 }
 
 function blobOf(event) {
@@ -156,7 +160,28 @@ function show(blob, fields, coming) {
 function advance(step, total) {
   at("progress").max = total ?? 1;
   at("progress").value = step;
-  say(total === 100 && kind() === "clip" ? `${step} %` : `Step ${step} of ${total ?? "?"}`, null);
+  running.step = total === 100 && kind() === "clip" ? `${step} %` : `Step ${step} of ${total ?? "?"}`;
+  say(running.step, null);
+}
+
+// Where the request stands beside others: its place in the queue, or why nothing moves.
+function place() {
+  const own = running?.id && [...state.running, ...state.paused, ...state.waiting].find((one) => one.id === running.id);
+  if (!own) return;
+  if (own.state === "waiting" && !running.step) {
+    const others = state.running.length + state.paused.length + state.waiting.length - 1;
+    const beside = others ? `${others} ${others === 1 ? "other is" : "others are"} here` : "";
+    say(["Waiting for its turn", beside, due(own)].filter(Boolean).join(" · "), null);
+  } else if (running.step) {
+    const held = own.state === "running" ? "" : own.state === "paused" ? "held while others go first" : "begins anew";
+    say([running.step, held, due(own)].filter(Boolean).join(" · "), null);
+  }
+}
+
+function inTime() {
+  if (!running?.deadline) return "";
+  const left = running.deadline - (performance.now() - running.began) / 1000;
+  return left >= 0 ? " · in time" : ` · ${Math.ceil(-left)} s late`;
 }
 
 function finish(blob, fields, text, small = blob) {
@@ -205,6 +230,7 @@ async function look() {
     if (!form.model.options.length) fillModels();
     drawModels();
     drawQueue();
+    place();
   } catch (error) {
     at("health").textContent = "not reachable";
     at("health").className = "pill bad";
@@ -244,15 +270,19 @@ function element(name, text, className = "") {
 }
 
 function drawModels() {
-  const busyModels = new Set(state.running.map((one) => one.model));
   at("models").replaceChildren(...state.models.map((model) => {
     const name = model.kind === "edit" ? `${model.id} (edits)` : model.id;
     const card = element("div", "", "model");
     card.append(element("strong", name), element("span", `${model.pipeline} · ${model.layout}`, "dim"));
     if (model.cause) card.append(element("p", model.cause, "problem"));
     const devices = element("div", "", "devices");
-    const word = !model.ready ? "lost" : busyModels.has(name) ? "busy" : "idle";
-    for (const device of model.devices) devices.append(element("span", `${device} ${word}`, `device ${word}`));
+    const own = state.running.filter((one) => one.model === name);
+    model.devices.forEach((device, rank) => {
+      const busy = model.elastic ? own.some((one) => one.devices.includes(rank)) : own.length;
+      const word = !model.ready ? "lost" : busy ? "busy" : "idle";
+      const known = model.devices.indexOf(device) === model.devices.lastIndexOf(device) ? device : `${device} ${rank}`;
+      devices.append(element("span", `${known} ${word}`, `device ${word}`));
+    });
     card.append(devices);
     return card;
   }));
@@ -260,22 +290,35 @@ function drawModels() {
 
 function due(one) {
   if (one.due === null) return "";
-  return one.due >= 0 ? `due in ${Math.round(one.due)} s` : `${Math.round(-one.due)} s late`;
+  return Math.round(one.due) >= 0 ? `due in ${time(one.due)}` : `${time(-one.due)} late`;
+}
+
+function time(seconds) {
+  const whole = Math.round(seconds);
+  return whole < 120 ? `${whole} s` : whole < 7200 ? `${Math.round(whole / 60)} min` : `${Math.round(whole / 3600)} h`;
 }
 
 function drawQueue() {
-  const rows = [...state.running, ...state.paused, ...state.waiting].map((one) => {
-    const step = `step ${one.step} of ${one.steps ?? "?"}`;
-    const how = { running: step, paused: `paused, ${step}`, waiting: `waits ${Math.round(one.waited)} s` }[one.state];
-    const row = element("li", [one.model, one.kind, how, due(one)].filter(Boolean).join(" · "), one.state);
-    if (one.ran !== null && one.steps) {
-      const done = element("span", "", "done");
-      done.style.width = `${(100 * one.step) / one.steps}%`;
-      row.append(done);
-    }
-    return row;
-  });
-  at("queue").replaceChildren(...(rows.length ? rows : [element("li", "Nothing waits.")]));
+  const all = [...state.running, ...state.paused, ...state.waiting];
+  const rows = all.slice(0, SHOWN).map(drawRequest);
+  if (all.length > SHOWN) rows.push(element("li", `and ${all.length - SHOWN} more`, "dim"));
+  at("queue").replaceChildren(...(rows.length ? rows : [element("li", "Nothing waits.", "dim")]));
+}
+
+function drawRequest(one) {
+  const step = `step ${one.step} of ${one.steps ?? "?"}`;
+  const how = { running: step, paused: step, waiting: `for ${time(one.waited)}` }[one.state];
+  const row = element("li", "", one.state);
+  const word = { running: "runs", paused: "held", waiting: "waits" }[one.state];
+  const whose = one.id === running?.id ? `${one.model} · yours` : one.model;
+  row.append(element("span", word, "state"), element("strong", whose), element("span", one.kind, "dim"));
+  row.append(element("span", how), element("span", due(one), one.due < 0 ? "late" : "dim"));
+  if (one.ran !== null && one.steps) {
+    const done = element("span", "", "done");
+    done.style.width = `${(100 * one.step) / one.steps}%`;
+    row.append(done);
+  }
+  return row;
 }
 
 // -- gallery ---------------------------------------------------------------------------------

@@ -273,6 +273,7 @@ class Conductor:
     def _left(self, part: Part, now: float) -> None:
         """It is on no device any more."""
         part.ticket.seconds += max(0.0, now - part.since)
+        part.ticket.note(now, "left", part.devices)
 
     def _on_failed(self, part: Part, news: News) -> None:
         assert news.error is not None

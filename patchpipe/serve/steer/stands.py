@@ -145,6 +145,7 @@ class Stands:
             run.start()
         part.stage, part.asked, part.steady = "running", None, False
         part.since = part.stepped = now
+        ticket.note(now, "came", devices)
 
     def _count(self, part: Part, ticket: Ticket, now: float) -> None:
         part.begun += 1

@@ -7,7 +7,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import Response
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from patchpipe.serve.clips.store import Clip
 from patchpipe.serve.refusals import Refusal
@@ -27,6 +29,28 @@ class Json(Response):
 def refuse(refusal: Refusal) -> Json:
     """An error."""
     return Json(refusal.body(), refusal.status, refusal.headers())
+
+
+class File(FileResponse):
+    """A file, or a range of it; what is wrong with a range is told as every error is."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends it."""
+        refused = False
+
+        async def shaped(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+                refused = True
+                told = "there is no such range in the file" if message["status"] == 416 else "the range cannot be read"
+                answer = refuse(Refusal(message["status"], told, code="invalid_range", param="range"))
+                if within := Headers(raw=message["headers"]).get("content-range"):
+                    answer.headers["content-range"] = within
+                await answer(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        await super().__call__(scope, receive, shaped)
 
 
 def picture_fields(asked: Mapping[str, Any], size: str) -> dict[str, Any]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
 
 _SWITCHES = ("stream", "progress")
 _SEEDS = 2**63 - 1024  # a request's pictures count up from theirs
+_SIZE = WithJsonSchema({"type": "string", "pattern": r"^([0-9]{1,6}[xX][0-9]{1,6}|auto)$"})
+_ONE_LORA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "scale": {"type": "number", "minimum": -10, "maximum": 10}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+_LORA = WithJsonSchema({"anyOf": [_ONE_LORA, {"type": "array", "items": _ONE_LORA}, {"type": "string"}]})
 
 
 class _Asked(BaseModel):
@@ -16,8 +24,8 @@ class _Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(None, description="Which model paints; by default the first that can.")
-    prompt: str = Field(description="What to paint.")
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16, or auto.")
+    prompt: str = Field(description="What to paint.", json_schema_extra={"minLength": 1, "pattern": r"\S"})
+    size: Annotated[str, _SIZE] | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16, or auto.")
     user: str | None = Field(None, description="Taken and not looked at.", deprecated=True)
     # Beyond OpenAI's API.
     seed: int | None = Field(None, ge=0, le=_SEEDS, description="The same seed gives the same picture.")
@@ -27,7 +35,9 @@ class _Asked(BaseModel):
     negative_prompt: str | None = Field(None, description="What the picture should not show.")
     height: int | None = Field(None, ge=1, description="In pixels, in place of size.")
     width: int | None = Field(None, ge=1, description="In pixels, in place of size.")
-    lora: dict[str, Any] | list[Any] | str | None = Field(None, description='{"name": NAME, "scale": 1.0}, or several.')
+    lora: Annotated[dict[str, Any] | list[Any] | str, _LORA] | None = Field(
+        None, description='{"name": NAME, "scale": 1.0}, or several.'
+    )
     deadline_s: float | None = Field(None, gt=0, le=1e6, description="Seconds by which it should be there.")
     priority: int | None = Field(None, ge=-100, le=100, description="The higher, the sooner.")
 

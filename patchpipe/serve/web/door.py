@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.service import Service
 from patchpipe.serve.settings import is_loopback
+from patchpipe.serve.spans import TRACEPARENT
 from patchpipe.serve.web.answers import refuse
 
 logger = logging.getLogger("patchpipe.serve")
@@ -42,7 +43,9 @@ class Door:
             return
         headers, began, status = Headers(scope=scope), monotonic(), 500
         name = secrets.token_hex(12)
+        traceparent = headers.get("traceparent", "")
         scope.setdefault("state", {})["id"] = name
+        scope["state"]["traceparent"] = traceparent if TRACEPARENT.fullmatch(traceparent) else None
         asked = headers.get("x-request-id", "")
         shown = asked if _NAME.fullmatch(asked) else f"req_{name}"
 

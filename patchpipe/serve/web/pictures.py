@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -28,12 +29,7 @@ MOST_PICTURES = 16  # to start from
 router = APIRouter(prefix="/v1/images", tags=["images"])
 
 
-def _body(kind: type[PictureAsked], media_type: str) -> dict[str, Any]:
-    schema = kind.model_json_schema()
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
-
-
-@router.post("/generations", openapi_extra=_body(PictureAsked, "application/json"))
+@router.post("/generations")
 async def generate(request: Request) -> Response:
     """Paint pictures from a prompt."""
     service: Service = request.app.state.service
@@ -44,7 +40,7 @@ async def generate(request: Request) -> Response:
     return await _answer(service, work, asked, request, "image_generation")
 
 
-@router.post("/edits", openapi_extra=_body(EditAsked, "multipart/form-data"))
+@router.post("/edits")
 async def edit(request: Request) -> Response:
     """Paint a picture anew, all of it or where a mask is transparent."""
     service: Service = request.app.state.service
@@ -77,6 +73,7 @@ def _read_pictures(sent: Sent, most_pixels: int) -> tuple[list[Image.Image], Ima
 
 
 async def _answer(service: Service, work: Work, asked: Mapping[str, Any], request: Request, name: str) -> Response:
+    work = replace(work, traceparent=request.state.traceparent)
     following = await Following.begin(service, work, request)
     if asked.get("stream"):
         events = _stream(following, work, asked, name)

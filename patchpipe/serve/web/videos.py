@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from patchpipe.serve import media
+from patchpipe.serve.clips.jobs import Variant
 from patchpipe.serve.clips.store import Clip
 from patchpipe.serve.refusals import Refusal, bad
 from patchpipe.serve.service import Service
@@ -20,11 +22,9 @@ from patchpipe.serve.work.asking import USUAL_FRAMES_PER_SECOND, ask, choose_mod
 
 POLL_MILLISECONDS = 1000
 router = APIRouter(prefix="/v1/videos", tags=["videos"])
-_SCHEMA = {"schema": ClipAsked.model_json_schema()}
-_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": _SCHEMA, "application/json": _SCHEMA}}}
 
 
-@router.post("", openapi_extra=_BODY)
+@router.post("")
 async def create(request: Request) -> Response:
     """Accept a clip; it is kept from here on, also if the service ends."""
     service: Service = request.app.state.service
@@ -34,6 +34,7 @@ async def create(request: Request) -> Response:
     model = choose_model(service.models, asked.get("model"), "clip")
     images = await run_in_threadpool(_read_reference, sent, limits.upload_pixels)
     work = ask(f"video_{request.state.id}", model, "clip", asked, limits, service.settings.lora_folder, images)
+    work = replace(work, traceparent=request.state.traceparent)
     if model.down:
         raise Refusal(503, f"{model.public} cannot paint now: {model.cause}", code="model_down", retry_after=30)
     service.check_room()
@@ -72,10 +73,10 @@ def delete(request: Request, video_id: str) -> Response:
 
 
 @router.get("/{video_id}/content")
-def content(request: Request, video_id: str, variant: str = "video") -> Response:
+def content(request: Request, video_id: str, variant: Variant = "video") -> Response:
     """A finished clip's file, all of it or a range."""
     path, kind = _service(request).clips.file(video_id, variant)
-    return FileResponse(
+    return answers.File(
         path, media_type=kind, filename=f"{video_id}{path.suffix}", headers={"Cache-Control": "private"}
     )
 

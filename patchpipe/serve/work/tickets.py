@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from patchpipe.serve.refusals import Refusal
 
 Kind = Literal["picture", "clip"]
+MOST_NOTES = 100
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Work:
         previews: How many pictures on the way are wanted.
         deadline_s: Seconds from arrival by which it should be there.
         priority: The higher, the sooner.
+        traceparent: The client's span, as W3C Trace Context writes it.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Work:
     previews: int = 0
     deadline_s: float | None = None
     priority: int = 0
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class Ticket:
         step: Steps over, of all its pictures.
         cancelled: Whether nobody wants it any more.
         seconds: Of work so far.
+        notes: When it came on which devices and left them, the first hundred times.
     """
 
     def __init__(self, work: Work, listen: Listener, arrived: float) -> None:
@@ -127,6 +131,7 @@ class Ticket:
         self.started: float | None = None
         self.step = 0
         self.seconds = 0.0
+        self.notes: list[tuple[float, str, tuple[int, ...]]] = []
         self._over = threading.Event()
         self._cancelled = threading.Event()
 
@@ -148,6 +153,11 @@ class Ticket:
     def withdraw(self) -> None:
         """Nobody wants it any more."""
         self._cancelled.set()
+
+    def note(self, when: float, what: str, devices: tuple[int, ...]) -> None:
+        """Keeps in mind what became of it."""
+        if len(self.notes) < MOST_NOTES:
+            self.notes.append((when, what, devices))
 
     def tell(self, event: Event) -> None:
         """Passes an event on; nothing comes after the last one."""

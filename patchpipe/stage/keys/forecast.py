@@ -8,6 +8,10 @@ found again as ``shown - r·D``; so nothing is kept twice.
 Where a scheduler adds fresh noise between two calls, the last change says nothing of the next one. The rows of the
 first patch tell: they have just been recomputed, so what would have been forecast for them can be compared with what
 came. Where it does not help, rows are shown as they were.
+
+After a start on fewer tokens the first change is not only the noise level's, but that from coarse keys to true ones
+too. The first patch, which attends to most of the coarse ones, cannot tell whether it goes on. So the first forecast
+is always shown.
 """
 
 from __future__ import annotations
@@ -33,18 +37,29 @@ class Pace:
     Attributes:
         ahead: The step to this call's noise level, in steps that led to the last one; 0 where there were no two.
         again: 1 where this call's level is the last one's once more, as of second-order schedulers, else 0.
+        sure: 1 where a forecast is shown whatever the first patch tells, else 0.
+        watched: Whether the error of forecasts is asked for.
     """
 
     ahead: Tensor
     again: Tensor
+    sure: Tensor
+    watched: bool = False
 
 
 class Clock:
-    """The noise levels of one guidance branch's calls."""
+    """The noise levels of one guidance branch's calls.
 
-    def __init__(self) -> None:
+    Args:
+        coarse: Whether they begin on fewer tokens.
+        watched: Whether the error of forecasts is asked for.
+    """
+
+    def __init__(self, *, coarse: bool = False, watched: bool = False) -> None:
+        self._watched = watched
         self._level: Tensor | None = None
         self._step: Tensor | None = None
+        self._coarse: float | Tensor = float(coarse)  # whether no forecast has been made since
 
     def tick(self, time: Tensor | float) -> Pace:
         """Takes the next call's time, or time step: what falls with the noise level.
@@ -55,12 +70,16 @@ class Clock:
         level = torch.as_tensor(time).double().amax()  # tokens that are not noisy have time 0
         if self._level is None or self._step is None:
             self._level, self._step = level, torch.zeros_like(level)
-            return Pace(torch.zeros_like(level), torch.zeros_like(level))
+            nothing = torch.zeros_like(level)
+            return Pace(nothing, nothing, nothing, self._watched)
         change, before = level - self._level, self._step
         again = change == 0
         ahead = torch.where(before == 0, 0.0, change / before.masked_fill(before == 0, 1.0))
         self._level, self._step = level, torch.where(again, before, change)
-        return Pace(ahead.clamp(0.0, FURTHEST), again.double())
+        ahead = ahead.clamp(0.0, FURTHEST)
+        sure = (ahead > 0) * self._coarse
+        self._coarse = self._coarse * (1 - sure)
+        return Pace(ahead, again.double(), sure, self._watched)
 
 
 class Trend:
@@ -75,6 +94,7 @@ class Trend:
         self._change = torch.zeros_like(kept, dtype=torch.int8)
         self._scale = kept.new_zeros((*kept.shape[:-1], 1))
         self._ahead = kept.new_zeros((*kept.shape[:SEQUENCE], 1, 1))  # of every head: shown rows are so far on
+        self._error = kept.new_zeros(kept.shape[0], dtype=torch.float64)  # of the forecast of the first rows
 
     @property
     def bytes(self) -> int:
@@ -84,8 +104,8 @@ class Trend:
     def move(self, kept: Tensor) -> None:
         """Goes where the rows have gone, which are these now."""
         self.kept = kept
-        self._change, self._scale, self._ahead = (
-            own.to(kept.device) for own in (self._change, self._scale, self._ahead)
+        self._change, self._scale, self._ahead, self._error = (
+            own.to(kept.device) for own in (self._change, self._scale, self._ahead, self._error)
         )
 
     def renew(self, ranges: Sequence[Range], fresh: Tensor, pace: Pace, *, begins: bool, known: bool) -> None:
@@ -103,14 +123,25 @@ class Trend:
         if begins:  # all have been recomputed since rows were shown ahead
             self.settle()
         if known:
-            changes = [self._changed(span, piece, pace) for span, piece in zip(ranges, pieces, strict=True)]
+            before = [self._unpack(low, high - low) for low, high in ranges]
+            changes = [self._changed(*each, pace) for each in zip(ranges, pieces, before, strict=True)]
+            if begins and pace.watched:
+                self._error.copy_(_missed(changes, before, pace))
             if begins and sum(sizes) < self.kept.shape[SEQUENCE]:
-                ahead = self._worth(changes, pace)
-                self._show(ranges, ahead)
-            for span, (change, _) in zip(ranges, changes, strict=True):
+                self._show(ranges, self._worth(changes, before, pace))
+            for span, change in zip(ranges, changes, strict=True):
                 self._pack(span, change)
         for (low, high), piece in zip(ranges, pieces, strict=True):
             self.kept.narrow(SEQUENCE, low, high - low).copy_(piece)
+
+    @property
+    def error(self) -> float:
+        """How much of the first rows' change a forecast would have missed in the last call, in the first entry.
+
+        The squared error of the whole forecast, beside the squared change; 0 where there was none. Reads it from the
+        device.
+        """
+        return float(self._error[0])
 
     def settle(self) -> None:
         """All rows are true ones now."""
@@ -120,30 +151,22 @@ class Trend:
         """That of some entries of the batch, in the same memory."""
         part = object.__new__(Trend)
         part.kept, part._change = self.kept[start:stop], self._change[start:stop]
-        part._scale, part._ahead = self._scale[start:stop], self._ahead[start:stop]
+        part._scale, part._ahead, part._error = (each[start:stop] for each in (self._scale, self._ahead, self._error))
         return part
 
-    def _changed(self, span: Range, fresh: Tensor, pace: Pace) -> tuple[Tensor, Tensor]:
-        """The rows' change to a new value, and the change before."""
-        low, count = span[0], span[1] - span[0]
-        before = self._unpack(low, count)
-        last = self.kept.narrow(SEQUENCE, low, count) - before * self._ahead
-        return (fresh - last) + before * pace.again.to(fresh.dtype), before
+    def _changed(self, span: Range, fresh: Tensor, before: Tensor, pace: Pace) -> Tensor:
+        """The rows' change to a new value; ``before`` is their last one."""
+        shown = self.kept.narrow(SEQUENCE, span[0], span[1] - span[0])
+        return torch.addcmul(fresh, before, self._ahead + pace.again.to(fresh.dtype)).sub_(shown)
 
-    def _worth(self, changes: Sequence[tuple[Tensor, Tensor]], pace: Pace) -> Tensor:
+    def _worth(self, changes: Sequence[Tensor], before: Sequence[Tensor], pace: Pace) -> Tensor:
         """How far on each head's stale rows are to be shown.
 
         Sums are made in float64, so that their order does not decide.
         """
-        again = pace.again
-        met = self._ahead.new_zeros(self._ahead.shape, dtype=torch.float64)
-        size = torch.zeros_like(met)
-        for change, before in changes:
-            wide = before.double()
-            came = change.double() - wide * again
-            met += (came * wide).sum((2, 3), keepdim=True)
-            size += (wide * wide).sum((2, 3), keepdim=True)
-        worth = met > WORTH * pace.ahead * size
+        size = _dot(before, before)
+        met = _dot(changes, before) - size * pace.again  # of which the change is a part
+        worth = (met > WORTH * pace.ahead * size) | (pace.sure > 0)
         return torch.where(worth, pace.ahead, 0.0).to(self._ahead.dtype)
 
     def _show(self, taken: Sequence[Range], ahead: Tensor) -> None:
@@ -152,16 +175,32 @@ class Trend:
         start, end = 0, self.kept.shape[SEQUENCE]
         for low, high in [*taken, (end, end)]:
             if low > start:
-                self.kept.narrow(SEQUENCE, start, low - start).add_(self._unpack(start, low - start).mul_(self._ahead))
+                self.kept.narrow(SEQUENCE, start, low - start).addcmul_(self._unpack(start, low - start), self._ahead)
             start = high
 
     def _pack(self, span: Range, change: Tensor) -> None:
         low, count = span[0], span[1] - span[0]
-        scale = change.abs().amax(-1, keepdim=True).div_(LEVELS)
+        scale = torch.linalg.vector_norm(change, torch.inf, -1, keepdim=True).div_(LEVELS)
         self._scale.narrow(SEQUENCE, low, count).copy_(scale)
         steps = change.div_(scale.masked_fill_(scale == 0, 1.0)).round_()
         self._change.narrow(SEQUENCE, low, count).copy_(steps)
 
     def _unpack(self, low: int, count: int) -> Tensor:
-        change = self._change.narrow(SEQUENCE, low, count).to(self.kept.dtype)
-        return change.mul_(self._scale.narrow(SEQUENCE, low, count))
+        return self._change.narrow(SEQUENCE, low, count) * self._scale.narrow(SEQUENCE, low, count)
+
+
+def _dot(rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Of each head ``[batch, heads, 1, 1]``."""
+    parts = [
+        (one * other).sum((2, 3), keepdim=True, dtype=torch.float64) for one, other in zip(rows, others, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _missed(changes: Sequence[Tensor], before: Sequence[Tensor], pace: Pace) -> Tensor:
+    """The squared error of a forecast beside the squared change, of each entry; 0 where there is no forecast."""
+    size, met = _dot(before, before).sum((1, 2, 3)), _dot(changes, before).sum((1, 2, 3))
+    came = _dot(changes, changes).sum((1, 2, 3)) - pace.again * (2 * met - pace.again * size)
+    met = met - pace.again * size
+    error = came - pace.ahead * (2 * met - pace.ahead * size)
+    return torch.where((pace.ahead > 0) & (came > 0), error / came.clamp_min(torch.finfo(came.dtype).tiny), 0.0)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from patchpipe.distributed.exchange import Exchange
+from patchpipe.distributed.exchange import Trading
 from patchpipe.stage.rows import Rows
 
 SHARED_BY_HEADS = 1
@@ -77,7 +77,7 @@ def as_mask(column: Tensor) -> Tensor:
     return column.transpose(2, 3)
 
 
-def gather_columns(exchange: Exchange, own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+def gather_columns(exchange: Trading, own: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """The column of every rank of a line, which all of them ask for at the same place.
 
     Args:
@@ -85,5 +85,5 @@ def gather_columns(exchange: Exchange, own: Tensor, lengths: Sequence[int]) -> l
         own: This rank's, ``[batch, 1, own rows, 1]``.
         lengths: Rows of each rank.
     """
-    shapes: list[tuple[int, ...]] = [(own.shape[0], SHARED_BY_HEADS, length, 1) for length in lengths]
-    return exchange.all_to_all([own.contiguous()] * exchange.size, shapes)
+    given = [own.contiguous()] * exchange.size
+    return exchange.trade(given, lambda source, _: (own.shape[0], SHARED_BY_HEADS, lengths[source], 1)).take()

@@ -144,6 +144,11 @@ class LayerStore:
         """Memory the store holds."""
         return sum(kept.nbytes for kept in self._kept) + sum(trend.bytes for trend in self._trends)
 
+    @property
+    def error(self) -> float:
+        """Of the forecast of values in the last call, in the first patch of the first entry; see ``Trend.error``."""
+        return self._trends[-1].error if self._trends else 0.0
+
     def move(self, device: torch.device) -> None:
         """Takes all it holds to another device."""
         self._kept = tuple(kept.to(device) for kept in self._kept)
