@@ -76,7 +76,9 @@ class Fleet:
         nodes, loading = cluster.nodes(), spec.loading
         need = need_of(wanted, nodes, loading.devices, loading.threads)
         check_room(wanted, need, nodes)
-        loading = replace(loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads)
+        loading = replace(
+            loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads
+        )
         fetching = ThreadPoolExecutor(FETCHERS, "fetch")
         self._life = Life(cluster, wanted, need, replace(spec, loading=loading), fetching)
         self.models: dict[str, Model] = {}
@@ -242,7 +244,7 @@ class Fleet:
 
 
 def _devices(need: Need, layout: ServedLayout) -> str | list[str] | None:
-    """A replica's devices as its engines are told: the GPUs that Ray shows it, or as many CPU ranks as it has room for."""
+    """A replica's devices as its engines are told: the GPUs that Ray shows it, or a CPU rank for each device."""
     if need.gpu:
         return None
     return "cpu" if layout == "plain" else ["cpu"] * need.devices
