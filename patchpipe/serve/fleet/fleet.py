@@ -76,7 +76,9 @@ class Fleet:
         nodes, loading = cluster.nodes(), spec.loading
         need = need_of(wanted, nodes, loading.devices, loading.threads)
         check_room(wanted, need, nodes)
-        loading = replace(loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads)
+        loading = replace(
+            loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads
+        )
         fetching = ThreadPoolExecutor(FETCHERS, "fetch")
         self._life = Life(cluster, wanted, need, replace(spec, loading=loading), fetching)
         self.models: dict[str, Model] = {}
