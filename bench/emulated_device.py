@@ -29,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 from patchpipe.distributed.transport import Wire
 from patchpipe.layout.split import StageBlocks
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.blocks import BlockPlace
+from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import INPUTS, SplitLinear, split_linears
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, Tokens, block_parts
 from patchpipe.planner.machine.profiles import Profile
@@ -173,7 +174,7 @@ class EmulatedBlock:
         self.place, self.block, self.costs, self.device = place, block, costs, device
         self.outside = costs.outside if first else 0.0
         self.heads = heads
-        self.sums = [(split.linear, _stream(place, split)) for split in sums]
+        self.sums = [(split.linear, place.serves(split.name.removeprefix(f"{place.name}."))) for split in sums]
         self.names = [name for name in signature(type(place.block).forward).parameters if name != "self"]
         self.layers = [(place.block.get_submodule(path), segments) for path, segments in place.self_attention.items()]
         self.kernels = _Kernels(self)
@@ -275,16 +276,6 @@ def emulate(model: nn.Module, plan: ModelPlan, costs: Costs, device: EmulatedDev
         sums = [split for split in linears if split.dim == INPUTS]
         first = index == owned.start.places[-1]  # the first that runs in every turn
         EmulatedBlock(places[index], costs.workload.blocks[index], costs, device, first, sums, heads)
-
-
-def _stream(place: BlockPlace, split: SplitLinear) -> str:
-    """Whose rows a Linear serves."""
-    if "encoder_hidden_states" not in place.listing.streams:
-        return "image"
-    if not place.listing.text_parameters:
-        return "both"
-    name = split.name.removeprefix(f"{place.name}.")
-    return "text" if any(part in f"{name}." for part in place.listing.text_parameters) else "image"
 
 
 def noting_waits(device: EmulatedDevice) -> AbstractContextManager[Any]:

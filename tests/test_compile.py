@@ -31,14 +31,15 @@ def traced(backend: str) -> Any:
     return mock.patch.object(compiling, "BACKEND", backend)
 
 
-@pytest.mark.parametrize(
-    ("name", "graphs"),
-    [
-        ("flux", {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2}),
-        ("sd3", {"JointTransformerBlock": 3, "JointTransformerBlock_2": 3}),
-        ("qwen-padded", {"QwenImageTransformerBlock": 3}),
-    ],
+GRAPHS: tuple[tuple[str, dict[str, int]], ...] = (
+    ("flux", {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2}),
+    ("sd3", {"JointTransformerBlock": 3, "JointTransformerBlock_2": 3}),
+    ("qwen-padded", {"QwenImageTransformerBlock": 3}),
 )
+KERNELS = "pixart"
+
+
+@pytest.mark.parametrize(("name", "graphs"), GRAPHS)
 def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) -> None:
     """One with text rows and one without; batches of two warm up one entry at a time, and stream whole."""
     requests = [{"num_inference_steps": 2}, {"height": 144, "width": 80, "num_inference_steps": 2}]
@@ -65,8 +66,8 @@ def test_restore_takes_the_compiled_blocks_off_again() -> None:
 
 def test_kernels_paint_the_same_whatever_the_stages() -> None:
     """Law 2 for compiled blocks, and law 1 within float tolerance."""
-    eager, alone = by_layout(Place(0, 1, None), "pixart", [{}, {"compile": True}], "inductor")
-    [two] = run_ranks(2, by_layout, "pixart", [{"pipefusion": 2, "compile": True}], "inductor")[0]
+    eager, alone = by_layout(Place(0, 1, None), KERNELS, [{}, {"compile": True}], "inductor")
+    [two] = run_ranks(2, by_layout, KERNELS, [{"pipefusion": 2, "compile": True}], "inductor")[0]
     assert 0 < relative(alone["latents"], eager["latents"]) <= FLOAT32
     assert (two["latents"] == alone["latents"]).all()
     assert two["graphs"] == alone["graphs"] == {"BasicTransformerBlock": 1}

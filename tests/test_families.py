@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.models import plan_for, transformers_of
+from patchpipe.models import plan_for, supported, transformers_of
 from patchpipe.models.latent import Latent
 from patchpipe.parallel.batches import ragged
 from patchpipe.schedule.prompts import Prompts
@@ -18,6 +19,8 @@ from tests import parity, tiny
 from tests.nccl_rules import over
 from tests.ranks import quieten
 from tests.threads import run_threads
+from tools import plan_lines
+from tools.documents import replaced
 
 STREAM = {"patches": 2, "warmup": 1}
 
@@ -121,5 +124,37 @@ def test_a_second_transformer_that_was_replaced_is_refused() -> None:
 
 def test_with_a_time_for_each_token_rows_are_put_back_before_the_head() -> None:
     plan = plan_for("WanTransformer3DModel")
-    assert plan.has_tail({"timestep": torch.zeros(1)})
-    assert not plan.has_tail({"timestep": torch.zeros(1, 60)})
+    assert plan.one_time({"timestep": torch.zeros(1)})
+    assert not plan.one_time({"timestep": torch.zeros(1, 60)})
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def test_plans_are_short_and_their_table_is_current() -> None:
+    lines = plan_lines.plan_lines()
+    assert set(lines) == set(supported())
+    assert max(lines.values()) <= 30
+    assert median(lines.values()) <= 12
+    assert not plan_lines.Statements().branches, "a plan is data"
+    page = (plan_lines.ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    assert replaced(page, "plan lines", plan_lines.table()) == page, "run python -m tools.plan_lines --write"
+
+
+def test_a_module_that_a_plan_names_counts_more_than_what_is_usual() -> None:
+    video, image = tiny.pipeline("hunyuan-video").transformer, tiny.pipeline("flux").transformer
+    assert "context_embedder" in plan_for(video).shared_in_call(video)
+    assert "context_embedder" not in plan_for(video).shared_in_request(video)
+    assert plan_for(image).shared_in_request(image)["context_embedder"] == ("encoder_hidden_states",)
+
+
+def test_a_module_that_is_called_twice_in_a_call_keeps_both_results() -> None:
+    """Helios embeds the time of the frames before and that of the clip."""
+    pipe, seen = tiny.pipeline("helios"), []
+    embedder = pipe.transformer.condition_embedder
+    embedder.time_embedder.register_forward_hook(lambda *_: seen.append(1))
+    paint(pipe, "helios")
+    alone = len(seen)
+    patchpipe.parallelize(pipe, ParallelConfig(**STREAM))
+    paint(pipe, "helios")
+    assert len(seen) - alone == alone + 2, "once for all patches of a call, and once to look at its shapes"

@@ -12,8 +12,8 @@ from torch import nn
 from patchpipe import ParallelConfig
 from patchpipe.layout.split import Boundary, StageBlocks, stages_of
 from patchpipe.models import plan_for
+from patchpipe.models.blocks import of
 from patchpipe.models.latent import Raster
-from patchpipe.models.plan import of
 from patchpipe.stage.context import CallContext
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Cutter, Rows

@@ -69,18 +69,17 @@ def _alone(pipe: Any, name: str, schedule: Layout) -> Any:
     return made
 
 
-@pytest.mark.parametrize(
-    ("names", "layouts"),
-    [
-        (["flux", "sd35", "pixart-4"], [{"tensor": 2}]),
-        (["pixart"], [{"tensor": 3}]),
-        (
-            ["flux", "sd35", "pixart-4"],
-            [{"pipefusion": 2, "tensor": 2}, {"cfg": 2, "tensor": 2}, {"ulysses": 2, "tensor": 2}],
-        ),
-    ],
-    ids=["2", "3", "4"],
-)
+SPLIT: list[tuple[list[str], list[Layout]]] = [
+    (["flux", "sd35", "pixart-4"], [{"tensor": 2}]),
+    (["pixart"], [{"tensor": 3}]),
+    (
+        ["flux", "sd35", "pixart-4"],
+        [{"pipefusion": 2, "tensor": 2}, {"cfg": 2, "tensor": 2}, {"ulysses": 2, "tensor": 2}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("names", "layouts"), SPLIT, ids=["2", "3", "4"])
 def test_split_matrices_paint_what_whole_ones_paint(names: list[str], layouts: list[Layout]) -> None:
     """Synchronous steps equal plain diffusers, streaming ones the same schedule on one process."""
     errors = run_ranks(ParallelConfig(**layouts[0]).world_size, paint, names, layouts)[0]

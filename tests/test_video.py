@@ -65,6 +65,7 @@ def from_disk(place: Place, folder: Path, name: str, parts: dict[str, Any], expe
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_from_disk_is_bit_equal_where_all_steps_are_synchronous(name: str, tmp_path: Path) -> None:
     made = tiny.pipeline(name)
+    assert type(made) is tiny.kind_of(name)
     made.save_pretrained(tmp_path / name)
     index = tmp_path / name / "model_index.json"
     known = {key: [None, None] if key in given(made) else value for key, value in json.loads(index.read_text()).items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from diffusers import (
@@ -84,17 +85,8 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
 
 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
-    from tests import tiny_images, tiny_video
-
     torch.manual_seed(seed)
-    build = {
-        **tiny_images.BUILD, **tiny_video.BUILD,
-        "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
-        "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
-        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
-        "wan": _wan, "wan-i2v": _wan_i2v, "wan-a14b": _wan_a14b, "wan-5b": _wan_5b,
-    }[name]  # fmt: skip
-    pipe = build(blocks)
+    pipe = _build()[name](blocks)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             _stir(part)
@@ -102,6 +94,24 @@ def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:
             part.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _build() -> dict[str, Callable[[int], Any]]:
+    from tests import tiny_images, tiny_video
+
+    return {
+        **tiny_images.BUILD, **tiny_video.BUILD,
+        "flux": _flux, "flux-guided": _flux_guided, "sd3": _sd3, "sd35": _sd35, "sd3-16": _sd3_16,
+        "pixart": _pixart, "pixart-4": _pixart_4, "pixart-sigma": _pixart_sigma,
+        "qwen": _qwen, "qwen-padded": _qwen, "flux2": _flux2, "zimage": _zimage, "cogview4": _cogview4, "ltx": _ltx,
+        "wan": _wan, "wan-i2v": _wan_i2v, "wan-a14b": _wan_a14b, "wan-5b": _wan_5b,
+    }  # fmt: skip
+
+
+def kind_of(name: str) -> type:
+    """The class of a tiny pipeline, without making it."""
+    kind: type = get_type_hints(_build()[name])["return"]
+    return kind
 
 
 def save(name: str, folder: Path, **options: Any) -> Path:

@@ -70,7 +70,7 @@ def _hunyuan_embeddings() -> dict[str, Any]:
     return {**found, "true_cfg_scale": 3.0, "num_frames": 17}
 
 
-def _framepack(blocks: int) -> Any:
+def _framepack(blocks: int) -> diffusers.HunyuanVideoFramepackPipeline:
     """Two sections of five frames each."""
     parts = _hunyuan(blocks)
     settings = {key: value for key, value in parts["transformer"].config.items() if not key.startswith("_")}
@@ -89,7 +89,7 @@ def _framepack(blocks: int) -> Any:
 # -- HunyuanVideo 1.5 ----------------------------------------------------------------------------
 
 
-def _hunyuan15(blocks: int) -> Any:
+def _hunyuan15(blocks: int) -> diffusers.HunyuanVideo15Pipeline:
     transformer = diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=blocks,
         num_refiner_layers=1, text_embed_dim=tiny.WIDTH, text_embed_2_dim=tiny.WIDTH, image_embed_dim=16,
@@ -136,20 +136,20 @@ def _cogvideox(blocks: int, channels: int = 4, of_1_5: bool = False) -> dict[str
     }  # fmt: skip
 
 
-def _cogvideox_1(blocks: int) -> Any:
+def _cogvideox_1(blocks: int) -> diffusers.CogVideoXPipeline:
     return diffusers.CogVideoXPipeline(**_cogvideox(blocks))
 
 
-def _cogvideox_1_5(blocks: int) -> Any:
+def _cogvideox_1_5(blocks: int) -> diffusers.CogVideoXPipeline:
     """Two frames of the latent are one of tokens: five for a clip of 37."""
     return diffusers.CogVideoXPipeline(**_cogvideox(blocks, of_1_5=True))
 
 
-def _cogvideox_i2v(blocks: int) -> Any:
+def _cogvideox_i2v(blocks: int) -> diffusers.CogVideoXImageToVideoPipeline:
     return diffusers.CogVideoXImageToVideoPipeline(**_cogvideox(blocks, channels=8))
 
 
-def _mochi(blocks: int) -> Any:
+def _mochi(blocks: int) -> diffusers.MochiPipeline:
     transformer = diffusers.MochiTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=blocks, pooled_projection_dim=24, in_channels=12,
         text_embed_dim=tiny.WIDTH, time_embed_dim=8, max_sequence_length=8,

@@ -57,12 +57,12 @@ def _clip_vision() -> Any:
     return CLIPVisionModel(vision).eval()
 
 
-def _skyreels(blocks: int) -> Any:
+def _skyreels(blocks: int) -> diffusers.SkyReelsV2Pipeline:
     transformer = diffusers.SkyReelsV2Transformer3DModel(**WAN_LIKE, num_layers=blocks, rope_max_seq_len=32)
     return diffusers.SkyReelsV2Pipeline(**tiny._wan_parts(), transformer=transformer)
 
 
-def _chronoedit(blocks: int) -> Any:
+def _chronoedit(blocks: int) -> diffusers.ChronoEditPipeline:
     settings = {**WAN_LIKE, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": tiny.WIDTH}
     return diffusers.ChronoEditPipeline(
         **tiny._wan_parts(), image_encoder=_clip_vision(),
@@ -71,7 +71,7 @@ def _chronoedit(blocks: int) -> Any:
     )  # fmt: skip
 
 
-def _wan_vace(blocks: int) -> Any:
+def _wan_vace(blocks: int) -> diffusers.WanVACEPipeline:
     """Blocks for what is given, and what they make of it is added after the first and third of the others."""
     transformer = diffusers.WanVACETransformer3DModel(
         **WAN_LIKE, num_layers=blocks, rope_max_seq_len=32, vace_layers=[0, 2], vace_in_channels=72
@@ -79,7 +79,7 @@ def _wan_vace(blocks: int) -> Any:
     return diffusers.WanVACEPipeline(**tiny._wan_parts(), transformer=transformer)
 
 
-def _wan_animate(blocks: int) -> Any:
+def _wan_animate(blocks: int) -> diffusers.WanAnimatePipeline:
     settings = {**WAN_LIKE, "in_channels": 12, "image_dim": 16, "added_kv_proj_dim": tiny.WIDTH}
     transformer = diffusers.WanAnimateTransformer3DModel(
         **settings, latent_channels=4, num_layers=blocks, rope_max_seq_len=32, motion_encoder_size=16,
@@ -92,13 +92,13 @@ def _wan_animate(blocks: int) -> Any:
     )  # fmt: skip
 
 
-def _anyflow(blocks: int) -> Any:
+def _anyflow(blocks: int) -> diffusers.AnyFlowPipeline:
     parts = {**tiny._wan_parts(), "scheduler": diffusers.FlowMapEulerDiscreteScheduler()}
     transformer = diffusers.AnyFlowTransformer3DModel(**WAN_LIKE, num_layers=blocks, rope_max_seq_len=32)
     return diffusers.AnyFlowPipeline(**parts, transformer=transformer)
 
 
-def _helios(blocks: int) -> Any:
+def _helios(blocks: int) -> diffusers.HeliosPipeline:
     """Two sections of five frames each."""
     transformer = diffusers.HeliosTransformer3DModel(
         **WAN_LIKE, num_layers=blocks, rope_dim=(4, 6, 6), is_amplify_history=True
@@ -132,7 +132,7 @@ def _cosmos_transformer(blocks: int, **settings: Any) -> Any:
     return stays(transformer, "learnable_pos_embed")
 
 
-def _cosmos(blocks: int) -> Any:
+def _cosmos(blocks: int) -> diffusers.CosmosTextToWorldPipeline:
     vae = diffusers.AutoencoderKLCosmos(
         latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8), decode_block_out_channels=(8, 8, 8, 8),
         attention_resolutions=(8,), resolution=64, num_layers=1, patch_size=4, latents_mean=None, latents_std=None,
@@ -147,7 +147,7 @@ def _cosmos(blocks: int) -> Any:
     )  # fmt: skip
 
 
-def _cosmos_2_5(blocks: int) -> Any:
+def _cosmos_2_5(blocks: int) -> diffusers.Cosmos2_5_PredictBasePipeline:
     """Every frame has a time of its own, since some are given."""
     transformer = _cosmos_transformer(
         blocks, in_channels=5, extra_pos_embed_type=None, use_crossattn_projection=True,
@@ -157,7 +157,7 @@ def _cosmos_2_5(blocks: int) -> Any:
     return diffusers.Cosmos2_5_PredictBasePipeline(**parts, transformer=transformer, safety_checker=Harmless())
 
 
-def _kandinsky5(blocks: int) -> Any:
+def _kandinsky5(blocks: int) -> diffusers.Kandinsky5T2VPipeline:
     transformer = diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, out_visual_dim=4, in_text_dim=tiny.WIDTH, in_text_dim2=16, time_dim=16, model_dim=32,
         ff_dim=48, num_text_blocks=1, num_visual_blocks=blocks, axes_dims=(4, 6, 6),
@@ -177,7 +177,7 @@ def _kandinsky_embeddings() -> dict[str, Any]:
     return {**found, "num_frames": 17, "guidance_scale": 3.0}
 
 
-def _ltx2(blocks: int) -> Any:
+def _ltx2(blocks: int) -> diffusers.LTX2Pipeline:
     """Clips of 5 frames of 6 tokens, and 34 tokens of sound."""
     transformer = diffusers.LTX2VideoTransformer3DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
@@ -217,7 +217,7 @@ def _ltx2_embeddings() -> dict[str, Any]:
     return {**found, **off, **plain, "num_frames": 33, "height": 64, "width": 96, "guidance_scale": 3.0}
 
 
-def _allegro(blocks: int) -> Any:
+def _allegro(blocks: int) -> diffusers.AllegroPipeline:
     transformer = diffusers.AllegroTransformer3DModel(
         num_attention_heads=2, attention_head_dim=18, in_channels=4, out_channels=4, num_layers=blocks,
         cross_attention_dim=36, caption_channels=tiny.WIDTH, sample_width=6, sample_height=8, sample_frames=5,
@@ -229,7 +229,7 @@ def _allegro(blocks: int) -> Any:
     return diffusers.AllegroPipeline(tiny._t5_tokenizer(), tiny._t5(), vae, transformer, scheduler)
 
 
-def _easyanimate(blocks: int) -> Any:
+def _easyanimate(blocks: int) -> diffusers.EasyAnimatePipeline:
     transformer = diffusers.EasyAnimateTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, num_layers=blocks,
         mmdit_layers=blocks // 2, time_embed_dim=8, text_embed_dim=tiny.WIDTH, sample_width=6, sample_height=8,

@@ -68,18 +68,22 @@ class Sample:
         return found
 
 
-def in_halves(sample: Sample, unbatched: Sequence[str] = (), dims: Mapping[str, int] | None = None) -> Sample:
+def in_halves(
+    sample: Sample,
+    unbatched: Callable[[str, Any], bool] = lambda *_: False,
+    dims: Mapping[str, int] | None = None,
+) -> Sample:
     """The same with both branches of guidance in one call, each a half of the batch.
 
     Args:
         sample: With a call for each.
-        unbatched: Inputs without a batch dim.
+        unbatched: Whether an input, by name and value, has no batch dim.
         dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
     """
     first, second = (call.inputs for call in sample.calls)
     known = dims or {}
     both = {
-        name: value if name in unbatched else _both(value, second[name], known.get(name, 0))
+        name: value if unbatched(name, value) else _both(value, second[name], known.get(name, 0))
         for name, value in first.items()
     }
     return replace(sample, calls=(Call("", both),), latents=(torch.cat(sample.latents),), halves=True)

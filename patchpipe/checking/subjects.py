@@ -95,7 +95,7 @@ def subject_of_class(name: str, settings: Mapping[str, Any]) -> Subject:
     kind = transformer_class(name)
     fields = {**tiny_settings(kind, settings), **{key: settings[key] for key in settings if key in _chosen(settings)}}
     plan = known_plan(name)
-    layouts, wanted = ((), ()) if plan is None else ((plan.grid.axes,), plan.inputs)
+    layouts, wanted = ((), ()) if plan is None else ((plan.grid.axes,), plan.known_inputs)
     problem: ValueError | None = None
     for dtype in DTYPES:
         model = build(kind, fields, dtype)
@@ -105,7 +105,7 @@ def subject_of_class(name: str, settings: Mapping[str, Any]) -> Subject:
             problem = problem or error
             continue
         if plan is not None and plan.guidance == "batch":
-            sample = in_halves(sample, plan.unbatched_inputs, plan.batch_dims)
+            sample = in_halves(sample, plan.unbatched, plan.batch_dims)
         return Subject(model, sample, f"inputs made by their names, latent {axes}")
     assert problem is not None
     raise problem

@@ -11,6 +11,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.loading.quantised import check_recipe
 from patchpipe.loading.source import read_index
 from patchpipe.models import plan_for
+from patchpipe.models.matrix import check_tested
 from patchpipe.parallel.refusals import check_divisible, check_special, heads_of, no_tensor_plan
 from patchpipe.stage.balance import check_stages
 
@@ -34,7 +35,8 @@ def check_folder(folder: Path, config: ParallelConfig, options: Mapping[str, Any
         return
     plan, settings = plan_for(name), json.loads(path.read_text(encoding="utf-8"))
     plan.check_settings(settings)
-    check_recipe(settings, (options or {}).get("quantization_config"), config)
+    if check_recipe(settings, (options or {}).get("quantization_config"), config) is not None:
+        check_tested(plan.model, "quantised", "a transformer with quantised weights", "load the weights whole")
     counts = [_count(settings.get(listing.count)) for listing in plan.blocks]
     if None not in counts:
         check_stages(config, sum(count or 0 for count in counts), plan)

@@ -143,6 +143,11 @@ def patch_sizes(config: Any) -> Sizes:
     return {"f": getattr(config, "patch_size_t", None) or 1, "h": size, "w": size}
 
 
+def sizes_by_numbers(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
+    """Frames, rows and columns, which a call gives as numbers."""
+    return {"f": inputs["num_frames"], "h": inputs["height"], "w": inputs["width"]}
+
+
 def sizes_by_ids(
     ids: str = "img_ids", column: int = 1, *, of_text: bool = False
 ) -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:

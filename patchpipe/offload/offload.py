@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.offloading import OffloadConfig
-from patchpipe.models.plan import BlockPlace
+from patchpipe.models.blocks import BlockPlace
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
 from patchpipe.offload.copying import Copier, copier_for
 from patchpipe.offload.mover import Mover, MoverStats, Streamed

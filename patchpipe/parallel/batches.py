@@ -124,7 +124,7 @@ def slice_inputs(
 
 
 def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kept: dict[tuple[Any, ...], Any]) -> Any:
-    if part == (0, batch) or name == plan.latent or name in plan.unbatched_inputs:
+    if part == (0, batch) or name == plan.latent or plan.unbatched(name, value):
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}

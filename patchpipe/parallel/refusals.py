@@ -8,6 +8,7 @@ from math import gcd
 from typing import Any
 
 from patchpipe.config import COARSE, WATCHED, ParallelConfig
+from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
 
 
@@ -116,6 +117,22 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
     if config.compile and not plan.attends:
         raise ValueError(f"compile=True is not for {plan.model}, in which rows meet in sums and convolutions")
+    _check_tested(plan, config)
+
+
+def _check_tested(plan: ModelPlan, config: ParallelConfig) -> None:
+    """Refuses what no test runs with the class."""
+    degree, data = config.distrifusion, config.data
+    for asked, column, what, instead in (
+        (config.forecast, "forecast", "forecast=True", "use forecast=False"),
+        (config.warmup == COARSE, "coarse", 'warmup="coarse"', "use warmup=1"),
+        (degree > 1, "distrifusion", f"distrifusion={degree}", f"use pipefusion={degree}, ulysses or ring"),
+        (data > 1, "data", f"data={data}", "use data=1, and paint one picture after the other"),
+        (config.offload is not None, "offload", "offload", "leave it out"),
+        (config.compile, "compile", "compile=True", "use compile=False"),
+    ):
+        if asked:
+            check_tested(plan.model, column, what, instead)
 
 
 def heads_of(plan: ModelPlan, heads: int) -> str:

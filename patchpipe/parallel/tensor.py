@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchpipe.distributed.exchange import Exchange
+from patchpipe.models import usual
+from patchpipe.models.blocks import BlockPlace, part_of
 from patchpipe.models.lora import check_adapters, lora_parts
-from patchpipe.models.plan import BlockPlace, ModelPlan, part_of
+from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.refusals import check_divisible, heads_of, no_tensor_plan
 
 OUTPUTS, INPUTS = 0, 1  # dims of a Linear's weight
@@ -209,6 +211,8 @@ def check_tensor(model: nn.Module, plan: ModelPlan, degree: int) -> None:
 
 def tensor_plan(model: nn.Module, plan: ModelPlan) -> Mapping[str, Any] | None:
     """How the Linears of a class split, by globs as in diffusers' ``_tp_plan``."""
+    if plan.tensor == "usual":
+        return {f"{each.path}.*.{name}": style for each in plan.blocks for name, style in usual.TENSOR.items()}
     return getattr(type(model), "_tp_plan", None) if plan.tensor == "class" else plan.tensor
 
 

@@ -15,8 +15,9 @@ from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
 from patchpipe.loading.choice import check_served
-from patchpipe.loading.quantised import check_in_memory
+from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
+from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
 from patchpipe.offload.offload import Offload
 from patchpipe.offload.weights import Stored
@@ -111,6 +112,8 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
         stages = split_blocks(model, plan, config)
         check_tensor(model, plan, config.tensor)
         check_special(plan, config)
+        if recipe_in_memory(model) is not None:
+            check_tested(plan.model, "quantised", "a transformer with quantised weights", "load the weights whole")
     return plan, stages
 
 

@@ -17,6 +17,8 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.layout.combinations import check_together
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
+from patchpipe.models import plan_for
+from patchpipe.models.matrix import check_tested
 from patchpipe.parallel.refusals import check_calls, check_guidance
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
@@ -187,6 +189,7 @@ def _check_flight(pipe: Any, config: ParallelConfig) -> None:
         ValueError: Nothing tests the layout so, or the transformer keeps what belongs to one request.
     """
     check_together(config.methods, config.compile)
+    check_tested(plan_for(pipe.transformer).model, "together", "in flight together", "paint one after the other")
     if getattr(pipe.transformer, "is_cache_enabled", False):
         raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
 

@@ -14,7 +14,8 @@ from torch import nn
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.errors import UnsupportedModel
 from patchpipe.layout.split import StageBlocks
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.blocks import BlockPlace
+from patchpipe.models.plan import ModelPlan
 from patchpipe.offload.choice import Inventory, choose
 from patchpipe.offload.offload import Means
 from patchpipe.offload.ring import aligned

@@ -14,6 +14,7 @@ from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
 from patchpipe.layout.split import balanced, shared_blocks, sizes_of
+from patchpipe.models.matrix import untested
 from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.machine.profiles import Profile
@@ -192,6 +193,8 @@ def _fits(workload: Workload, degrees: dict[str, int], wishes: Wishes) -> bool:
     used = [name for name in DEGREES if degrees[name] > 1]
     if wishes.methods is not None and not set(used) <= set(wishes.methods):
         return False
+    if any(untested(workload.transformer, name) for name in used):
+        return False
     parts = degrees["distrifusion"] * degrees["ring"] * degrees["ulysses"]
     fewest_patches = degrees["pipefusion"]
     return (
@@ -284,9 +287,17 @@ def _on_one_level(
         yield from _at_once(workload, degrees, profile, wishes)
         return
     coarse = not wishes.compile and degrees["ulysses"] == degrees["ring"] == 1
-    ways = [way for way in wishes.ways if way[0] != COARSE or coarse] or [(None, False)]
+    ways = [way for way in wishes.ways if way[0] != COARSE or coarse]
+    if wishes.quality is not None:  # the planner's own choice
+        ways = [way for way in ways if _tested(workload, way)]
+    ways = ways or [(None, False)]
     for warmup, forecast in ways:
         yield from _streaming(workload, {**degrees, "forecast": forecast}, profile, replace(wishes, warmup=warmup))
+
+
+def _tested(workload: Workload, way: Way) -> bool:
+    used = [column for column, asked in (("coarse", way[0] == COARSE), ("forecast", way[1])) if asked]
+    return not any(untested(workload.transformer, column) for column in used)
 
 
 def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:

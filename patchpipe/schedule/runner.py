@@ -18,6 +18,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Receive
 from patchpipe.lazy.latent import PatchTensor, patch_of
 from patchpipe.lockstep.points import Points
+from patchpipe.models import usual
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
@@ -201,7 +202,7 @@ class Runner:
                 raise ValueError(f"{self.plan.model} gives clip and sound, so its requests cannot go on elsewhere")
             prediction = self.plan.grid.given(self.request.answer(inputs, branch))
         else:
-            plain, scale = split_scale(inputs, self.plan.ignored_inputs)
+            plain, scale = split_scale(inputs, usual.ATTENTION_ARGUMENTS)
             with scaled(stage.model, scale):
                 made, second = self._call(plain, cut, branch)
             prediction = self.plan.grid.given(made)

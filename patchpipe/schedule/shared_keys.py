@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Channel, Receive
 from patchpipe.layout.split import Boundary, StageBlocks
-from patchpipe.models.plan import BlockPlace
+from patchpipe.models.blocks import BlockPlace
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.patches import Patch

@@ -9,7 +9,8 @@ from torch import nn
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.patching import PatchCosts
 from patchpipe.layout.split import DECIMALS, StageBlocks, split_costs, stages_of
-from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width, part_of
+from patchpipe.models.blocks import BlockPlace, attention_width, part_of
+from patchpipe.models.plan import ModelPlan
 from patchpipe.stage.keys.early import check_values
 
 # A picture of 1024×1024 pixels with a prompt of 512 tokens: counts only weigh blocks against each other.
@@ -112,13 +113,12 @@ def block_cost(place: BlockPlace) -> float:
     ``per_call``) once per image and thus nothing, attention its two products over the whole sequence.
     """
     image, text = NOMINAL_IMAGE_TOKENS, NOMINAL_TEXT_TOKENS
-    both = not place.listing.text_parameters and any(len(mixed) > 1 for mixed in place.self_attention.values())
+    served = {"image": image, "text": text, "both": image + text}
     cost = 0.0
     for name, parameter in place.block.named_parameters():
         if parameter.ndim < 2 or name.startswith(place.listing.per_call):
             continue
-        serves_text = any(part in name for part in place.listing.text_parameters)
-        cost += parameter.numel() * (text if serves_text else image + text if both else image)
+        cost += parameter.numel() * served[place.serves(name)]
     for path, mixed in place.listing.attention.items():
         layer = part_of(place.block, path)
         if layer is not None:

@@ -27,7 +27,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from patchpipe.models.plan import BlockPlace
+from patchpipe.models.blocks import BlockPlace
 from patchpipe.stage.attention import Attended, empty_shape
 
 BACKEND = "inductor"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from patchpipe.models.plan import Holds
+from patchpipe.models.blocks import Holds
 from patchpipe.stage.attending import Sharing
 from patchpipe.stage.coarse.sample import Offset, Sample, Sampler
 from patchpipe.stage.keys.forecast import Pace

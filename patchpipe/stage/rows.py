@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchpipe.models.blocks import Holds
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
-from patchpipe.models.plan import Holds
 from patchpipe.stage.patches import Patch
 
 Range = tuple[int, int]

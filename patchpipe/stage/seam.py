@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.layout.split import StageBlocks
-from patchpipe.models.plan import BlockPlace
+from patchpipe.models.blocks import BlockPlace
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.survey import Survey, has_tensor, result_name
 

@@ -7,8 +7,9 @@ widens; see there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.layout.split import StageBlocks
+from patchpipe.models.blocks import BlockPlace, part_of
 from patchpipe.models.latent import IMAGE, Raster
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.plan import ModelPlan
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
@@ -39,11 +41,18 @@ class Kept:
         call: Of the call at work.
         request: Of its request, with what they follow from.
         inputs: The call's arguments.
+        turns: How often each module has been called in this run.
     """
 
-    call: dict[str, Any]
+    call: dict[Any, Any]
     request: dict[tuple[Any, ...], tuple[Any, Any]]
     inputs: Mapping[str, Any]
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def turn(self, path: str) -> int:
+        """Counts a call of a module: in every run its calls follow one another alike."""
+        self.turns[path] += 1
+        return self.turns[path]
 
 
 class Stage:
@@ -75,6 +84,7 @@ class Stage:
         self.first, self.last = first, last
         self.kernels = kernels
         self.passage = Passage(owned, first)
+        self._tail = plan.tail_of(model)
         self.places = plan.blocks_of(model)
         self._kept: Kept | None = None
         self._undo: list[Callable[[], None]] = []
@@ -96,17 +106,18 @@ class Stage:
                 self._share_between_patches(place.layer(path))
             for path, names in place.listing.per_request.items():
                 self._share_between_calls(place.layer(path), names)
-        for pattern in self.plan.per_call:
+        for pattern in self.plan.shared_in_call(self.model):
             for path in self._matching(pattern):
                 self._share_between_patches(path)
-        for pattern, names in self.plan.per_request.items():
+        for pattern, names in self.plan.shared_in_request(self.model).items():
             for path in self._matching(pattern):
                 self._share_between_calls(path, names)
         for pattern in self.plan.between:
             for path in self._matching(pattern):
                 self._idle_before(path)
-        if not self.first and self.plan.embed:
-            self._share_between_calls(self.plan.embed, (self.plan.latent,))
+        embed = self.plan.embed_of(self.model)
+        if not self.first and embed:
+            self._share_between_calls(embed, (self.plan.latent,))
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
@@ -114,8 +125,8 @@ class Stage:
             ends = index + 1 == len(self.places)
             last = ends or self.places[index + 1].listing is not place.listing
             self._seams.append(override(place.block, Seam(self.passage, place, index, last=last, ends=ends)))
-        if self.plan.tail and self.last:
-            self._seams.append(self._widen_after(self.plan.tail))
+        if self._tail and self.last:
+            self._seams.append(self._widen_after(self._tail))
 
     def unsew(self) -> None:
         """Takes the seams off."""
@@ -141,7 +152,7 @@ class Stage:
         Returns:
             The streams for the next stage, or on the last stage the patch of the noise prediction; of a sample none.
         """
-        context.inputs, context.tail = inputs, self.plan.has_tail(inputs)
+        context.inputs, context.tail = inputs, bool(self._tail) and self.plan.one_time(inputs)
         self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
         try:
             prediction = self._root(inputs, self._whole(inputs[self.plan.latent], latent, context))
@@ -240,9 +251,10 @@ class Stage:
 
         def shared(*args: Any, **kwargs: Any) -> Any:
             assert self._kept is not None
-            if path not in self._kept.call:
-                self._kept.call[path] = compute(*args, **kwargs)
-            return self._kept.call[path]
+            key = path, self._kept.turn(path)
+            if key not in self._kept.call:
+                self._kept.call[key] = compute(*args, **kwargs)
+            return self._kept.call[key]
 
         self._undo.append(override(module, shared))
 
@@ -272,7 +284,8 @@ class Stage:
             memo, inputs = self._kept.request, self._kept.inputs
             sources = tuple(inputs.get(name) for name in names)
             latent = inputs[self.plan.latent]
-            key = (self, path, *(tuple(each.shape) if each is latent else _identity(each) for each in sources))
+            turn = self._kept.turn(path)
+            key = (self, path, turn, *(tuple(each.shape) if each is latent else _identity(each) for each in sources))
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
                 memo[key] = (sources, compute(*args, **kwargs))
             return memo[key][1]
@@ -323,8 +336,7 @@ class Stage:
         return [f"{pattern[:-2]}.{name}" for name, _ in self.model.get_submodule(pattern[:-2]).named_children()]
 
     def _find(self, path: str) -> nn.Module | None:
-        owner, _, leaf = path.rpartition(".")
-        return getattr(self.model.get_submodule(owner), leaf, None)
+        return part_of(self.model, path)
 
 
 def spans_of(whole: Tensor, dim: int, piece: Patch) -> list[Tensor]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchpipe.models.blocks import BlockList, Holds
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
-from patchpipe.models.plan import BlockList, Holds, ModelPlan
+from patchpipe.models.plan import ModelPlan
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows, has_rows
 

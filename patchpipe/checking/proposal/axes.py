@@ -8,15 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from patchpipe.checking.loop import Sample
-from patchpipe.models.latent import Latent, sizes_by_ids, sizes_by_shapes
+from patchpipe.models.latent import Latent, sizes_by_ids, sizes_by_numbers, sizes_by_shapes
 
 SIZES = ("num_frames", "height", "width")
 OUT = ("out_channels", "in_channels", "in_visual_dim", "out_visual_dim", "latent_channels")
-
-
-def by_numbers(_: nn.Module, call: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens along each axis, where a call says how many frames, rows and columns there are."""
-    return {"f": call["num_frames"], "h": call["height"], "w": call["width"]}
 
 
 def latent_of(model: nn.Module, sample: Sample, unknown: list[str]) -> Latent:
@@ -56,7 +51,7 @@ def _packed(model: nn.Module, sample: Sample, call: Mapping[str, Any], named: di
     tokens = sample.latents[0].shape[1]
     given = {**call, sample.latent: sample.latents[0]}
     if all(isinstance(call.get(name), int) for name in SIZES):
-        return Latent("bnc", cut="f", sizes=by_numbers, **named)
+        return Latent("bnc", cut="f", sizes=sizes_by_numbers, **named)
     if "img_shapes" in call:
         return _sized(model, sizes_by_shapes("img_shapes"), given, tokens, named)
     for name, value in call.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,10 @@ from patchpipe.checking.proposal.trace import Run, changed_rows, outer_lists, pe
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import ModelPlan
 
-ONLY_SPEED = "embed, tail, per_request: what need not be computed for every patch. Left out; only speed depends on it"
+ONLY_SPEED = (
+    "embed, tail, per_call, per_request: what need not be computed for every patch, beside what is called as usual. "
+    "Left out; only speed depends on it"
+)
 
 
 class CannotPropose(ValueError):
@@ -70,15 +72,15 @@ def propose(model: nn.Module, sample: Sample) -> Proposal:
             f"its plan by docs/adding-a-model.md"
         ) from error
     inputs = list(sample.calls[0].inputs)
+    time, text = sample.time or "timestep", _text(sample, inputs)
     plan = ModelPlan(
         model=type(model).__name__,
         grid=latent,
         blocks=tuple(found.listing for found in lists),
-        inputs=tuple(inputs),
-        ignored_inputs=_ignored(model, inputs),
+        inputs=tuple(name for name in inputs if name not in (time, text)),
         **_batches(sample, inputs),
-        time=sample.time or "timestep",
-        text=_text(sample, inputs),
+        time=time,
+        text=text,
         guidance="batch" if sample.halves or len(sample.calls) == 1 else "calls",
     )
     for found in lists:
@@ -163,11 +165,6 @@ def _order(changed: Tensor, sizes: dict[str, int]) -> tuple[str, ...]:
         sizes.setdefault(name, after)
         order = (*order, name)
     return order
-
-
-def _ignored(model: nn.Module, inputs: Sequence[str]) -> tuple[str, ...]:
-    names = inspect.signature(type(model).forward).parameters
-    return tuple(name for name in names if name.endswith("attention_kwargs") and name not in inputs)
 
 
 def _batches(sample: Sample, inputs: Sequence[str]) -> dict[str, Any]:

@@ -6,11 +6,9 @@ import dataclasses
 import re
 from typing import Any
 
-from patchpipe.checking.proposal.axes import by_numbers
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import BlockList, Holds, ModelPlan
-
-NUMBERS = 'lambda _, call: {"f": call["num_frames"], "h": call["height"], "w": call["width"]}'
+from patchpipe.models.blocks import BlockList, Holds
+from patchpipe.models.latent import Latent, sizes_by_numbers
+from patchpipe.models.plan import ModelPlan
 
 
 def written(plan: ModelPlan) -> str:
@@ -21,12 +19,22 @@ def written(plan: ModelPlan) -> str:
 
 
 def _object(value: Any, depth: int) -> str:
+    given = {each.name: _given(value, each.name) for each in dataclasses.fields(value)}
     lines = [
-        f"{'    ' * (depth + 1)}{each.name}={_text(getattr(value, each.name), depth + 1)},"
+        f"{'    ' * (depth + 1)}{each.name}={_text(given[each.name], depth + 1)},"
         for each in dataclasses.fields(value)
-        if getattr(value, each.name) != _default(each)
+        if given[each.name] != _default(each)
     ]
     return f"{type(value).__name__}(\n" + "\n".join(lines) + f"\n{'    ' * depth})"
+
+
+def _given(value: Any, name: str) -> Any:
+    """What a plan says in a field; of rows without those that are as usual."""
+    said = getattr(value, name)
+    if not isinstance(value, BlockList) or name != "rows":
+        return said
+    usual = BlockList(value.attention, streams=value.streams).rows
+    return {argument: held for argument, held in said.items() if usual.get(argument) != held}
 
 
 def _default(each: dataclasses.Field[Any]) -> Any:
@@ -71,8 +79,8 @@ def _latent(latent: Latent) -> str:
 
 def _sizes(sizes: Any) -> str:
     """The call that made it."""
-    if sizes is by_numbers:
-        return NUMBERS
+    if sizes is sizes_by_numbers:
+        return "sizes_by_numbers"
     held = dict(zip(sizes.__code__.co_freevars, (cell.cell_contents for cell in sizes.__closure__ or ()), strict=True))
     if "shapes" in held:
         return f'sizes_by_shapes("{held["shapes"]}")'

@@ -1,30 +1,17 @@
 """Wan 2.1 and 2.2 (``WanTransformer3DModel``): clips; self-attention on them, cross-attention to text and pictures."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import CROSS, BlockList, ModelPlan, of
+from dataclasses import replace
 
-CONTEXT = ("encoder_hidden_states", "encoder_hidden_states_image")
+from patchpipe.models.blocks import of
+from patchpipe.models.families.kinds import CLIP, SELF_AND_CROSS, variants
+from patchpipe.models.plan import ModelPlan
 
 WAN = ModelPlan(
     model="WanTransformer3DModel",
-    pipelines=("WanPipeline", "WanImageToVideoPipeline"),
-    grid=Latent("bcfhw", cut="f"),
-    blocks=(
-        BlockList(
-            path="blocks",
-            count="num_layers",
-            streams=("hidden_states",),
-            rows={"hidden_states": of("image"), "rotary_emb": of("image"), "temb": of("image", ndim=4)},
-            attention={"attn1": ("image",), "attn2": CROSS},
-            per_request=dict.fromkeys(("attn2.to_k", "attn2.to_v", "attn2.add_k_proj", "attn2.add_v_proj"), CONTEXT),
-        ),
-    ),
-    inputs=("timestep", *CONTEXT),
-    ignored_inputs=("attention_kwargs",),
+    pipelines=variants("Wan", "", "ImageToVideo"),
+    grid=CLIP,
+    blocks=(replace(SELF_AND_CROSS, path="blocks", rows={"rotary_emb": of("image"), "temb": of("image", ndim=4)}),),
+    inputs=("encoder_hidden_states_image",),
     guidance="calls",
-    embed="patch_embedding",
-    tail="proj_out",
-    tail_dims={"timestep": 1},
-    per_call=("condition_embedder",),
-    per_request={"rope": ("hidden_states",)},
+    frames_per_second=16,
 )

@@ -18,7 +18,8 @@ from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.folder import PipelineFolder, is_component
 from patchpipe.loading.owned import needs
 from patchpipe.loading.quantised import check_recipe
-from patchpipe.models.plan import BlockPlace, ModelPlan
+from patchpipe.models.blocks import BlockPlace
+from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import INPUTS, check_tensor, split_linears
 from patchpipe.stage.balance import split_blocks
 
@@ -211,10 +212,6 @@ def _attended(place: BlockPlace, image: int, text: int) -> int:
 
 def _summed(model: nn.Module, plan: ModelPlan, place: BlockPlace, image: int, text: int) -> int:
     """Rows of the sums that end a block's split matrices."""
-    of_text, rows = place.listing.text_parameters, 0
-    for split in split_linears(model, plan, place):
-        if split.dim == INPUTS:
-            serves_text = any(part in split.name.removeprefix(place.name) for part in of_text)
-            both = not of_text and plan.text in place.listing.streams
-            rows += image + text if both else text if serves_text else image
-    return rows
+    served = {"image": image, "text": text, "both": image + text}
+    splits = (split for split in split_linears(model, plan, place) if split.dim == INPUTS)
+    return sum(served[place.serves(split.name.removeprefix(f"{place.name}."))] for split in splits)

@@ -16,12 +16,13 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.loading.dtypes import as_torch, dtype_name
 from patchpipe.loading.folder import PipelineFolder
 from patchpipe.loading.source import resolve_source
+from patchpipe.models.blocks import BlockPlace, attention_width
 from patchpipe.models.latent import PACKED, TEXT, Raster
-from patchpipe.models.plan import BlockPlace, ModelPlan, attention_width
+from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.tensor import INPUTS, split_linears, tensor_plan
 from patchpipe.planner.work.describe import component_parameters
 from patchpipe.planner.work.presets import PRESETS, Preset, preset_named
-from patchpipe.planner.work.workload import Attention, AttentionKind, Block, Matrix, Stream, Workload
+from patchpipe.planner.work.workload import Attention, AttentionKind, Block, Matrix, Workload
 
 CONFIGURATION = ("model_index.json", "call.json", "*/config.json")
 USUAL_TEXT = {
@@ -227,7 +228,7 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
     for name, module in place.block.named_modules():
         once = name.startswith((*place.listing.per_call, *place.listing.per_request))
         if isinstance(module, nn.Linear) and not once:
-            stream = _stream(place, name)
+            stream = place.serves(name)
             sizes = module.in_features, module.out_features
             matrices.append(Matrix(*sizes, stream, summed=split.get(name) == INPUTS, split=name in split))
     attentions = [
@@ -241,15 +242,6 @@ def _block(model: nn.Module, plan: ModelPlan, place: BlockPlace) -> Block:
 
 def _kind(mixed: tuple[str, ...]) -> AttentionKind:
     return "cross" if not mixed else "joint" if TEXT in mixed else "image"
-
-
-def _stream(place: BlockPlace, name: str) -> Stream:
-    rows = [place.listing.stream_rows(stream).segments for stream in place.listing.streams]
-    if not any(TEXT in segments for segments in rows):
-        return "image"
-    if not place.listing.text_parameters:
-        return "both"
-    return "text" if any(part in f"{name}." for part in place.listing.text_parameters) else "image"
 
 
 def check_runnable(workload: Workload) -> None:

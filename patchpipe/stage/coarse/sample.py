@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchpipe.models.blocks import Holds
 from patchpipe.models.latent import IMAGE, REFERENCE, Raster
-from patchpipe.models.plan import Holds
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Cutter, Rows
 

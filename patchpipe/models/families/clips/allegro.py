@@ -1,18 +1,16 @@
 """Allegro (``AllegroTransformer3DModel``): clips; self-attention on them, cross-attention to text."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import CROSS, BlockList, ModelPlan, of
+from dataclasses import replace
 
-TEXT = ("encoder_hidden_states",)
+from patchpipe.models.blocks import of
+from patchpipe.models.families.kinds import CLIP, SELF_AND_CROSS
+from patchpipe.models.plan import ModelPlan
 
 ALLEGRO = ModelPlan(
-    model="AllegroTransformer3DModel", pipelines=("AllegroPipeline",),
-    grid=Latent("bcfhw", cut="f"), frames_per_second=15,
-    blocks=(BlockList(
-        path="transformer_blocks", count="num_layers", streams=("hidden_states",),
-        rows={"hidden_states": of("image"), "image_rotary_emb": (None, of("image"))},
-        attention={"attn1": ("image",), "attn2": CROSS}, per_request={"attn2.to_k": TEXT, "attn2.to_v": TEXT},
-    ),),
-    inputs=(*TEXT, "timestep", "encoder_attention_mask", "image_rotary_emb"), unbatched_inputs=("image_rotary_emb",),
-    embed="pos_embed", tail="proj_out", per_call=("adaln_single",), per_request={"caption_projection": TEXT},
-)  # fmt: skip
+    model="AllegroTransformer3DModel",
+    pipelines=("AllegroPipeline",),
+    grid=CLIP,
+    blocks=(replace(SELF_AND_CROSS, rows={"image_rotary_emb": (None, of("image"))}),),
+    inputs=("encoder_attention_mask", "image_rotary_emb"),
+    frames_per_second=15,
+)

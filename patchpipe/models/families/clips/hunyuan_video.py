@@ -1,63 +1,82 @@
 """HunyuanVideo 1.0, Framepack and 1.5: clips; dual-stream, then single-stream blocks, padded text under a mask."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import BlockList, ModelPlan, of
+from patchpipe.models.blocks import BlockList, of
+from patchpipe.models.families.kinds import CLIP, JOINT, variants
+from patchpipe.models.plan import ModelPlan
 
-GRID = Latent("bcfhw", cut="f")
-STREAMS = ("hidden_states", "encoder_hidden_states")
-TEXT_ROWS = {"encoder_hidden_states": of("text")}
-LISTS = (
-    ("transformer_blocks", "num_layers", "freqs_cis"),
-    ("single_transformer_blocks", "num_single_layers", "image_rotary_emb"),
-)
-TIMED = ("time_text_embed", "context_embedder", "norm_out.linear")
-TEXT = ("encoder_hidden_states", "encoder_attention_mask")
-OTHER_TEXT = {"context_embedder_2": ("encoder_hidden_states_2",), "image_embedder": ("image_embeds",)}
+TIMED_TEXT = ("context_embedder",)
+TEXT = "encoder_hidden_states"
 HISTORY = tuple(f"latents_{kind}" for kind in ("clean", "history_2x", "history_4x"))
 INDICES = ("indices_latents", *(f"indices_{name}" for name in HISTORY))
 
 
+def _list(path: str, count: str, rotary: str, *clip: str) -> BlockList:
+    """A list of blocks of HunyuanVideo, where the clip's stream has these segments."""
+    return BlockList(
+        path=path,
+        count=count,
+        streams=JOINT.streams,
+        rows={
+            "hidden_states": of(*clip),
+            rotary: of(*clip, dim=0),
+            "attention_mask": of(*clip, "text", dim=3),
+        },
+        attention={"attn": (*clip, "text")},
+        mask="attention_mask",
+        never_empty=(TEXT,),
+        counts=("num_tokens",),
+    )
+
+
 def _lists(*clip: str) -> tuple[BlockList, ...]:
-    """The two lists of blocks, where the clip's stream has these segments."""
-    rows = {"hidden_states": of(*clip), **TEXT_ROWS, "attention_mask": of(*clip, "text", dim=3)}
-    return tuple(
-        BlockList(
-            path=path, count=count, streams=STREAMS, rows={**rows, rotary: of(*clip, dim=0)},
-            attention={"attn": (*clip, "text")}, mask="attention_mask", never_empty=("encoder_hidden_states",),
-            counts=("num_tokens",),
-        )
-        for path, count, rotary in LISTS
-    )  # fmt: skip
+    """Both of them."""
+    return (
+        _list("transformer_blocks", "num_layers", "freqs_cis", *clip),
+        _list("single_transformer_blocks", "num_single_layers", "image_rotary_emb", *clip),
+    )
 
 
 HUNYUAN_VIDEO = ModelPlan(
     model="HunyuanVideoTransformer3DModel",
-    pipelines=("HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline"),
-    grid=GRID, blocks=_lists("image"), guidance="calls", frames_per_second=24,
-    inputs=("timestep", *TEXT, "pooled_projections", "guidance"), ignored_inputs=("attention_kwargs",),
-    embed="x_embedder", tail="proj_out", per_call=TIMED, per_request={"rope": ("hidden_states",)},
-)  # fmt: skip
+    pipelines=variants("HunyuanVideo", "", "ImageToVideo"),
+    grid=CLIP,
+    blocks=_lists("image"),
+    inputs=("encoder_attention_mask", "pooled_projections", "guidance"),
+    guidance="calls",
+    per_call=TIMED_TEXT,
+)
 
 FRAMEPACK = ModelPlan(
-    model="HunyuanVideoFramepackTransformer3DModel", pipelines=("HunyuanVideoFramepackPipeline",),
-    grid=GRID, blocks=_lists("history", "image"), guidance="calls", sections=True, frames_per_second=30,
+    model="HunyuanVideoFramepackTransformer3DModel",
+    pipelines=("HunyuanVideoFramepackPipeline",),
+    grid=CLIP,
+    blocks=_lists("history", "image"),
+    inputs=(*HUNYUAN_VIDEO.inputs, "image_embeds", *HISTORY, *INDICES),
+    unbatched_inputs=INDICES,
     lengths=("encoder_attention_mask",),
-    inputs=("timestep", *TEXT, "pooled_projections", "guidance", "image_embeds", *HISTORY, *INDICES),
-    ignored_inputs=("attention_kwargs",), unbatched_inputs=INDICES,
-    embed="x_embedder", per_call=TIMED, per_request={"image_projection": ("image_embeds",)},
-)  # fmt: skip
+    guidance="calls",
+    sections=True,
+    per_call=TIMED_TEXT,
+    per_request={"image_projection": ("image_embeds",)},
+    frames_per_second=30,
+)
 
 HUNYUAN_VIDEO_15 = ModelPlan(
-    model="HunyuanVideo15Transformer3DModel", pipelines=("HunyuanVideo15Pipeline",),
-    grid=GRID, guidance="calls", frames_per_second=24,
-    blocks=(BlockList(
-        path="transformer_blocks", count="num_layers", streams=STREAMS,
-        rows={"hidden_states": of("image"), **TEXT_ROWS, "attention_mask": of("text"), "freqs_cis": of("image", dim=0)},
-        attention={"attn": ("image", "text")}, mask="attention_mask", masks_queries=True,
-        never_empty=("encoder_hidden_states", "attention_mask"),
-    ),),
-    inputs=("timestep", "timestep_r", "image_embeds", *TEXT, *(f"{name}_2" for name in TEXT)),
-    ignored_inputs=("attention_kwargs",),
-    embed="x_embedder", tail="proj_out", per_call=("time_embed", *TIMED[1:]),
-    per_request={"rope": ("hidden_states",), **OTHER_TEXT},
-)  # fmt: skip
+    model="HunyuanVideo15Transformer3DModel",
+    pipelines=("HunyuanVideo15Pipeline",),
+    grid=CLIP,
+    blocks=(
+        BlockList(
+            streams=JOINT.streams,
+            rows={"attention_mask": of("text"), "freqs_cis": of("image", dim=0)},
+            attention={"attn": ("image", "text")},
+            mask="attention_mask",
+            masks_queries=True,
+            never_empty=(TEXT, "attention_mask"),
+        ),
+    ),
+    inputs=("timestep_r", "image_embeds", "encoder_attention_mask", f"{TEXT}_2", "encoder_attention_mask_2"),
+    guidance="calls",
+    per_call=TIMED_TEXT,
+    per_request={"context_embedder_2": (f"{TEXT}_2",), "image_embedder": ("image_embeds",)},
+)

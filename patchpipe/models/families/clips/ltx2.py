@@ -1,32 +1,33 @@
 """LTX-2 (``LTX2VideoTransformer3DModel``): clips with sound, which ask each other in every block."""
 
-from patchpipe.models.families.ltx import LTX
-from patchpipe.models.plan import CROSS, BlockList, ModelPlan, of
+from patchpipe.models.blocks import CROSS, BlockList, of
+from patchpipe.models.families.kinds import MASKED_TEXT, NUMBERS, PACKED_CLIP
+from patchpipe.models.plan import ModelPlan
 
-CLIP = {"image": ("temb", "temb_ca_scale_shift", "temb_ca_gate", "video_rotary_emb", "ca_video_rotary_emb")}
-SOUND = {"sound": ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate", "audio_rotary_emb",
-                   "ca_audio_rotary_emb")}  # fmt: skip
-STREAMS = {"hidden_states": of("image"), "audio_hidden_states": of("sound")}
-TEXT = ("encoder_hidden_states", "audio_encoder_hidden_states")
+CLIP, SOUND = ("image",), ("sound",)
+CLIP_ROWS = ("temb", "temb_ca_scale_shift", "temb_ca_gate", "video_rotary_emb", "ca_video_rotary_emb")
+SOUND_ROWS = tuple(name.replace("video", "audio") for name in CLIP_ROWS[3:])
+SOUND_TIMES = ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate")
+ANSWERING = {"audio_to_video_attn": SOUND, "video_to_audio_attn": CLIP}
+BLOCKS = BlockList(
+    streams=("hidden_states", "audio_hidden_states"),
+    rows={
+        "audio_hidden_states": of("sound"),
+        **dict.fromkeys(CLIP_ROWS, of("image", dim=-2)),
+        **dict.fromkeys((*SOUND_TIMES, *SOUND_ROWS), of("sound", dim=-2)),
+    },
+    attention={"attn1": CLIP, "attn2": CROSS, "audio_attn1": SOUND, "audio_attn2": CROSS, **ANSWERING},
+    asking={"audio_to_video_attn": CLIP, "video_to_audio_attn": SOUND},
+)
+OF_SOUND = tuple(f"audio_{name}" for name in (*MASKED_TEXT, "hidden_states", "num_frames", "coords"))
 
 LTX2 = ModelPlan(
-    model="LTX2VideoTransformer3DModel", pipelines=("LTX2Pipeline",), grid=LTX.grid, frames_per_second=24,
-    blocks=(BlockList(
-        path="transformer_blocks", count="num_layers", streams=tuple(STREAMS),
-        rows={**STREAMS, **{name: of(who, dim=-2) for who, names in {**CLIP, **SOUND}.items() for name in names}},
-        attention={
-            "attn1": ("image",), "attn2": CROSS, "audio_attn1": ("sound",), "audio_attn2": CROSS,
-            "audio_to_video_attn": ("sound",), "video_to_audio_attn": ("image",),
-        },
-        asking={"audio_to_video_attn": ("image",), "video_to_audio_attn": ("sound",)},
-    ),),
-    inputs=(
-        "audio_hidden_states", *TEXT, "timestep", "sigma", "encoder_attention_mask", "audio_encoder_attention_mask",
-        "num_frames", "height", "width", "fps", "audio_num_frames", "video_coords", "audio_coords",
-        "use_cross_timestep",
-    ),
-    ignored_inputs=("attention_kwargs",), second="sound",
-    embed="proj_in", tail="proj_out", tail_dims={"timestep": 1},
-    per_call=("time_embed", "audio_time_embed", "prompt_adaln", "audio_prompt_adaln"),
-    per_request={"caption_projection": TEXT[:1], "audio_caption_projection": TEXT[1:]},
-)  # fmt: skip
+    model="LTX2VideoTransformer3DModel",
+    pipelines=("LTX2Pipeline",),
+    grid=PACKED_CLIP,
+    blocks=(BLOCKS,),
+    inputs=(*MASKED_TEXT, *NUMBERS, "sigma", "fps", "video_coords", "use_cross_timestep", *OF_SOUND),
+    second="sound",
+    per_call=("audio_time_embed", "prompt_adaln", "audio_prompt_adaln"),
+    per_request={"audio_caption_projection": ("audio_encoder_hidden_states",)},
+)

@@ -1,18 +1,24 @@
 """Mochi (``MochiTransformer3DModel``): clips; dual-stream blocks whose attention takes entries one by one."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import BlockList, ModelPlan, of
-
-TEXT = ("encoder_hidden_states", "encoder_attention_mask")
+from patchpipe.models.blocks import BlockList, of
+from patchpipe.models.families.kinds import CLIP, JOINT, ROTARY
+from patchpipe.models.plan import ModelPlan
 
 MOCHI = ModelPlan(
-    model="MochiTransformer3DModel", pipelines=("MochiPipeline",),
-    grid=Latent("bcfhw", cut="f"), frames_per_second=30,
-    blocks=(BlockList(
-        path="transformer_blocks", count="num_layers", streams=("hidden_states", "encoder_hidden_states"),
-        rows={"hidden_states": of("image"), **dict.fromkeys(TEXT, of("text")), "image_rotary_emb": of("image", dim=0)},
-        attention={"attn1": ("image", "text")}, mask="encoder_attention_mask", drops_masked=True,
-    ),),
-    inputs=(*TEXT, "timestep"), ignored_inputs=("attention_kwargs",),
-    embed="patch_embed", tail="proj_out", per_call=("time_embed", "rope", "norm_out.linear"),
-)  # fmt: skip
+    model="MochiTransformer3DModel",
+    pipelines=("MochiPipeline",),
+    grid=CLIP,
+    blocks=(
+        BlockList(
+            streams=JOINT.streams,
+            rows={"encoder_attention_mask": of("text"), **ROTARY},
+            attention={"attn1": ("image", "text")},
+            mask="encoder_attention_mask",
+            drops_masked=True,
+        ),
+    ),
+    inputs=("encoder_attention_mask",),
+    embed="patch_embed",
+    per_call=("rope",),
+    frames_per_second=30,
+)

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from patchpipe.models.families.dual.lists import DUAL, JOINT, MERGED, PACKED
-from patchpipe.models.plan import ModelPlan, of
+from patchpipe.models.blocks import of
+from patchpipe.models.families.dual.lists import ALL, DUAL, IDS, MERGED, PACKED
+from patchpipe.models.plan import ModelPlan
 
 MASK = "joint_attention_kwargs"  # which may hold one
 
@@ -12,18 +13,10 @@ BRIA_FIBO = ModelPlan(
     pipelines=("BriaFiboPipeline",),
     grid=PACKED,
     blocks=tuple(
-        replace(blocks, rows={**blocks.rows, MASK: of(*JOINT, dim=3)}, mask=MASK, whole_between=True)
+        replace(blocks, rows={**blocks.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True)
         for blocks in (DUAL, MERGED)
     ),
-    inputs=("encoder_hidden_states", "text_encoder_layers", "timestep", "img_ids", "txt_ids", MASK),
-    ignored_inputs=("joint_attention_kwargs",),
-    unbatched_inputs=("img_ids", "txt_ids"),
+    inputs=("text_encoder_layers", MASK, *IDS),
     batch_dims={"text_encoder_layers": 1},
-    embed="x_embedder",
-    per_call=("time_embed", "norm_out.linear"),
-    per_request={
-        "pos_embed": ("img_ids", "txt_ids"),
-        "context_embedder": ("encoder_hidden_states",),
-        "caption_projection.*": ("text_encoder_layers",),
-    },
+    per_request={"caption_projection.*": ("text_encoder_layers",)},
 )

@@ -2,38 +2,20 @@
 
 from dataclasses import replace
 
+from patchpipe.models.blocks import BlockList, of
 from patchpipe.models.latent import Latent, sizes_by_ids
-from patchpipe.models.plan import BlockList, of
 
 PACKED = Latent("bnc", sizes=sizes_by_ids("img_ids", column=1))
 WITH_REFERENCES = replace(PACKED, references=True)
-STREAMS = ("encoder_hidden_states", "hidden_states")
-JOINT = ("text", "image", "reference")
-ROWS = {
-    "encoder_hidden_states": of("text"),
-    "hidden_states": of("image", "reference"),
-    "image_rotary_emb": of(*JOINT, dim=0),
-}
+IDS = ("img_ids", "txt_ids")
+ALL = ("text", "image", "reference")
 
 DUAL = BlockList(
-    path="transformer_blocks",
-    count="num_layers",
-    streams=STREAMS,
-    rows=ROWS,
-    attention={"attn": JOINT},
-    text_parameters=("context", "add_", "_added_"),
-    per_call=("norm1.linear", "norm1_context.linear"),
+    streams=("encoder_hidden_states", "hidden_states"),
+    rows={"hidden_states": of("image", "reference"), "image_rotary_emb": of(*ALL, dim=0)},
+    attention={"attn": ALL},
 )
-SINGLE = BlockList(  # keeps the two tensors apart
-    path="single_transformer_blocks",
-    count="num_single_layers",
-    streams=STREAMS,
-    rows=ROWS,
-    attention={"attn": JOINT},
-    per_call=("norm.linear",),
-)
+SINGLE = replace(DUAL, path="single_transformer_blocks", count="num_single_layers")  # keeps the two tensors apart
 MERGED = replace(  # has one of both
-    SINGLE,
-    streams=("hidden_states",),
-    rows={"hidden_states": of(*JOINT), "image_rotary_emb": of(*JOINT, dim=0)},
+    SINGLE, streams=("hidden_states",), rows={"hidden_states": of(*ALL), "image_rotary_emb": of(*ALL, dim=0)}
 )

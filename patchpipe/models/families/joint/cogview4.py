@@ -1,31 +1,13 @@
 """CogView4 (``CogView4Transformer2DModel``): dual-stream blocks that share their matrices between text and picture."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import BlockList, ModelPlan, of
+from patchpipe.models.families.kinds import JOINT_WITH_ROTARY, SIZES
+from patchpipe.models.plan import ModelPlan
 
 COGVIEW4 = ModelPlan(
     model="CogView4Transformer2DModel",
     pipelines=("CogView4Pipeline",),
-    grid=Latent("bchw"),
-    blocks=(
-        BlockList(
-            path="transformer_blocks",
-            count="num_layers",
-            streams=("hidden_states", "encoder_hidden_states"),
-            rows={
-                "hidden_states": of("image"),
-                "encoder_hidden_states": of("text"),
-                "image_rotary_emb": of("image", dim=0),
-            },
-            attention={"attn1": ("text", "image")},
-            per_call=("norm1.linear",),
-        ),
-    ),
-    inputs=("encoder_hidden_states", "timestep", "original_size", "target_size", "crop_coords"),
-    ignored_inputs=("attention_kwargs",),
+    blocks=(JOINT_WITH_ROTARY,),
+    inputs=SIZES,
     guidance="calls",
     embed="patch_embed.proj",
-    tail="proj_out",
-    per_call=("time_condition_embed", "norm_out.linear"),
-    per_request={"patch_embed.text_proj": ("encoder_hidden_states",), "rope": ("hidden_states",)},
 )

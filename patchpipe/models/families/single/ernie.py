@@ -1,33 +1,25 @@
 """ERNIE-Image (``ErnieImageTransformer2DModel``): rows come first in its blocks, before the batch."""
 
-from patchpipe.models.latent import Latent
-from patchpipe.models.plan import BlockList, ModelPlan, of
+from patchpipe.models.blocks import BlockList, of
+from patchpipe.models.plan import ModelPlan
 
 ALL = ("image", "text")
+FIRST, SECOND, LAST = (of(*ALL, dim=dim) for dim in (0, 1, 3))
 
 ERNIE_IMAGE = ModelPlan(
     model="ErnieImageTransformer2DModel",
     pipelines=("ErnieImagePipeline",),
-    grid=Latent("bchw"),
     blocks=(
         BlockList(
             path="layers",
-            count="num_layers",
             streams=("x",),
-            rows={
-                "x": of(*ALL, dim=0),
-                "rotary_pos_emb": of(*ALL),
-                "temb": of(*ALL, dim=0),
-                "attention_mask": of(*ALL, dim=3),
-            },
+            rows={"x": FIRST, "temb": FIRST, "rotary_pos_emb": SECOND, "attention_mask": LAST},
             attention={"self_attention": ALL},
             mask="attention_mask",
         ),
     ),
-    inputs=("text_bth", "text_lens", "timestep"),
+    inputs=("text_lens",),
     text="text_bth",
-    embed="x_embedder",
     tail="final_linear",
-    per_call=("time_embedding", "adaLN_modulation"),
     per_request={"text_proj": ("text_bth",)},
 )
