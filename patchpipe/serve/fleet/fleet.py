@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,7 +20,7 @@ from patchpipe.serve.fleet.needs import Need, Wanted, check_room, in_words, need
 from patchpipe.serve.fleet.slot import Life, Slot
 from patchpipe.serve.fleet.words import Begun, Introduced, Spec, Told
 from patchpipe.serve.metrics import Metrics
-from patchpipe.serve.models import ServedLayout
+from patchpipe.serve.models import Loading, ServedLayout
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.steer.shapes import shape_of
 from patchpipe.serve.work.model import Model
@@ -73,9 +74,8 @@ class Fleet:
 
     def __init__(self, wanted: Wanted, spec: Spec, settings: Settings, cluster: Cluster) -> None:
         self._wanted, self._cluster = wanted, cluster
-        nodes, loading = cluster.nodes(), spec.loading
-        need = need_of(wanted, nodes, loading.devices, loading.threads)
-        check_room(wanted, need, nodes)
+        loading = spec.loading
+        need = _find_room(wanted, loading, cluster)
         loading = replace(
             loading, devices=_devices(need, loading.layout), threads=loading.threads if need.gpu else need.threads
         )
@@ -243,8 +243,28 @@ class Fleet:
         return self._lost
 
 
+def _find_room(wanted: Wanted, loading: Loading, cluster: Cluster) -> Need:
+    """What each replica takes, once the cluster is large enough; nodes may be given time to join.
+
+    Raises:
+        ValueError: It is not.
+    """
+    deadline = monotonic() + wanted.wait
+    while True:
+        nodes = cluster.nodes()
+        need = need_of(wanted, nodes, loading.devices, loading.threads)
+        try:
+            check_room(wanted, need, nodes)
+        except ValueError:
+            if monotonic() > deadline:
+                raise
+            time.sleep(min(1.0, wanted.wait))
+        else:
+            return need
+
+
 def _devices(need: Need, layout: ServedLayout) -> str | list[str] | None:
-    """A replica's devices as its engines are told: the GPUs that Ray shows it, or a CPU rank for each device."""
+    """A replica's devices as its engines are told: the GPUs that Ray shows it, or so many ranks on CPUs."""
     if need.gpu:
         return None
     return "cpu" if layout == "plain" else ["cpu"] * need.devices

@@ -16,6 +16,7 @@ class Wanted:
         address: Ray's: ``auto`` is the cluster that this machine is in, else ``HOST:PORT``.
         replicas: How many; ``None`` takes as many as there is room for, and more when nodes join.
         devices: Of each replica.
+        wait: Seconds in which nodes may join at the start, before too little room is an error.
         silence: Seconds without a word after which a replica is taken for lost.
         start_timeout: Seconds a replica may take to load its models.
     """
@@ -23,6 +24,7 @@ class Wanted:
     address: str = "auto"
     replicas: int | None = None
     devices: int = 1
+    wait: float = 0.0
     silence: float = 20.0
     start_timeout: float = 1800.0
 
@@ -32,6 +34,8 @@ class Wanted:
         for name, value in (("replicas", self.replicas), ("replica-devices", self.devices)):
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be 1 or more")
+        if not self.wait >= 0:
+            raise ValueError(f"--ray-wait {self.wait} must be 0 or more")
         if not self.silence > 0 or not self.start_timeout > 0:
             raise ValueError("a fleet's deadlines must be above 0")
 
