@@ -135,6 +135,8 @@ class ModelPlan:
         inputs: Inputs beside the latent that it may be called with.
         ignored_inputs: Inputs that change nothing here when empty; any other input is refused. They may hold the
             strength of LoRA, as ``scale``.
+        residuals: Inputs with a list of tensors that the root adds to streams between blocks, such as those of a
+            ControlNet, and whose rows each of them has.
         unbatched_inputs: Inputs without a batch dim.
         batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
         idle_inputs: Inputs that are objects, and what shows that one changes nothing here; else they are refused.
@@ -171,6 +173,7 @@ class ModelPlan:
     blocks: tuple[BlockList, ...]
     inputs: tuple[str, ...]
     ignored_inputs: tuple[str, ...] = ()
+    residuals: Mapping[str, Holds] = field(default_factory=dict)
     unbatched_inputs: tuple[str, ...] = ()
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     idle_inputs: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
@@ -258,7 +261,7 @@ class ModelPlan:
         """
         bound = signature.bind(None, *args, **kwargs).arguments
         inputs = {name: value for name, value in bound.items() if name != "self"}
-        known = {self.latent, *self.inputs, "return_dict"}
+        known = {self.latent, *self.inputs, *self.residuals, "return_dict"}
         for name, value in inputs.items():
             if name not in known and not self._ignorable(name, value):
                 raise ValueError(

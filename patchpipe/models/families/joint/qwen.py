@@ -13,6 +13,8 @@ QWEN_IMAGE = ModelPlan(
         "QwenImageInpaintPipeline",
         "QwenImageEditPipeline",
         "QwenImageEditPlusPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageControlNetInpaintPipeline",
     ),
     grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(
@@ -35,6 +37,7 @@ QWEN_IMAGE = ModelPlan(
     ),
     inputs=("encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
     ignored_inputs=("attention_kwargs",),
+    residuals={"controlnet_block_samples": of(*PICTURES)},
     unbatched_inputs=("img_shapes",),
     guidance="calls",
     tensor="class",

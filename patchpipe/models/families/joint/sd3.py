@@ -5,7 +5,13 @@ from patchpipe.models.plan import BlockList, ModelPlan, of
 
 SD3 = ModelPlan(
     model="SD3Transformer2DModel",
-    pipelines=("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
+    pipelines=(
+        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusion3ControlNetPipeline",
+        "StableDiffusion3ControlNetInpaintingPipeline",
+    ),
     grid=Latent("bchw"),
     blocks=(
         BlockList(
@@ -20,6 +26,7 @@ SD3 = ModelPlan(
     ),
     inputs=("encoder_hidden_states", "pooled_projections", "timestep"),
     ignored_inputs=("joint_attention_kwargs",),
+    residuals={"block_controlnet_hidden_states": of("image")},
     embed="pos_embed",
     tail="proj_out",
     per_call=("time_text_embed", "norm_out.linear"),
