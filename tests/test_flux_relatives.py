@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 
 from tests import tiny
 from tests.oracle import naive_pipefusion
@@ -23,7 +23,6 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "FluxControlPipeline": (32, {"control_image": picture()}),
     "FluxFillPipeline": (16 + 16 + 256, {}),
     "FluxKontextPipeline": (16, {"image": picture(1), "_auto_resize": False, "max_area": 64 * 48}),
-    "FluxControlNetPipeline": (16, {"control_image": picture()}),
 }
 SIZES = {
     "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": tiny.WIDTH,
@@ -44,10 +43,8 @@ def made(name: str) -> Any:
         parts["transformer"] = FluxTransformer2DModel(
             in_channels=channels, out_channels=16, num_layers=2, num_single_layers=2, **SIZES
         )
-        parts["controlnet"] = FluxControlNetModel(in_channels=16, num_layers=1, num_single_layers=1, **SIZES)
-        for model in ("transformer", "controlnet"):
-            tiny._stir(parts[model])
-            parts[model].requires_grad_(False)
+        tiny._stir(parts["transformer"])
+        parts["transformer"].requires_grad_(False)
     kind = getattr(diffusers, name)
     taken = inspect.signature(kind.__init__).parameters
     pipe = kind(**{part: value for part, value in parts.items() if part in taken}).to(torch.float64)
@@ -66,7 +63,7 @@ def painted(place: Place, name: str, **options: Any) -> tuple[np.ndarray | None,
     return latents(pipe), pipe.patchpipe.last.materialisations
 
 
-@pytest.mark.parametrize("name", ["FluxControlPipeline", "FluxFillPipeline", "FluxKontextPipeline"])
+@pytest.mark.parametrize("name", KINDS)
 def test_they_are_exact_and_stream_as_they_should(name: str) -> None:
     """Bit-equal where every step is synchronous; where patches stream, as one process does and as the oracle."""
     exact = latents(made(name))
@@ -86,14 +83,3 @@ def test_they_are_exact_and_stream_as_they_should(name: str) -> None:
         expected = latents(plain)
     assert relative(alone, expected) < TOLERANCE
     assert relative(alone, exact) > TOLERANCE
-
-
-def refused(place: Place) -> str:
-    pipe = attach(made("FluxControlNetPipeline"), place)
-    with pytest.raises(ValueError, match="was called with controlnet_block_samples") as error:
-        latents(pipe)
-    return str(error.value)
-
-
-def test_a_control_net_is_refused_on_every_rank_alike() -> None:
-    assert len(set(run_threads(2, refused))) == 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models import usual
-from patchpipe.models.blocks import BlockList, BlockPlace
+from patchpipe.models.blocks import BlockList, BlockPlace, Holds
 from patchpipe.models.latent import IMAGE, REFERENCE, Latent
 from patchpipe.models.lora import SCALE
 
@@ -34,6 +34,8 @@ class ModelPlan:
         blocks: The block lists in the order the model runs them.
         inputs: Inputs beside latent, time and text that it may be called with; any other one is refused.
             ``attention_kwargs`` and its like change nothing where they are empty or hold the strength of LoRA alone.
+        residuals: Inputs with a list of tensors that the root adds to streams between blocks, such as those of a
+            ControlNet, and whose rows each of them has.
         unbatched_inputs: Inputs without a batch dim, beside those that are mostly called so.
         batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
         idle_inputs: Inputs that are objects, and what shows that one changes nothing here; else they are refused.
@@ -72,6 +74,7 @@ class ModelPlan:
     blocks: tuple[BlockList, ...]
     grid: Latent = PICTURE
     inputs: tuple[str, ...] = ()
+    residuals: Mapping[str, Holds] = field(default_factory=dict)
     unbatched_inputs: tuple[str, ...] = ()
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     idle_inputs: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
@@ -163,7 +166,7 @@ class ModelPlan:
         """
         bound = signature.bind(None, *args, **kwargs).arguments
         inputs = {name: value for name, value in bound.items() if name != "self"}
-        known = {self.latent, *self.known_inputs, "return_dict"}
+        known = {self.latent, *self.known_inputs, *self.residuals, "return_dict"}
         for name, value in inputs.items():
             if name not in known and not self._ignorable(name, value):
                 raise ValueError(

@@ -128,8 +128,8 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
-    dim = plan.batch_dims.get(name, 0)
-    if isinstance(value, list) and dim > 0:
+    dim = 1 if name in plan.residuals else plan.batch_dims.get(name, 0)
+    if isinstance(value, (list, tuple)) and dim > 0:
         return [_along(each, dim - 1, f"{name}.{at}", batch, part, kept) for at, each in enumerate(value)]
     if isinstance(value, list) and len(value) == batch:
         return value[part[0] : part[1]]

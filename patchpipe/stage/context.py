@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -47,6 +47,8 @@ class CallContext:
         masked: Whether the block at work masks some keys, on whatever rank.
         second: This rank's rows of the class's second output; see ``ModelPlan.second``.
         entered: Whether a block of this stage has begun.
+        streams_are: What the root has in the place of streams since the last block: the patch's ``"rows"``, the
+            ``"whole"``, or, where a block of another stage was handed through, ``"nothing"`` that counts.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
@@ -74,6 +76,7 @@ class CallContext:
     kept_keys: Tensor | None = None
     second: Tensor | None = None
     entered: bool = False
+    streams_are: Literal["rows", "whole", "nothing"] = "whole"
     passed: Streams = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
     _beside: dict[tuple[int, Any, Any], Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ and put back among zeros after the last one of a list; and the next stage's firs
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.layout.split import StageBlocks
-from patchpipe.models.blocks import BlockPlace
+from patchpipe.models.blocks import BlockPlace, Holds
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.survey import Survey, has_tensor, result_name
 
@@ -108,6 +108,8 @@ class Seam:
     def _through(self, arguments: Mapping[str, Any], context: CallContext | None = None) -> Any:
         """What a block of another stage returns to the root: what it was given, and what came of it to this stage."""
         streams, name = [arguments.get(name) for name in self.listing.streams], result_name(self.index)
+        if context is not None:
+            context.streams_are = "nothing"
         if context is not None and name in context.received:
             context.results[name] = result = context.received[name]
             if not self.listing.emits:  # a block takes it as it was returned
@@ -167,7 +169,9 @@ class Seam:
         if self.index in context.shapes.carried:
             context.results[result_name(self.index)] = result[0] if listing.emits else result
         widens = self.last or listing.whole_between or bool(listing.emits)
-        if context.cutter is None or not widens or (self.ends and context.tail):
+        stays = context.cutter is None or not widens or (self.ends and context.tail)
+        context.streams_are = "rows" if stays or not (self.last or listing.whole_between) else "whole"
+        if stays:
             return result
         values = result if isinstance(result, tuple) else (result,)
         named = zip((*(listing.streams[0] for _ in listing.emits), *listing.streams), values, strict=True)
@@ -221,3 +225,34 @@ class Seam:
         name = self.listing.mask or ""
         context.kept_keys = arguments[name].bool()
         return {name: torch.ones_like(arguments[name])}
+
+
+class Nothing:
+    """Added to a tensor, leaves it as it is: costs nothing where a sum is not read by anybody."""
+
+    def __radd__(self, other: Any) -> Any:
+        return other
+
+
+class Residuals(Sequence[Any]):
+    """Tensors that the root adds to streams between blocks: each is cut as the streams are at the time.
+
+    Args:
+        whole: The tensors.
+        held: Whose rows each has.
+        passage: The stage's.
+    """
+
+    def __init__(self, whole: Sequence[Tensor], held: Holds, passage: Passage) -> None:
+        self._whole, self._held, self._passage = whole, held, passage
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __getitem__(self, index: Any) -> Any:
+        value, context = self._whole[index], self._passage.context
+        if context is None or context.streams_are == "whole":
+            return value
+        if context.streams_are == "nothing":
+            return Nothing()
+        return value if context.cutter is None else context.narrowed(value, self._held)

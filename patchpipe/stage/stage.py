@@ -29,7 +29,7 @@ from patchpipe.stage.keys.store import LayerStore
 from patchpipe.stage.mixing import bordered, summed
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
-from patchpipe.stage.seam import Passage, Seam, StageDone
+from patchpipe.stage.seam import Passage, Residuals, Seam, StageDone
 from patchpipe.stage.survey import CallShapes, Survey
 
 
@@ -210,6 +210,9 @@ class Stage:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name != "return_dict"}
         given[self.plan.latent] = self.plan.grid.given(latent)
+        for name, held in self.plan.residuals.items():
+            if given.get(name) is not None:
+                given[name] = Residuals(given[name], held, self.passage)
         result = self._forward(**given, return_dict=False)
         self._beside = result[1] if self.plan.second else None
         return self.plan.grid.joined(result[0] if isinstance(result, tuple) else result)

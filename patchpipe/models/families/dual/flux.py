@@ -1,15 +1,19 @@
 """FLUX.1 (``FluxTransformer2DModel``): dual-stream blocks, then single-stream blocks on two kept tensors."""
 
+from patchpipe.models.blocks import of
 from patchpipe.models.families.dual.lists import DUAL, IDS, SINGLE, WITH_REFERENCES
 from patchpipe.models.families.kinds import variants
 from patchpipe.models.plan import ModelPlan
 
+CONTROLNETS = ("ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+
 FLUX = ModelPlan(
     model="FluxTransformer2DModel",
-    pipelines=variants("Flux", "", "Img2Img", "Inpaint", "Fill", "Control", "Kontext"),
+    pipelines=variants("Flux", "", "Img2Img", "Inpaint", "Fill", "Control", "Kontext", *CONTROLNETS),
     grid=WITH_REFERENCES,
     blocks=(DUAL, SINGLE),
-    inputs=("pooled_projections", "guidance", *IDS),
+    inputs=("pooled_projections", "guidance", "controlnet_blocks_repeat", *IDS),
+    residuals=dict.fromkeys(("controlnet_block_samples", "controlnet_single_block_samples"), of("image", "reference")),
     guidance="calls",
     tensor="class",
 )

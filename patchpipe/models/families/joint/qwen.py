@@ -19,10 +19,11 @@ BLOCKS = BlockList(
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
-    pipelines=variants("QwenImage", "", "Img2Img", "Inpaint", "Edit", "EditPlus"),
+    pipelines=variants("QwenImage", "", "Img2Img", "Inpaint", "Edit", "EditPlus", "ControlNet", "ControlNetInpaint"),
     grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(BLOCKS,),
     inputs=("encoder_hidden_states_mask", "img_shapes"),
+    residuals={"controlnet_block_samples": of(*PICTURES)},
     guidance="calls",
     tensor="class",
     per_request={"pos_embed": ("img_shapes", "encoder_hidden_states")},
