@@ -118,10 +118,15 @@ class Stands:
         return not blocking
 
     def _blocks(self, part: Part, chosen: Sequence[Part], devices: tuple[int, ...]) -> bool:
-        """Whether a part that is held keeps others from running: ranks serve one group of theirs at a time."""
+        """Whether a part that is held keeps others from running: ranks serve one group of theirs at a time.
+
+        So does one that is to go on elsewhere: its engine holds it where it was.
+        """
         first = chosen[0]
         if part.model != first.model:
             return False
+        if self._machine.elastic and part in chosen:
+            return part.devices != devices and not part.pinned
         if self._machine.elastic:
             return part.devices != devices and not set(part.devices).isdisjoint(devices)
         return part not in chosen and (first.whole or self._other_loras(first))
