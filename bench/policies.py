@@ -25,12 +25,12 @@ from bench.rounds import load, save
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.engine import Elastic, Engine
 from patchpipe.engine.processes import warm
-from patchpipe.scheduling import POLICIES, Request, Scheduler, Shape, TableCosts, policy_named
+from patchpipe.scheduling import POLICIES, Costs, Request, Scheduler, Shape, TableCosts, policy_named
 from patchpipe.scheduling.simulator.arrivals import Ask, arrivals, requests
 from patchpipe.scheduling.simulator.simulate import Fleet, simulate
 from patchpipe.serve.service import Service
 from patchpipe.serve.settings import Limits, Settings
-from patchpipe.serve.steer.costs import SWITCHES, LiveCosts
+from patchpipe.serve.steer.costs import SWITCHES, LiveCosts, Machine
 from patchpipe.serve.work.model import Model
 from patchpipe.serve.work.tickets import Ended, Event, Painted, Work
 from tests import tiny
@@ -73,9 +73,11 @@ class Noted:
 
     Args:
         costs: Those of the service, which are told as before.
+        shapes: What will be asked for.
     """
 
-    def __init__(self, costs: LiveCosts) -> None:
+    def __init__(self, costs: LiveCosts, shapes: Sequence[Shape]) -> None:
+        self.first = {(shape, degree): costs.step(shape, 1, degree) for shape in shapes for degree in (1, RANKS)}
         self.steps: dict[tuple[Shape, int, int], list[float]] = {}
         self.starts: dict[Shape, list[float]] = {}
         self.ends: dict[Shape, list[float]] = {}
@@ -193,7 +195,7 @@ def main(
         for name in policies.split(","):
             row, noted = measured(name, sources, kinds, asked, Path(folder) / name)
             row["predicted"] = predicted(name, believed(kinds), asked)
-            row["predicted_as_it_ran"] = predicted(name, noted.costs(believed(kinds)), asked)
+            row["predicted_as_it_ran"] = predicted(name, noted.costs(believed(kinds)), asked, noted)
             rows[name] = row
             console.print(name, rows[name])
             told = [{"shape": str(k.shape), "steps": k.steps, "step_seconds": k.seconds, "ends": k.ends} for k in kinds]
@@ -254,7 +256,7 @@ def measured(
     settings = Settings(folder=folder, policy=policy, limits=Limits(waiting=1000), in_flight=TOGETHER)
     made.append(Service(settings, models))
     try:
-        noted = Noted(made[0].painters.costs)  # type: ignore[attr-defined]
+        noted = Noted(made[0].painters.costs, [kind.shape for kind in kinds])  # type: ignore[attr-defined]
         return {**served(made[0], kinds, asked), **noted.told()}, noted
     finally:
         made[0].close()
@@ -324,9 +326,13 @@ def believed(kinds: list[Kind]) -> TableCosts:
     return TableCosts(steps, SWITCHES["pause"], SWITCHES["resume"], SWITCHES["change"], decode)
 
 
-def predicted(policy: str, costs: TableCosts, asked: list[Request]) -> dict[str, Any]:
-    """What the simulator makes of the same requests at these costs."""
-    found = simulate(asked, Fleet(RANKS, RANKS), Scheduler(policy_named(policy), costs))
+def predicted(policy: str, costs: TableCosts, asked: list[Request], noted: Noted | None = None) -> dict[str, Any]:
+    """What the simulator makes of the same requests at these costs; they are learned where a run shows how it began."""
+    known: Costs = costs
+    if noted is not None:
+        machine = Machine(RANKS, (1, RANKS), TOGETHER, elastic=True)
+        known = LiveCosts(machine, lambda shape, degree: noted.first[shape, degree])
+    found = simulate(asked, Fleet(RANKS, RANKS), Scheduler(policy_named(policy), known), costs)
     [counts] = found.counts
     met = shares(asked, {one.request.id: one.end for one in found.served if one.end is not None})
     return {**met, "pauses": counts.pauses, "changes": counts.changes, "moves": counts.moves}
