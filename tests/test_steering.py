@@ -16,7 +16,7 @@ from patchpipe.serve.settings import Limits
 from patchpipe.serve.steer.costs import LiveCosts, Machine
 from patchpipe.serve.work.tickets import Ended, Painted
 from tests import steered
-from tests.steered import Engine, Heard, ask, states, until
+from tests.steered import Engine, Floor, Heard, ask, states, until
 
 
 def both(ranks: int = 2, carries: bool = True) -> dict[str, Any]:
@@ -88,12 +88,13 @@ def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Pa
     """Arrivals, cancellations, and engines that die, under every policy."""
     draw = random.Random(policy)
     made: list[Engine] = []
+    floor = Floor()
 
     def engine() -> Engine:
-        made.append(Engine(2))
+        made.append(Engine(2, floor=floor))
         return made[-1]
 
-    engines = {"pictures": engine, "clips": engine, "clips that stay": lambda: Engine(2, carries=False)}
+    engines = {"pictures": engine, "clips": engine, "clips that stay": lambda: Engine(2, carries=False, floor=floor)}
     with steered.service(tmp_path, engines, policy_named(policy, 2), limits=Limits(waiting=99)) as running:
         heard, asked = Heard(), []
         for number in range(40):
@@ -128,6 +129,7 @@ def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Pa
         if isinstance(end, Painted):
             assert len(end.outputs) == len(ticket.work.seeds)
     assert not [clash for one in made for clash in one.clashes]
+    assert not floor.crowds
 
 
 class Broken:
