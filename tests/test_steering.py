@@ -170,6 +170,25 @@ def test_what_cannot_be_in_time_is_turned_away_where_asked_for(tmp_path: Path) -
     assert figure(running, 'patchpipe_rejections_total{reason="deadline_cannot_be_met"}') == 1
 
 
+def test_a_picture_that_waits_is_told_when_it_can_be_in_time_no_more(tmp_path: Path) -> None:
+    whole = {"pictures": lambda: Engine(2, elastic=False)}
+    with steered.service(tmp_path, whole, policy_named("fcfs"), admission=True) as running:
+        heard = Heard()
+        ask(running, heard, "fine", steps=20)
+        until(lambda: heard.ends)  # so that it knows what a step takes
+        ask(running, heard, "long", steps=600, deadline_s=1e5)
+        until(lambda: states(running).get("long") == "running")
+        ask(running, heard, "hurried", steps=20, deadline_s=0.6)
+        ask(running, heard, "patient", steps=20, deadline_s=1e5)
+        until(lambda: "hurried" in heard.ends)
+        assert "long" not in heard.ends
+        end = heard.ends["hurried"]
+        assert isinstance(end, Ended)
+        assert (end.refusal.status, end.refusal.code) == (429, "deadline_missed")
+        until(lambda: len(heard.ends) == 4)
+        assert isinstance(heard.ends["patient"], Painted)
+
+
 def test_a_full_queue_and_an_end_leave_nobody_without_an_answer(tmp_path: Path) -> None:
     with steered.service(tmp_path, both(), limits=Limits(waiting=2), drain_seconds=0.1) as running:
         heard = Heard()
