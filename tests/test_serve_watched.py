@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from patchpipe.serve.settings import Settings
 from patchpipe.serve.spans import Spans, spans_to
 from patchpipe.serve.work.tickets import Painted
-from tests import steered
+from tests import steered, test_fleet_parts
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "serve"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -79,7 +79,7 @@ ENDS = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
 
 
 def test_the_dashboard_names_every_figure_there_is_and_no_other(tmp_path: Path) -> None:
-    with steered.service(tmp_path, {"pictures": lambda: steered.Engine(2)}) as running:
+    with test_fleet_parts.service(tmp_path) as (running, _):  # it has all figures of one machine, and its own
         known = {family.name: ENDS.get(family.type, ("",)) for family in running.metrics.registry.collect()}
     panels = json.loads((EXAMPLES / "grafana.json").read_text())["panels"]
     asked = {name for panel in panels for one in panel["targets"] for name in re.findall(r"patchpipe_\w+", one["expr"])}
