@@ -161,6 +161,7 @@ def paint(name: str, blocks: int = 4, **layout: Any) -> Tensor:
 FAMILIES = ("flux", "sd35", "pixart", "qwen", "flux2", "zimage", "cogview4", "wan", "ltx")
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_law_2_a_forecast_does_not_depend_on_the_number_of_stages(name: str) -> None:
     alone = paint(name)
