@@ -185,7 +185,7 @@ FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     ),
     "guidance: skip-layer": (
         Not("skip_guidance_layers", note=LAYER),
-        Refused("test_laws.py::test_law_6_never_silently_wrong", "leave out `skip_guidance_layers`"),
+        There("test_skip_layers.py::test_blocks_that_a_call_leaves_out_hand_their_streams_through"),
         Not("skip_guidance_layers", note=LAYER), Not("skip_guidance_layers", note=LAYER),
     ),
     "guidance: perturbed attention (PAG)": (

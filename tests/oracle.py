@@ -10,6 +10,7 @@ are NaN: to read one would show.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -281,6 +282,7 @@ class _Naive:
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.mixed: list[dict[Any, Any]] = [{} for _ in range(branches)]
         self.calls = 0
+        self.apart: dict[tuple[int, ...], _Naive] = {}  # those whose calls leave out the same blocks
         self.attention: _Pass | None = None
         for part in _aside(model):  # attention among text alone, whole in every pass
             part.forward = self._aside(part.forward)
@@ -297,6 +299,18 @@ class _Naive:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if left_out := tuple(given.get("skip_layers") or ()):
+            return self._leaving(left_out)._passes(given, args, kwargs)
+        return self._passes(given, args, kwargs)
+
+    def _leaving(self, blocks: tuple[int, ...]) -> _Naive:
+        """What knows the keys and values of a branch whose calls leave out blocks: of other calls it knows nothing."""
+        if blocks not in self.apart:
+            self.apart[blocks] = branch = copy.copy(self)
+            branch.calls, branch.tables, branch.mixed, branch.times, branch.ahead = 0, [{}], [{}], [[]], set()
+        return self.apart[blocks]
+
+    def _passes(self, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         self._begin(given)
         step, branch = divmod(self.calls, len(self.tables))
         pace = self._pace(branch, given) if self.forecast else None

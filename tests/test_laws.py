@@ -472,7 +472,6 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
     ("name", "option", "value"),
     [
         ("flux", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
-        ("sd3", "skip_layers", [1]),
         ("sd3", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
         ("qwen", "guidance", [0]),
         ("qwen", "additional_t_cond", [0]),

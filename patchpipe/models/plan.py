@@ -104,7 +104,12 @@ class ModelPlan:
     @property
     def known_inputs(self) -> tuple[str, ...]:
         """Inputs beside the latent that it may be called with."""
-        return tuple(dict.fromkeys((self.text, self.time, *self.inputs)))
+        return tuple(dict.fromkeys((self.text, self.time, *self.inputs, *self.leaving_out)))
+
+    @property
+    def leaving_out(self) -> tuple[str, ...]:
+        """Inputs that say which blocks a call leaves out; the root is not given them."""
+        return tuple(listing.left_out_by for listing in self.blocks if listing.left_out_by)
 
     @property
     def joint(self) -> bool:
@@ -213,7 +218,7 @@ class ModelPlan:
     def unbatched(self, name: str, value: Any) -> bool:
         """Whether an input has no batch dim."""
         of_one = name in usual.IDS and isinstance(value, Tensor) and value.ndim == 2
-        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs)
+        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs, *self.leaving_out)
 
     def _ignorable(self, name: str, value: Any) -> bool:
         if value is None or value is False or (name in self.idle_inputs and self.idle_inputs[name](value)):

@@ -97,6 +97,10 @@ class Stage:
         """The blocks this stage owns, in running order."""
         return [self.places[index] for index in self.owned.held]
 
+    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int]:
+        """The blocks that a call leaves out, by their place among all."""
+        return frozenset(index for index, place in enumerate(self.places) if place.left_out(inputs))
+
     def attach(self) -> None:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
         for place in self.blocks:
@@ -152,7 +156,8 @@ class Stage:
         Returns:
             The streams for the next stage, or on the last stage the patch of the noise prediction; of a sample none.
         """
-        context.inputs, context.tail = inputs, bool(self._tail) and self.plan.one_time(inputs)
+        context.inputs, context.left_out = inputs, self.left_out(inputs)
+        context.tail = bool(self._tail) and self.plan.one_time(inputs)
         self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
         try:
             prediction = self._root(inputs, self._whole(inputs[self.plan.latent], latent, context))
@@ -208,7 +213,7 @@ class Stage:
 
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
-        given = {name: value for name, value in inputs.items() if name != "return_dict"}
+        given = {name: value for name, value in inputs.items() if name not in ("return_dict", *self.plan.leaving_out)}
         given[self.plan.latent] = self.plan.grid.given(latent)
         for name, held in self.plan.residuals.items():
             if given.get(name) is not None:

@@ -11,6 +11,7 @@ SD3 = ModelPlan(
         BlockList(
             streams=("encoder_hidden_states", "hidden_states"),
             attention={"attn": ("image", "text"), "attn2": ("image",)},
+            left_out_by="skip_layers",
         ),
     ),
     inputs=("pooled_projections",),
