@@ -92,6 +92,7 @@ IMAGES = {
     **dict.fromkeys(("DiTTransformer2DModel", "HiDreamImageTransformer2DModel", "HunyuanDiT2DModel"), PICTURE),
     "Krea2Transformer2DModel": replace(TEXT_THEN_TOKENS, aside=("text_fusion",)),
     "ErnieImageTransformer2DModel": replace(PICTURE, pixels=1),
+    "HunyuanImageTransformer2DModel": replace(PICTURE, pixels=1, aside=("context_embedder",)),
     "SanaTransformer2DModel": replace(PICTURE, mixes=True),
     "PRXTransformer2DModel": replace(TEXT_THEN_PICTURE, joined=True),
 }  # fmt: skip
