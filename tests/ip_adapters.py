@@ -21,9 +21,9 @@ def state_of(model: Any, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     with tiny._BUILDING:
         torch.manual_seed(seed)
         made = _sd3(model) if type(model).__name__.startswith("SD3") else _flux(model)
+        projection, processors = made
         for part in made:
             tiny._stir(part)
-    projection, processors = made
     assert isinstance(processors, nn.ModuleList)
     return {"image_proj": projection.state_dict(), "ip_adapter": processors.state_dict()}
 

@@ -57,9 +57,10 @@ class _StoreMode(TorchFunctionMode):
         own = layer.rows.count(layer.patch)
         [key, *_], [value, *_] = further = [rows.split([own, rows.shape[2] - own], 2) for rows in (key, value)]
         attend = Attend(func, further=tuple(rows for _, rows in further))
-        if layer.sharing is not None:
-            return layer.sharing.attend(attend, query, key, value, layer)
-        return attend(query, *layer.remember(layer.patch, key, value))
+        if layer.sharing is None:
+            return attend(query, *layer.remember(layer.patch, key, value))
+        result = layer.sharing.attend(attend, query, key, value, layer)
+        return result.transpose(1, 2).contiguous().transpose(1, 2)  # as torch's kernels lay it out: it is viewed so
 
     def attend(
         self,
