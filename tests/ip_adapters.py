@@ -46,9 +46,7 @@ def _flux(model: Any) -> tuple[nn.Module, nn.Module]:
 
 def _sd3(model: Any) -> tuple[nn.Module, nn.Module]:
     width = model.inner_dim
-    projection = IPAdapterTimeImageProjection(
-        CHANNELS, width, 64, heads=1, num_queries=TOKENS, timestep_in_dim=8
-    )
+    projection = IPAdapterTimeImageProjection(CHANNELS, width, 64, heads=1, num_queries=TOKENS, timestep_in_dim=8)
     heads = model.config.attention_head_dim
     made = [SD3IPAdapterJointAttnProcessor2_0(width, width, heads, 64) for _ in model.attn_processors]
     return projection, nn.ModuleList(made)

@@ -376,7 +376,9 @@ class _Naive:
         places = [(row, column) for row in range(rows) for column in range(width)]
         stands_for = [row // 2 * 2 * width + column // 2 * 2 for row, column in places]
         sample = sorted(set(stands_for))
-        self.attention = _Pass(self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for, adapted=self.adapted)
+        self.attention = _Pass(
+            self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for, adapted=self.adapted
+        )
         with self.attention:
             self.forward(*args, **{**kwargs, "return_dict": False})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -137,6 +138,24 @@ def test_distrifusion_sees_the_rows_of_others_a_step_late_and_the_whole_picture(
     assert relative(late, exact) > TOLERANCE
 
 
+def together(place: Place, title: str) -> list[Any]:
+    pipe = attach(made(title), place, split_batch=False, **STREAM)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:  # the arguments of each call
+        patch.setattr(type(pipe), "__call__", lambda _pipe, **wanted: calls.append(wanted))
+        for seed in (5, 9):
+            latents(pipe, title, seed)
+    outputs = pipe.patchpipe.together(calls)
+    return [None if output is None else output.images.numpy() for output in outputs]
+
+
+@pytest.mark.parametrize("title", ["FLUX", "SD3.5"])
+def test_requests_in_flight_together_each_see_their_own_picture(title: str) -> None:
+    pipe = run_threads(1, lambda place: attach(made(title), place, split_batch=False, **STREAM))[0]
+    for found, seed in zip(run_threads(2, together, title)[0], (5, 9), strict=True):
+        assert np.array_equal(found, latents(pipe, title, seed))
+
+
 # Beside one synchronous step.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "a block that two stages share": {"stage_blocks": (1.5, 2.5)},
@@ -192,7 +211,7 @@ def test_loaded_rescaled_and_taken_off_after_parallelize(title: str, options: di
     expected = changed(made(title, adapters=0), title)
     assert np.array_equal(expected[0], expected[-2])
     assert np.array_equal(expected[2], expected[-1])
-    different = [relative(one, other) for one, other in zip(expected[:-3], expected[1:-2], strict=True)]
+    different = [relative(one, other) for one, other in pairwise(expected[:-2])]
     assert min(different) > TOLERANCE
     for found, right in zip(run_threads(2, changed_on_ranks, title, options)[0], expected, strict=True):
         assert np.array_equal(found, right)
@@ -254,7 +273,7 @@ def test_another_strength_on_one_rank_is_one_error_on_all_ranks() -> None:
     assert np.array_equal(run_threads(2, on_one_rank)[0], latents(made("SD3.5"), "SD3.5"))
 
 
-# ------------------------------------------------------------------------------------------------ from disk, and pictures
+# ------------------------------------------------------------------------------------------------ disk and pictures
 
 
 def from_disk(place: Place, title: str, folder: Path, read: Barrier) -> Any:
