@@ -12,10 +12,10 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Annotated, Any
 
 import typer
@@ -25,11 +25,12 @@ from bench.rounds import load, save
 from patchpipe.demo import MODEL_DIR, call_defaults
 from patchpipe.engine import Elastic, Engine
 from patchpipe.engine.processes import warm
-from patchpipe.scheduling import POLICIES, Request, Scheduler, Shape, TableCosts, policy_named
+from patchpipe.scheduling import POLICIES, Costs, Request, Scheduler, Shape, TableCosts, policy_named
 from patchpipe.scheduling.simulator.arrivals import Ask, arrivals, requests
 from patchpipe.scheduling.simulator.simulate import Fleet, simulate
 from patchpipe.serve.service import Service
 from patchpipe.serve.settings import Limits, Settings
+from patchpipe.serve.steer.costs import SWITCHES, LiveCosts, Machine
 from patchpipe.serve.work.model import Model
 from patchpipe.serve.work.tickets import Ended, Event, Painted, Work
 from tests import tiny
@@ -37,6 +38,8 @@ from tests import tiny
 RANKS = 2
 PATIENCE = 1200.0
 CALIBRATION = 6  # steps
+BLOCKS = 16  # of the tiny Wan, so that its steps are not too short beside all else
+TOGETHER = 4  # pictures in flight together at most
 CLIP = {"height": 96, "width": 96, "num_frames": 33, "max_sequence_length": 8, "guidance_scale": 3.0}
 PICTURE = {"height": 128, "width": 128}
 
@@ -63,6 +66,75 @@ class Kind:
     def alone(self) -> float:
         """Seconds of it on one worker."""
         return self.steps * self.seconds[1] + self.ends
+
+
+class Noted:
+    """What the service measured in a run: all of it, where the service itself keeps averages of what was last.
+
+    Args:
+        costs: Those of the service, which are told as before.
+        shapes: What will be asked for.
+    """
+
+    def __init__(self, costs: LiveCosts, shapes: Sequence[Shape]) -> None:
+        self.first = {(shape, degree): costs.step(shape, 1, degree) for shape in shapes for degree in (1, RANKS)}
+        self.steps: dict[tuple[Shape, int, int], list[float]] = {}
+        self.starts: dict[Shape, list[float]] = {}
+        self.ends: dict[Shape, list[float]] = {}
+        self.switches: dict[str, list[float]] = {}
+        for name in ("measured", "started", "ended", "switched"):
+            setattr(costs, name, self._before(getattr(costs, name), getattr(self, f"_{name}")))
+
+    def _before(self, then: Callable[..., None], first: Callable[..., None]) -> Callable[..., None]:
+        def both(*args: Any) -> None:
+            first(*args)
+            then(*args)
+
+        return both
+
+    def _measured(self, shape: Shape, batch: int, degree: int, seconds: float) -> None:
+        self.steps.setdefault((shape, batch, degree), []).append(seconds)
+
+    def _started(self, shape: Shape, seconds: float) -> None:
+        self.starts.setdefault(shape, []).append(seconds)
+
+    def _ended(self, shape: Shape, seconds: float) -> None:
+        self.ends.setdefault(shape, []).append(seconds)
+
+    def _switched(self, shape: Shape, switch: str, seconds: float) -> None:
+        self.switches.setdefault(switch, []).append(seconds)
+
+    def told(self) -> dict[str, Any]:
+        """Its means, and how many of each."""
+        return {
+            "steps": [
+                {"shape": str(shape), "batch": batch, "degree": degree, **_mean(seconds)}
+                for (shape, batch, degree), seconds in sorted(self.steps.items(), key=str)
+            ],
+            "starts": {str(shape): _mean(seconds) for shape, seconds in self.starts.items()},
+            "ends": {str(shape): _mean(seconds) for shape, seconds in self.ends.items()},
+            "switches": {name: _mean(seconds) for name, seconds in sorted(self.switches.items())},
+        }
+
+    def costs(self, believed: TableCosts) -> TableCosts:
+        """What all took on average; as believed where nothing was measured."""
+        steps = {key: fmean(seconds) for key, seconds in self.steps.items()}
+        shapes = {key[0]: seconds for key, seconds in steps.items() if key[1:] == (1, 1)}
+        factors = {shape: seconds / believed.step(shape, 1, 1) for shape, seconds in shapes.items()}
+        rest = {key: factors.get(key[0], 1.0) * seconds for key, seconds in believed.steps.items()}
+        switches = {name: max(0.0, fmean(seconds)) for name, seconds in self.switches.items()}
+        return TableCosts(
+            rest | steps,
+            pause=switches.get("pause", believed.pause),
+            resume=switches.get("resume", believed.resume),
+            change=switches.get("change", believed.change),
+            decode={**believed.decode, **{shape: fmean(seconds) for shape, seconds in self.ends.items()}},
+            encode={shape: max(0.0, fmean(seconds)) for shape, seconds in self.starts.items()},
+        )
+
+
+def _mean(seconds: list[float]) -> dict[str, float]:
+    return {"seconds": fmean(seconds), "count": len(seconds)}
 
 
 @dataclass(frozen=True)
@@ -114,16 +186,16 @@ def main(
     earlier = [run for run in (load("policies") or {}).get("runs", ()) if run["command"] != command]
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, warm():
-        wan = tiny.save("wan", Path(folder) / "wan")
+        wan = tiny.save("wan", Path(folder) / "wan", blocks=BLOCKS)
         (wan / "call.json").write_text(json.dumps({**CLIP, "output_type": "np"}))
         sources = {"pictures": str(MODEL_DIR), "clips": str(wan)}
         kinds = calibrated(sources, {"pictures": picture_seconds, "clips": clip_seconds})
         asked = asked_for.draw(kinds)
         console.print(f"{len(asked)} requests a policy; {[(str(k.shape), k.steps, k.seconds, k.ends) for k in kinds]}")
         for name in policies.split(","):
-            row = measured(name, sources, kinds, asked, Path(folder) / name)
-            row["predicted"] = predicted(name, kinds, asked)
-            row["predicted_as_it_ran"] = predicted(name, as_it_ran(kinds, row), asked)
+            row, noted = measured(name, sources, kinds, asked, Path(folder) / name)
+            row["predicted"] = predicted(name, believed(kinds), asked)
+            row["predicted_as_it_ran"] = predicted(name, noted.costs(believed(kinds)), asked, noted)
             rows[name] = row
             console.print(name, rows[name])
             told = [{"shape": str(k.shape), "steps": k.steps, "step_seconds": k.seconds, "ends": k.ends} for k in kinds]
@@ -166,8 +238,8 @@ def timed(engine: Engine, call: dict[str, Any], ranks: tuple[int, ...]) -> tuple
 
 def measured(
     policy: str, sources: dict[str, str], kinds: list[Kind], asked: list[Request], folder: Path
-) -> dict[str, Any]:
-    """Serves the requests; what became of them."""
+) -> tuple[dict[str, Any], Noted]:
+    """Serves the requests; what became of them, and what the service measured."""
     made: list[Service] = []
     models = [
         Model(
@@ -181,9 +253,11 @@ def measured(
     for model in models:
         model.start()
     folder.mkdir()
-    made.append(Service(Settings(folder=folder, policy=policy, limits=Limits(waiting=1000)), models))
+    settings = Settings(folder=folder, policy=policy, limits=Limits(waiting=1000), in_flight=TOGETHER)
+    made.append(Service(settings, models))
     try:
-        return served(made[0], kinds, asked)
+        noted = Noted(made[0].painters.costs, [kind.shape for kind in kinds])  # type: ignore[attr-defined]
+        return {**served(made[0], kinds, asked), **noted.told()}, noted
     finally:
         made[0].close()
 
@@ -214,16 +288,12 @@ def served(service: Service, kinds: list[Kind], asked: list[Request]) -> dict[st
         ticket.wait(PATIENCE)
     threading.Event().wait(0.1)
     figures = service.metrics.registry
-    costs = service.painters.costs
-    learned = {str(kind.shape): {degree: costs.step(kind.shape, 1, degree) for degree in (1, 2)} for kind in kinds}
     return {
         "met": shares(asked, {name: end for name, (end, painted) in ends.items() if painted}),
         "seconds": time.monotonic() - began,
         "preemptions": total(figures, "patchpipe_preemptions_total"),
         "degree_changes": total(figures, "patchpipe_degree_changes_total"),
         "failed": sum(not painted for _, painted in ends.values()),
-        "step_seconds": learned,
-        "ends": {str(kind.shape): costs.ends(kind.shape, 1) for kind in kinds},
         "load_average": [load, os.getloadavg()[0]],
     }
 
@@ -244,18 +314,28 @@ def shares(asked: list[Request], ends: dict[str, float]) -> dict[str, float]:
 # -- the same in simulated time ------------------------------------------------------------------------
 
 
-def as_it_ran(kinds: list[Kind], row: dict[str, Any]) -> list[Kind]:
-    """The kinds with the seconds that the service had learned by the end of its run: other programs slow steps down."""
-    steps, ends = row["step_seconds"], row["ends"]
-    return [replace(kind, seconds=steps[str(kind.shape)], ends=ends[str(kind.shape)]) for kind in kinds]
+def believed(kinds: list[Kind]) -> TableCosts:
+    """What is known before a run: what was timed, and the service's first beliefs about pauses."""
+    steps = {
+        (kind.shape, batch, degree): batch * seconds
+        for kind in kinds
+        for degree, seconds in kind.seconds.items()
+        for batch in (range(1, TOGETHER + 1) if kind.shape.kind == "picture" else (1,))
+    }
+    decode = {kind.shape: kind.ends for kind in kinds}
+    return TableCosts(steps, SWITCHES["pause"], SWITCHES["resume"], SWITCHES["change"], decode)
 
 
-def predicted(policy: str, kinds: list[Kind], asked: list[Request]) -> dict[str, float]:
-    """What the simulator makes of the same requests, with these seconds of a step."""
-    steps = {(kind.shape, 1, degree): seconds for kind in kinds for degree, seconds in kind.seconds.items()}
-    costs = TableCosts(steps, pause=0.005, resume=0.02, change=0.2, decode={kind.shape: kind.ends for kind in kinds})
-    found = simulate(asked, Fleet(RANKS, RANKS), Scheduler(policy_named(policy), costs))
-    return shares(asked, {one.request.id: one.end for one in found.served if one.end is not None})
+def predicted(policy: str, costs: TableCosts, asked: list[Request], noted: Noted | None = None) -> dict[str, Any]:
+    """What the simulator makes of the same requests at these costs; they are learned where a run shows how it began."""
+    known: Costs = costs
+    if noted is not None:
+        machine = Machine(RANKS, (1, RANKS), TOGETHER, elastic=True)
+        known = LiveCosts(machine, lambda shape, degree: noted.first[shape, degree])
+    found = simulate(asked, Fleet(RANKS, RANKS), Scheduler(policy_named(policy), known), costs)
+    [counts] = found.counts
+    met = shares(asked, {one.request.id: one.end for one in found.served if one.end is not None})
+    return {**met, "pauses": counts.pauses, "changes": counts.changes, "moves": counts.moves}
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def service(
 ) -> Iterator[Service]:
     made: list[Service] = []
     models = [_model(name, start, lambda: made[0].model_changed()) for name, start in engines.items()]
-    made.append(Service(Settings(folder=folder, **settings), models, policy, spans))
+    made.append(Service(Settings(folder=folder, **settings), models, policy, spans=spans))
     try:
         yield made[0]
     finally:

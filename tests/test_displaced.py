@@ -240,6 +240,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 # -- what must hold -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(of=3)
 def test_ranks_compute_what_distrifusion_means(painted: Any, expected: Any) -> None:
     world_size, results = painted
     for (name, number, warmup, size), (image, _) in results[0].items():
@@ -251,6 +252,7 @@ def test_ranks_compute_what_distrifusion_means(painted: Any, expected: Any) -> N
             assert stale > 1e-4, f"staleness moves the result by {stale} only: nothing was tested"
 
 
+@pytest.mark.some(of=3, first=1)
 def test_each_rank_sends_its_rows_and_its_answer_to_the_others(painted: Any, expected: Any) -> None:
     world_size, results = painted
     if world_size == 4:
@@ -264,6 +266,7 @@ def test_each_rank_sends_its_rows_and_its_answer_to_the_others(painted: Any, exp
             assert stats["sent_bytes"] == numbers * ITEM * ENTRIES * STEPS * (world_size - 1), (name, warmup)
 
 
+@pytest.mark.some(of=3, first=2)
 def test_each_rank_keeps_the_keys_and_values_of_the_whole_latent(painted: Any, expected: Any) -> None:
     world_size, results = painted
     for result in results:
@@ -281,6 +284,7 @@ def kv_numbers(name: str, image: int, text: int) -> int:
     return 2 * rows * WIDTH[name]
 
 
+@pytest.mark.some(of=3)
 def test_only_the_warm_up_counts_as_synchronous(painted: Any) -> None:
     for (name, _, warmup, _), (_, stats) in painted[1][0].items():
         calls = 2 if name == "flux" else 1  # of one step
@@ -299,6 +303,7 @@ def paint_ahead(place: Place, name: str, layout: dict[str, Any]) -> tuple[np.nda
     return paint(pipe, name, SIZES[0], LONGER), pipe.patchpipe.last.store_bytes
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize(("name", "ranks", "warmup"), [("flux", 3, 1), ("sd35", 2, 2), ("pixart", 2, 0)])
 def test_a_forecast_of_the_others_rows_is_what_it_means(name: str, ranks: int, warmup: int) -> None:
     layout: dict[str, Any] = {"distrifusion": ranks, "warmup": warmup}

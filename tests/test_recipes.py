@@ -127,6 +127,7 @@ WORKS: dict[str, Recipe] = {
 }
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", WORKS)
 def test_recipes_before_parallelize_that_paint_the_same(title: str) -> None:
     recipe = WORKS[title]
@@ -176,12 +177,14 @@ WITHIN: dict[str, Recipe] = {
 }
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("title", [*ACROSS, *WITHIN])
 def test_step_caches_are_right_where_every_step_is_whole(title: str) -> None:
     stages = [{"pipefusion": 2, **EXACT}] if title in WITHIN else []
     check_equal("flux", (ACROSS | WITHIN)[title], ALONE, EXACT, *stages)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", [*ACROSS, *WITHIN])
 def test_step_caches_are_refused_by_name_elsewhere(title: str) -> None:
     layouts = [STREAM, {"pipefusion": 2, **STREAM}, {"cfg": 2, **EXACT}, {"ulysses": 2, **EXACT}, {"tensor": 2}]

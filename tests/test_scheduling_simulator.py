@@ -77,8 +77,8 @@ def test_a_paused_clip_loses_no_step() -> None:
     picture = Request("picture", PICTURE, 20, 4.2, 8.5)
     found = simulate([clip, picture], Fleet(1, 1), Scheduler(policy_named("balanced"), COSTS))
     ends = {one.request.id: one.end for one in found.served}
-    assert ends["picture"] == pytest.approx(5.001 + 0.001 + 2.0)  # after the clip's fifth step
-    assert ends["clip"] == pytest.approx(0.001 + 20.5 + 2.001 + 0.001)
+    assert ends["picture"] == pytest.approx(5.001 + 0.001 + 0.001 + 2.0)  # the clip's fifth step, its pause, a start
+    assert ends["clip"] == pytest.approx(0.001 + 20.5 + 0.001 + 2.001 + 0.001)
     assert found.counts[0].pauses == 1
 
 

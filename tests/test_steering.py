@@ -62,6 +62,27 @@ def test_a_clip_changes_its_degree(tmp_path: Path) -> None:
         assert not running.models["clips"].engine.clashes
 
 
+def test_a_clip_that_is_held_goes_on_where_devices_are_free(tmp_path: Path) -> None:
+    with steered.service(tmp_path, both(), policy_named("edf")) as running:
+        heard = Heard()
+
+        def devices(name: str) -> tuple[int, ...]:
+            return next((one.devices for one in running.conductor.snapshot() if one.ticket.work.id == name), ())
+
+        ask(running, heard, "first", steps=150, deadline_s=20.0)
+        until(lambda: devices("first") == (0,))
+        ask(running, heard, "long", model="clips", steps=400, deadline_s=1e5)
+        until(lambda: devices("long") == (1,))
+        ask(running, heard, "second", steps=400, deadline_s=10.0)
+        until(lambda: devices("second") == (1,) and states(running)["long"] == "paused")
+        until(lambda: "first" in heard.ends)
+        until(lambda: devices("long") == (0,))
+        until(lambda: running.models["clips"].engine.ran == [("long", (1,)), ("long", (0,))])
+        assert devices("second") == (1,)
+        until(lambda: len(heard.order) == 3)
+        assert all(isinstance(end, Painted) for end in heard.ends.values())
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Path) -> None:
     """Arrivals, cancellations, and engines that die, under every policy."""

@@ -14,7 +14,7 @@ which group a request goes to, by deadlines; ``Router`` by load alone, for thous
 from __future__ import annotations
 
 from patchpipe.scheduling.admission import Admission
-from patchpipe.scheduling.costs import Costs, MeasuredCosts, TableCosts
+from patchpipe.scheduling.costs import Costs, MeasuredCosts, Switch, TableCosts, kind_of
 from patchpipe.scheduling.deadlines import DEFAULT_SCALE, alone, with_deadline
 from patchpipe.scheduling.dispatch import Group, Waiting, dispatch
 from patchpipe.scheduling.policies import POLICIES, Balanced, Genserve, Ordered, Policy, policy_named
@@ -43,10 +43,12 @@ __all__ = [
     "Shape",
     "State",
     "Status",
+    "Switch",
     "TableCosts",
     "Waiting",
     "alone",
     "dispatch",
+    "kind_of",
     "policy_named",
     "with_deadline",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from patchpipe.scheduling.state import Shape
 
 Key = tuple[Shape, int, int]
+Switch = Literal["stay", "pause", "resume", "change"]
 
 
 class Costs(Protocol):
@@ -23,11 +24,30 @@ class Costs(Protocol):
     def step(self, shape: Shape, batch: int, degree: int) -> float:
         """Seconds of one step of so many requests on so many devices."""
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
-        """Seconds to go from one degree to another: 0 before resumes, 0 after pauses, both else change degree."""
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
+        """Seconds to go from one degree to another.
+
+        Args:
+            shape: Of the request.
+            before: The degree; 0 starts or resumes.
+            after: The degree; 0 pauses.
+            moved: The devices are others, though they may be as many.
+        """
+
+    def starts(self, shape: Shape) -> float:
+        """Seconds before the first step of a request that has never run, such as its text encoders'."""
 
     def ends(self, shape: Shape, batch: int) -> float:
-        """Seconds beside the steps: text encoders, and the VAE."""
+        """Seconds after the last step: the VAE, and whatever ``starts`` leaves out."""
+
+
+def kind_of(before: int, after: int, moved: bool) -> Switch:
+    """What it is to go from one degree to another; see ``Costs.switch``."""
+    if after == 0:
+        return "pause" if before else "stay"
+    if before == 0:
+        return "resume"
+    return "change" if moved or before != after else "stay"
 
 
 @dataclass(frozen=True)
@@ -37,10 +57,11 @@ class TableCosts:
     Attributes:
         steps: Seconds of a step by shape, batch and degree. A batch that is not there costs what lies on the line
             through the two nearest that are.
-        pause: Seconds to pause.
+        pause: Seconds to pause, from the end of the step under way until the devices are free.
         resume: Seconds to start or resume.
-        change: Seconds to change the degree.
-        decode: Seconds beside the steps, by shape, for each request of a batch.
+        change: Seconds to go on with another degree or on other devices.
+        decode: Seconds after the steps, by shape, for each request of a batch.
+        encode: Seconds before the first step, by shape.
     """
 
     steps: Mapping[Key, float]
@@ -48,6 +69,7 @@ class TableCosts:
     resume: float = 0.001
     change: float = 0.05
     decode: Mapping[Shape, float] = field(default_factory=dict)
+    encode: Mapping[Shape, float] = field(default_factory=dict)
     _batches: dict[tuple[Shape, int], tuple[int, ...]] = field(init=False, repr=False, compare=False)
     _degrees: dict[Shape, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
@@ -101,13 +123,15 @@ class TableCosts:
         first, second = self.steps[shape, low, degree], self.steps[shape, high, degree]
         return first + (second - first) * (batch - low) / (high - low)
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
         """See ``Costs``."""
-        if before == after:
-            return 0.0
-        if after == 0:
-            return self.pause
-        return self.resume if before == 0 else self.change
+        return {"stay": 0.0, "pause": self.pause, "resume": self.resume, "change": self.change}[
+            kind_of(before, after, moved)
+        ]
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``."""
+        return self.encode.get(shape, 0.0)
 
     def ends(self, shape: Shape, batch: int) -> float:
         """See ``Costs``."""
@@ -161,9 +185,13 @@ class MeasuredCosts:
         ratio = self._exact.get((shape, batch, degree)) or self._shapes.get(shape, 1.0)
         return ratio * self._costs.step(shape, batch, degree)
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
         """See ``Costs``."""
-        return self._costs.switch(shape, before, after)
+        return self._costs.switch(shape, before, after, moved=moved)
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``."""
+        return self._costs.starts(shape)
 
     def ends(self, shape: Shape, batch: int) -> float:
         """See ``Costs``."""

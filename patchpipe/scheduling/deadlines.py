@@ -23,7 +23,8 @@ def alone(costs: Costs, shape: Shape, steps: int, devices: int) -> float:
         ValueError: The shape needs more devices than there are.
     """
     degree = quickest(costs, shape, devices)
-    return costs.switch(shape, 0, degree) + steps * costs.step(shape, 1, degree) + costs.ends(shape, 1)
+    around = costs.switch(shape, 0, degree) + costs.starts(shape) + costs.ends(shape, 1)
+    return around + steps * costs.step(shape, 1, degree)
 
 
 def quickest(costs: Costs, shape: Shape, devices: int) -> int:
@@ -47,7 +48,7 @@ def with_deadline(request: Request, costs: Costs, devices: int, scale: float = D
 def seconds_left(costs: Costs, job: Job, degree: int, batch: int = 1) -> float:
     """Seconds until a job would be done if it ran on ``degree`` devices from its next boundary on."""
     shape = job.request.shape
-    switch = costs.switch(shape, job.degree, degree)
+    switch = costs.switch(shape, job.degree, degree) + (costs.starts(shape) if job.status == "waiting" else 0.0)
     return switch + job.remaining * costs.step(shape, batch, degree) + costs.ends(shape, batch)
 
 

@@ -67,4 +67,4 @@ def _place(view: View, wish: Wish, key: Key) -> tuple[float, float, tuple[float,
 
 def _whole(view: View, job: Job, degree: int) -> float:
     shape = job.request.shape
-    return job.request.steps * view.costs.step(shape, 1, degree) + view.costs.ends(shape, 1)
+    return view.costs.starts(shape) + job.request.steps * view.costs.step(shape, 1, degree) + view.costs.ends(shape, 1)

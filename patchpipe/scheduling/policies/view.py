@@ -67,9 +67,16 @@ class View:
     @cached_property
     def free_at(self) -> list[float]:
         """When each of the devices in ``room`` could be had, soonest first."""
-        boundary = {device: jobs[0].boundary for devices, jobs in self.state.running.items() for device in devices}
+        boundary = {
+            device: jobs[0].boundary + self._pause(jobs[0])
+            for devices, jobs in self.state.running.items()
+            for device in devices
+        }
         times = (boundary.get(device, self.now) for device in self.state.devices if device not in self._held)
         return sorted(max(self.now, time) for time in times)
+
+    def _pause(self, job: Job) -> float:
+        return 0.0 if job.ending else self.costs.switch(job.request.shape, job.degree, 0)
 
     def degrees(self, shape: Shape) -> tuple[int, ...]:
         """The degrees of a shape that the machine allows."""

@@ -34,7 +34,9 @@ class _Batch:
     step: float
     steps: int
     ends: float
-    stop: float = _NEVER
+    pause: float = 0.0  # seconds from the end of its last step until its devices are free
+    stopped: float = _NEVER  # when that step ends
+    stop_steps: int = 0  # those over then
 
     @property
     def ids(self) -> frozenset[str]:
@@ -48,8 +50,15 @@ class _Batch:
     def shape(self) -> Shape:
         return self.lives[0].request.shape
 
+    @property
+    def stop(self) -> float:
+        """When its devices are free, if it is to stop."""
+        return self.stopped + self.pause
+
     def begun(self, now: float) -> int:
         """Steps that are done or under way."""
+        if now > self.stopped:
+            return self.stop_steps
         return max(0, min(self.steps, math.ceil((now - self.start) / self.step - _SLIP)))
 
     def boundary(self, now: float) -> float:
@@ -65,12 +74,14 @@ class Counts:
     Attributes:
         pauses: Times that something stopped to wait.
         changes: Changes of degree.
+        moves: Times that something went on elsewhere, on as many devices.
         batched: Pictures that ran in a batch of several.
         busy: Device seconds in which something ran.
     """
 
     pauses: int = 0
     changes: int = 0
+    moves: int = 0
     batched: int = 0
     busy: float = 0.0
 
@@ -119,7 +130,10 @@ class Group:
         wanted = {run.devices: frozenset(run.requests) for run in decisions.runs}
         for devices, batch in self._batches.items():
             goes_on = wanted.get(devices) == batch.ids or batch.begun(now) == batch.steps
-            batch.stop = _NEVER if goes_on else batch.boundary(now)
+            if goes_on:
+                batch.stopped = _NEVER
+            elif batch.stopped > now:  # else its devices are about to be free
+                batch.stopped, batch.stop_steps = batch.boundary(now), batch.begun(now)
         self._pending = tuple(
             run for run in decisions.runs
             if run.devices not in self._batches or self._batches[run.devices].ids != frozenset(run.requests)
@@ -136,7 +150,7 @@ class Group:
                     del self._lives[live.request.id]
                     done.append(live.request)
             else:
-                self._leave(batch, batch.begun(batch.stop), batch.stop)
+                self._leave(batch, batch.stop_steps, batch.stop)
                 self.counts.pauses += not any(batch.ids & set(run.requests) for run in self._pending)
         self._start(now)
         return done
@@ -165,12 +179,15 @@ class Group:
     def _run(self, lives: list[Live], devices: tuple[int, ...], now: float) -> None:
         first, size, degree = lives[0], len(lives), len(devices)
         shape = first.request.shape
-        before = len(first.devices) if first.status == "paused" else 0
-        moved = 0 < before != degree
-        switch = self._truth.switch(shape, before if moved else 0, degree)
+        paused = first.status == "paused"
+        moved = paused and first.devices != devices
+        switch = self._truth.switch(shape, len(first.devices) if moved else 0, degree, moved=moved)
+        switch += 0.0 if paused else self._truth.starts(shape)
         step, ends = self._truth.step(shape, size, degree), self._truth.ends(shape, size)
-        batch = _Batch(tuple(lives), devices, now + switch, step, first.remaining, ends)
-        self.counts.changes += moved
+        pause = self._truth.switch(shape, degree, 0)
+        batch = _Batch(tuple(lives), devices, now + switch, step, first.remaining, ends, pause)
+        self.counts.changes += moved and len(first.devices) != degree
+        self.counts.moves += moved and len(first.devices) == degree
         self.counts.batched += size if size > 1 else 0
         for live in lives:
             live.status, live.devices, live.batch = "running", devices, batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from patchpipe.scheduling.costs import TableCosts
 from patchpipe.scheduling.simulator.arrivals import Ask
 from patchpipe.scheduling.state import Shape
 
-_WHOLE = "pause", "resume", "change"
+_WHOLE: Mapping[str, float] = {"pause": 0.001, "resume": 0.001, "change": 0.05}
 
 
 def read_scenario(path: Path) -> tuple[TableCosts, list[Ask]]:
     """Costs and requests from a JSON file.
 
     ``{"pause": 0.001, "resume": 0.001, "change": 0.05, "requests": [{"model": "flux", "width": 1024, "height": 1024,
-    "frames": 1, "steps": 28, "share": 1, "weight": 1, "ends": 0.4, "seconds": {"1": {"1": 0.35, "2": 0.19},
-    "4": {"1": 1.3}}}]}``: ``seconds`` are those of a step by batch and then by degree, ``ends`` those beside the steps.
-    What may be left out: the first three, ``frames``, ``share``, ``weight`` and ``ends``.
+    "frames": 1, "steps": 28, "share": 1, "weight": 1, "starts": 0.1, "ends": 0.4, "seconds": {"1": {"1": 0.35, "2":
+    0.19}, "4": {"1": 1.3}}}]}``: ``seconds`` are those of a step by batch and then by degree, ``starts`` those before
+    the steps and ``ends`` those after. What may be left out: the first three, ``frames``, ``share``, ``weight``,
+    ``starts`` and ``ends``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -31,9 +33,11 @@ def read_scenario(path: Path) -> tuple[TableCosts, list[Ask]]:
         told = json.loads(path.read_text(encoding="utf-8"))
         asked = told["requests"]
         found = [_read(one) for one in asked]
-        whole = {name: float(told[name]) for name in _WHOLE if name in told}
+        pause, resume, change = (float(told.get(name, usual)) for name, usual in _WHOLE.items())
         steps = {key: seconds for _, table, _ in found for key, seconds in table.items()}
-        costs = TableCosts(steps, decode={ask.shape: ends for ask, _, ends in found}, **whole)
+        decode = {ask.shape: ends for ask, _, ends in found}
+        encode = {ask.shape: float(one.get("starts", 0)) for (ask, _, _), one in zip(found, asked, strict=True)}
+        costs = TableCosts(steps, pause, resume, change, decode, encode)
     except KeyError as error:
         raise ValueError(f"{path} has no {error}") from None
     except (TypeError, AttributeError, ValueError) as error:

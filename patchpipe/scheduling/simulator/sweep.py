@@ -98,9 +98,13 @@ class Mistaken:
         """See ``Costs``."""
         return self._factor(shape) * self._costs.step(shape, batch, degree)
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
         """See ``Costs``."""
-        return self._costs.switch(shape, before, after)
+        return self._costs.switch(shape, before, after, moved=moved)
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``."""
+        return self._costs.starts(shape)
 
     def ends(self, shape: Shape, batch: int) -> float:
         """See ``Costs``."""

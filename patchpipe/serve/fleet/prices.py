@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from patchpipe.scheduling import Shape
+from patchpipe.scheduling import Shape, kind_of
 from patchpipe.serve.fleet.words import Price
-from patchpipe.serve.steer.costs import CHANGE, GUESS, PAUSE, RESUME, Machine
+from patchpipe.serve.steer.costs import GUESS, SWITCHES, Machine
 from patchpipe.serve.steer.shapes import bare, joins
 
 
@@ -41,11 +41,13 @@ class Prices:
         """See ``Costs``."""
         return batch * self._price(shape).steps[degree]
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
         """See ``Costs``."""
-        if before == after:
-            return 0.0
-        return PAUSE if after == 0 else RESUME if before == 0 else CHANGE
+        return SWITCHES[kind_of(before, after, moved)]
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``: among what is after the steps."""
+        return 0.0
 
     def ends(self, shape: Shape, batch: int) -> float:
         """See ``Costs``."""

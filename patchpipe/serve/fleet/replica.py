@@ -138,7 +138,8 @@ class Replica(Actor):
 
     def _price(self, shape: Shape) -> Price:
         costs = self._group.costs
-        return Price({degree: costs.step(shape, 1, degree) for degree in costs.degrees(shape)}, costs.ends(shape, 1))
+        steps = {degree: costs.step(shape, 1, degree) for degree in costs.degrees(shape)}
+        return Price(steps, costs.starts(shape) + costs.ends(shape, 1))
 
     def _look_on(self) -> None:
         while (group := self._group) is not None:

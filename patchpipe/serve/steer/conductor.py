@@ -216,11 +216,8 @@ class Conductor:
     def _on_step(self, part: Part, news: News) -> None:
         if news.total is not None:
             part.total = news.total
-        if part.steady and part.stage == "running":
-            batch = batch_of(part, self._parts)
-            seconds = max(1e-6, news.when - part.stepped)
-            self._decider.costs.measured(part.shape, len(batch), len(part.devices), seconds)
-            self._metrics.step.labels(part.model).observe(seconds)
+        if part.stage == "running":
+            self._measure(part, news.when)
         part.done, part.stepped, part.steady = news.step, news.when, True
         ticket = part.ticket
         done = part.total * len(ticket.outputs) + sum(one.done for one in self._parts if one.ticket is ticket)
@@ -228,15 +225,33 @@ class Conductor:
         if news.total is not None:
             self._tell(ticket, Stepped(ticket.step, news.total * len(ticket.work.seeds)))
 
+    def _measure(self, part: Part, now: float) -> None:
+        """Learns from a step that is over: of the first after it came, by how much it was longer than the second."""
+        if part.fresh:
+            part.fresh, part.first = False, now - part.since
+        if not part.steady:
+            return
+        costs, seconds = self._decider.costs, max(1e-6, now - part.stepped)
+        costs.measured(part.shape, len(batch_of(part, self._parts)), len(part.devices), seconds)
+        self._metrics.step.labels(part.model).observe(seconds)
+        if part.first is not None:
+            longer, part.first = part.first - seconds, None
+            if part.came == "began":
+                costs.started(part.shape, longer)
+            else:
+                costs.switched(part.shape, part.came, longer + (part.saving if part.came == "change" else 0.0))
+
     def _on_paused(self, part: Part, news: News) -> None:
         if part.asked != "pause":
             return  # it was taken back, and goes on
+        if not part.fresh:
+            self._decider.costs.switched(part.shape, "pause", news.when - part.stepped)
         part.stage, part.asked, part.steady = "paused", None, False
         self._left(part, news.when)
         self._stands.left(part)
 
     def _on_saved(self, part: Part, news: News) -> None:
-        was = part.stage
+        was, part.saving = part.stage, news.when - part.stepped
         part.stage, part.asked, part.run, part.kept, part.steady = "saved", None, None, news.kept, False
         if was == "running":
             self._left(part, news.when)

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from patchpipe.scheduling import MeasuredCosts, Shape
+from patchpipe.scheduling import MeasuredCosts, Shape, Switch, kind_of
 from patchpipe.serve.steer.shapes import bare, joins, model_of
 
 logger = logging.getLogger("patchpipe.serve")
 
 SHARE = 0.2  # weight of a new measurement beside the average so far
-PAUSE, RESUME, CHANGE = 0.005, 0.02, 0.2  # seconds, until they are measured
+SWITCHES: Mapping[Switch, float] = {"stay": 0.0, "pause": 0.005, "resume": 0.02, "change": 0.2}  # until measured
 GUESS = 1.0  # seconds of a step for each million pixels of all frames, where the planner knows nothing
 
 Believe = Callable[[Shape, int], float | None]  # seconds of a step on so many devices; None where nothing is known
@@ -87,11 +87,13 @@ class Believed:
         steps = self._steps[bare(shape)]
         return batch * (steps[degree] if degree in steps else self._ask(bare(shape), degree))
 
-    def switch(self, shape: Shape, before: int, after: int) -> float:
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
         """See ``Costs``."""
-        if before == after:
-            return 0.0
-        return PAUSE if after == 0 else RESUME if before == 0 else CHANGE
+        return SWITCHES[kind_of(before, after, moved)]
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``."""
+        return 0.0
 
     def ends(self, shape: Shape, batch: int) -> float:
         """See ``Costs``."""
@@ -111,6 +113,8 @@ class LiveCosts(MeasuredCosts):
         super().__init__(self._believed, SHARE)
         self._models: dict[str, float] = {}
         self._ends: dict[Shape, float] = {}
+        self._starts: dict[Shape, float] = {}
+        self._switches: dict[tuple[str, Switch], float] = {}
 
     def know(self, shape: Shape) -> None:
         """Looks a shape up, which may take a moment the first time."""
@@ -123,10 +127,29 @@ class LiveCosts(MeasuredCosts):
         ratio, model = seconds / self._believed.step(shape, batch, degree), model_of(shape)
         self._models[model] = self._averaged(self._models.get(model), ratio)
 
+    def started(self, shape: Shape, seconds: float) -> None:
+        """Takes in by how much a request's first step was longer than its second."""
+        shape = bare(shape)
+        self._starts[shape] = self._averaged(self._starts.get(shape), seconds)
+
     def ended(self, shape: Shape, seconds: float) -> None:
-        """Takes in what a request took beside its steps."""
+        """Takes in what a request took after its steps."""
         shape = bare(shape)
         self._ends[shape] = self._averaged(self._ends.get(shape), max(0.0, seconds))
+
+    def switched(self, shape: Shape, switch: Switch, seconds: float) -> None:
+        """Takes in what a pause took, or by how much the first step after a resume or a change was longer."""
+        key = model_of(shape), switch
+        self._switches[key] = self._averaged(self._switches.get(key), seconds)
+
+    def switch(self, shape: Shape, before: int, after: int, *, moved: bool = False) -> float:
+        """See ``Costs``; the same for all shapes of a model."""
+        switch = kind_of(before, after, moved)
+        return max(0.0, self._switches.get((model_of(shape), switch), SWITCHES[switch]))
+
+    def starts(self, shape: Shape) -> float:
+        """See ``Costs``."""
+        return max(0.0, self._starts.get(bare(shape), 0.0))
 
     def step(self, shape: Shape, batch: int, degree: int) -> float:
         """See ``Costs``."""

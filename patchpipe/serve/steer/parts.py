@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from patchpipe.engine import Checkpoint
 
 Stage = Literal["waiting", "running", "paused", "saved", "over"]
+Came = Literal["began", "resume", "change"]
 USUAL_STEPS = 20  # where nobody has said, until its pipeline does
 MOST_PRIORITY = 10
 _STATUS: dict[Stage, Status] = {"waiting": "waiting", "running": "running", "paused": "paused", "saved": "paused"}
@@ -57,10 +58,14 @@ class Part:
         kept: What it goes on from.
         done: Steps over.
         total: Steps in all, as far as known.
-        stepped: When its last step ended, or it began or went on.
+        stepped: When its last step ended, or it began or went on, or was asked to be saved while it was held.
         since: When it last came on its devices.
         begun: How often it was begun.
         steady: Whether the step under way began with the end of another, so that its seconds are those of a step.
+        came: How it came on its devices: begun, or gone on with there or elsewhere.
+        fresh: Whether no step has ended since.
+        first: Seconds from then to the end of its first step there, until the next one is over too.
+        saving: Seconds it took to save it when it was carried last.
     """
 
     def __init__(self, ticket: Ticket, number: int, shape: Shape, *, pinned: bool, whole: bool) -> None:
@@ -74,6 +79,9 @@ class Part:
         self.done, self.total = 0, ticket.work.steps or USUAL_STEPS
         self.stepped = self.since = 0.0
         self.begun, self.steady = 0, False
+        self.came: Came = "began"
+        self.fresh, self.saving = False, 0.0
+        self.first: float | None = None
 
     @property
     def seed(self) -> int:
@@ -106,6 +114,12 @@ class Part:
         weight = 2.0 ** max(-MOST_PRIORITY, min(MOST_PRIORITY, ticket.work.priority))
         return Request(self.id, self.shape, max(self.total, self.done, 1), ticket.arrived, ticket.due, weight)
 
+    def lead(self, costs: Costs) -> float:
+        """Seconds by which its first step since it came is longer than a step."""
+        if self.came == "began":
+            return costs.starts(self.shape)
+        return costs.switch(self.shape, 0 if self.came == "resume" else 1, 1, moved=True)
+
     def job(self, now: float, costs: Costs, batch: Sequence[Part]) -> Job:
         """How it stands.
 
@@ -122,7 +136,8 @@ class Part:
         begun = min(slowest.done + 1, slowest.total)
         remaining = min(request.steps, slowest.total - begun)
         step = costs.step(self.shape, len(batch), len(self.devices))
-        boundary = slowest.stepped + (step if slowest.done < slowest.total else 0.0)
+        boundary = slowest.since + slowest.lead(costs) if slowest.fresh else slowest.stepped
+        boundary += step if slowest.done < slowest.total else 0.0
         if any(one.ends_here for one in batch):
             boundary, remaining = boundary + remaining * step, 0
         if not remaining:

@@ -110,7 +110,7 @@ class Stands:
             if part.asked is not None or part.run is None:
                 continue
             if self._models[part.model].facts.carried and not part.pinned:
-                part.asked = "save"
+                part.asked, part.stepped = "save", monotonic()
                 part.run.save()
             elif part not in chosen:
                 self._begin(part, part.devices)
@@ -118,10 +118,15 @@ class Stands:
         return not blocking
 
     def _blocks(self, part: Part, chosen: Sequence[Part], devices: tuple[int, ...]) -> bool:
-        """Whether a part that is held keeps others from running: ranks serve one group of theirs at a time."""
+        """Whether a part that is held keeps others from running: ranks serve one group of theirs at a time.
+
+        So does one that is to go on elsewhere: its engine holds it where it was.
+        """
         first = chosen[0]
         if part.model != first.model:
             return False
+        if self._machine.elastic and part in chosen:
+            return part.devices != devices and not part.pinned
         if self._machine.elastic:
             return part.devices != devices and not set(part.devices).isdisjoint(devices)
         return part not in chosen and (first.whole or self._other_loras(first))
@@ -133,6 +138,7 @@ class Stands:
 
     def _begin(self, part: Part, devices: tuple[int, ...]) -> None:
         ticket, now = part.ticket, monotonic()
+        part.came = "resume" if part.stage == "paused" else "began" if part.kept is None else "change"
         if part.stage == "paused" and part.run is not None:
             part.run.resume()
         else:
@@ -143,7 +149,7 @@ class Stands:
             if part.kept is None:
                 self._count(part, ticket, now)
             run.start()
-        part.stage, part.asked, part.steady = "running", None, False
+        part.stage, part.asked, part.steady, part.fresh, part.first = "running", None, False, True, None
         part.since = part.stepped = now
         ticket.note(now, "came", devices)
 

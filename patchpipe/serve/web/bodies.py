@@ -25,21 +25,30 @@ class _Asked(BaseModel):
 
     model: str | None = Field(None, description="Which model paints; by default the first that can.")
     prompt: str = Field(description="What to paint.", json_schema_extra={"minLength": 1, "pattern": r"\S"})
-    size: Annotated[str, _SIZE] | None = Field(None, description="WIDTHxHEIGHT in pixels, multiples of 16, or auto.")
+    size: Annotated[str, _SIZE] | None = Field(
+        None, description="WIDTHxHEIGHT in pixels, multiples of 16, or auto: the model's."
+    )
     user: str | None = Field(None, description="Taken and not looked at.", deprecated=True)
     # Beyond OpenAI's API.
-    seed: int | None = Field(None, ge=0, le=_SEEDS, description="The same seed gives the same picture.")
-    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps.")
+    seed: int | None = Field(
+        None, ge=0, le=_SEEDS, description="The same seed gives the same picture; without one, one is drawn and told."
+    )
+    num_inference_steps: int | None = Field(None, ge=1, description="Denoising steps; by default the model's.")
     guidance_scale: float | None = Field(None, ge=0, le=100, description="Guidance strength, as the model takes it.")
     true_cfg_scale: float | None = Field(None, ge=0, le=100, description="Strength of guidance by two calls.")
     negative_prompt: str | None = Field(None, description="What the picture should not show.")
     height: int | None = Field(None, ge=1, description="In pixels, in place of size.")
     width: int | None = Field(None, ge=1, description="In pixels, in place of size.")
     lora: Annotated[dict[str, Any] | list[Any] | str, _LORA] | None = Field(
-        None, description='{"name": NAME, "scale": 1.0}, or several.'
+        None, description='{"name": NAME, "scale": 1.0}, or several; as text, its JSON.'
     )
-    deadline_s: float | None = Field(None, gt=0, le=1e6, description="Seconds by which it should be there.")
-    priority: int | None = Field(None, ge=-100, le=100, description="The higher, the sooner.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        description="Seconds by which it should be there; by default three times those alone on the idle machine.",
+    )
+    priority: int | None = Field(None, ge=-100, le=100, description="The higher, the sooner; 0 by default.")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -52,12 +61,12 @@ class _Asked(BaseModel):
 class PictureAsked(_Asked):
     """POST /v1/images/generations."""
 
-    n: int | None = Field(None, ge=1, description="Pictures.")
+    n: int | None = Field(None, ge=1, description="Pictures; 1 by default. Their seeds count up.")
     stream: bool | None = Field(None, description="Send events while the picture is painted.")
     partial_images: int | None = Field(None, ge=0, description="Pictures on the way, of a stream.")
     progress: bool | None = Field(None, description="Send patchpipe.progress events too, of a stream.")
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
+    output_format: Literal["png", "jpeg", "webp"] | None = Field(None, description="PNG by default.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP; 100 by default.")
     response_format: Literal["b64_json"] | None = Field(None, description="Pictures come in the answer.")
     background: Literal["opaque", "auto"] | None = Field(None, description="Pictures are opaque.")
     quality: str | None = Field(None, description="Taken and not looked at: see num_inference_steps.")
@@ -76,6 +85,8 @@ class EditAsked(PictureAsked):
 class ClipAsked(_Asked):
     """POST /v1/videos, beside the file."""
 
-    seconds: float | None = Field(None, gt=0, le=600, description="How long the clip is.")
+    seconds: float | None = Field(
+        None, gt=0, le=600, description="How long the clip is; by default as the model's num_frames."
+    )
     fps: float | None = Field(None, gt=0, le=120, description="Frames a second; 16 by default.")
     num_frames: int | None = Field(None, ge=1, description="Frames, in place of seconds.")

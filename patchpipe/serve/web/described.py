@@ -149,7 +149,9 @@ _ALWAYS = (403, 413, 421)
 _PAINTING = (400, 404, 413, 415, 429, 500, 503)
 _JSON, _FORM = "application/json", "multipart/form-data"
 _FILE = {"type": "string", "format": "binary"}
-_FILES = {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16}
+_FILES = {"type": "array", "items": _FILE, "minItems": 1, "maxItems": 16, "description": "One, or several as image[]."}
+_MASK = {**_FILE, "description": "Painted anew where it is transparent, if the pipeline takes one."}
+_REFERENCE = {**_FILE, "description": "The picture it starts from, where the model needs one."}
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,9 @@ _CLIP_FILES = ("video/mp4", "image/webp", "image/jpeg")
 ROUTES: Mapping[tuple[str, str], Said] = {
     ("post", "/v1/images/generations"): Said(Pictures, _STREAM, _PAINTING, PictureAsked, (_JSON,)),
     ("post", "/v1/images/edits"): Said(
-        Pictures, _STREAM, _PAINTING, EditAsked, (_FORM,), {"image": _FILES, "mask": _FILE}, ("image",)
+        Pictures, _STREAM, _PAINTING, EditAsked, (_FORM,), {"image": _FILES, "mask": _MASK}, ("image",)
     ),
-    ("post", "/v1/videos"): Said(Video, (), _PAINTING, ClipAsked, (_FORM, _JSON), {"input_reference": _FILE}),
+    ("post", "/v1/videos"): Said(Video, (), _PAINTING, ClipAsked, (_FORM, _JSON), {"input_reference": _REFERENCE}),
     ("get", "/v1/videos"): Said(Videos, refusals=(400, 404)),
     ("get", "/v1/videos/{video_id}"): Said(Video, refusals=(404,)),
     ("delete", "/v1/videos/{video_id}"): Said(VideoDeleted, refusals=(404,)),

@@ -48,9 +48,9 @@ async def create(request: Request) -> Response:
 @router.get("")
 def page(
     request: Request,
-    after: str | None = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(description="Those that follow this one.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="How many at most.")] = 20,
+    order: Annotated[Literal["asc", "desc"], Query(description="The oldest or the newest first.")] = "desc",
 ) -> Response:
     """Some clips, the newest first."""
     clips, more = _service(request).clips.page(after, limit, order == "desc")
@@ -73,7 +73,9 @@ def delete(request: Request, video_id: str) -> Response:
 
 
 @router.get("/{video_id}/content")
-def content(request: Request, video_id: str, variant: Variant = "video") -> Response:
+def content(
+    request: Request, video_id: str, variant: Annotated[Variant, Query(description="What of it.")] = "video"
+) -> Response:
     """A finished clip's file, all of it or a range."""
     path, kind = _service(request).clips.file(video_id, variant)
     return answers.File(
