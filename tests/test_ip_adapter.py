@@ -67,15 +67,20 @@ def made(title: str, dtype: torch.dtype = torch.float64, adapters: int | None = 
     return pipe
 
 
-def latents(pipe: Any, title: str, seed: int = 5, **changes: Any) -> np.ndarray | None:
+def call_of(pipe: Any, title: str, seed: int = 5, **changes: Any) -> dict[str, Any]:
+    """The arguments of a call, with pictures drawn from a seed."""
     name, _, adapters, own = CASES[title]
     known = inspect.signature(type(pipe).__call__).parameters
     wanted = arguments(name, type(pipe)) | own
     wanted["ip_adapter_image_embeds"] = ip_adapters.pictures(pipe, adapters, seed)
     if "negative_ip_adapter_image_embeds" in known:
         wanted["negative_ip_adapter_image_embeds"] = ip_adapters.pictures(pipe, adapters, seed + 1)
-    wanted = {key: value for key, value in (wanted | changes).items() if value is not None}
-    output = pipe(**wanted, generator=torch.Generator().manual_seed(0), output_type="latent")
+    wanted |= {"generator": torch.Generator().manual_seed(0), "output_type": "latent"} | changes
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def latents(pipe: Any, title: str, seed: int = 5, **changes: Any) -> np.ndarray | None:
+    output = pipe(**call_of(pipe, title, seed, **changes))
     return None if output is None else output.images.numpy()
 
 
@@ -140,12 +145,7 @@ def test_distrifusion_sees_the_rows_of_others_a_step_late_and_the_whole_picture(
 
 def together(place: Place, title: str) -> list[Any]:
     pipe = attach(made(title), place, split_batch=False, **STREAM)
-    calls = []
-    with pytest.MonkeyPatch.context() as patch:  # the arguments of each call
-        patch.setattr(type(pipe), "__call__", lambda _pipe, **wanted: calls.append(wanted))
-        for seed in (5, 9):
-            latents(pipe, title, seed)
-    outputs = pipe.patchpipe.together(calls)
+    outputs = pipe.patchpipe.together([call_of(pipe, title, seed) for seed in (5, 9)])
     return [None if output is None else output.images.numpy() for output in outputs]
 
 
