@@ -62,6 +62,7 @@ class _Pass(TorchFunctionMode):
         image: Which image tokens are its own.
         tokens: Image tokens of the latent.
         text_first: Whether text rows come before the image's.
+        adapted: Whether layers attend once more, to the picture and an IP-Adapter's.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class _Pass(TorchFunctionMode):
         image: Tensor,
         tokens: int,
         text_first: bool,
+        adapted: bool = False,
     ) -> None:
         super().__init__()
         self.changes, self.ahead = changes
         self.before, self.after, self.part, self.image = before, after, part, image
-        self.tokens, self.text_first = tokens, text_first
+        self.tokens, self.text_first, self.adapted = tokens, text_first, adapted
         self.layer = -1
         self.text_rows = 0
 
@@ -86,6 +88,11 @@ class _Pass(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
+        if self.adapted and query.shape[2] == self.tokens < key.shape[2]:
+            self.layer += 1
+            mixed, _ = self._mixed(key[:, :, : self.tokens], value[:, :, : self.tokens])
+            whole = [rows[:, :, self.tokens :] for rows in (key, value)]
+            return func(query, *(torch.cat(pair, 2) for pair in zip(mixed, whole, strict=True)), **named)
         if query.shape[2] != key.shape[2]:  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
@@ -153,7 +160,8 @@ def naive_distrifusion(
         count = parts if step >= warmup else 1  # where all is fresh, one part is as good as several
         for index, own in enumerate(torch.arange(rows).tensor_split(count)):
             moving = (changes[branch] if forecast else {}), ahead
-            attention = _Pass(before, moving, after, (index, count), tokens[own].flatten(), tokens.numel(), packed)
+            sizes = (index, count), tokens[own].flatten(), tokens.numel()
+            attention = _Pass(before, moving, after, *sizes, packed, getattr(model, "image_proj", None) is not None)
             with attention:
                 result = whole_forward(hidden_states, *args, **{**kwargs, "return_dict": False})[0]
             results.append(result.index_select(dim, units[own].flatten()))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import shares
+from patchpipe.models.adapters import PICTURES
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.refusals import no_guidance
 
@@ -135,7 +136,8 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
-    dim = 1 if name in plan.residuals else plan.batch_dims.get(name, 0)
+    pictures = name.endswith(f".{PICTURES}") and isinstance(value, list)  # one tensor for each adapter
+    dim = 1 if pictures or name in plan.residuals else plan.batch_dims.get(name, 0)
     if isinstance(value, (list, tuple)) and dim > 0:
         return [_along(each, dim - 1, f"{name}.{at}", batch, part, kept) for at, each in enumerate(value)]
     if isinstance(value, list) and len(value) == batch:

@@ -25,7 +25,7 @@ from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.early import Early, parts_of
-from patchpipe.stage.keys.store import LayerStore
+from patchpipe.stage.keys.store import LayerStore, again_of
 from patchpipe.stage.mixing import bordered, summed
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -332,10 +332,25 @@ class Stage:
         if listing.drops_masked:
             assert context.kept_keys is not None
             return attending.one_by_one(name, stores, context.kept_keys, listing.rows[listing.mask or ""].segments)  # type: ignore[union-attr]
-        if stores is None:
+        return self._adapted(self._stored(attending, name, segments), place.block.get_submodule(path), name)
+
+    def _stored(self, attending: Attending, name: str, segments: tuple[str, ...]) -> Attending:
+        """With the layer's store, if keys and values are kept."""
+        context = self.passage.at_work
+        if context.stores is None:
             return attending
         whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
-        return replace(attending, store=stores.setdefault(name, LayerStore(whole)))
+        return replace(attending, store=context.stores.setdefault(name, LayerStore(whole)))
+
+    def _adapted(self, attending: Attending, layer: Any, name: str) -> Attending:
+        """With what the attention of an IP-Adapter needs, if the layer has one."""
+        segments = self.plan.adapters.get(type(getattr(layer, "processor", None)).__name__)
+        if not segments:
+            return attending if segments is None else replace(attending, adapted=True)
+        seen = self.passage.at_work.seen
+        rows = Rows.of(segments, seen.sizes, seen.raster)
+        again = replace(attending, rows=rows, queries=None, masked=False, blanks=(), store=None)
+        return replace(attending, adapted=True, again=self._stored(again, again_of(name), segments))
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""

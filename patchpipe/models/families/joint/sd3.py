@@ -16,5 +16,6 @@ SD3 = ModelPlan(
     ),
     inputs=("pooled_projections",),
     residuals={"block_controlnet_hidden_states": of("image")},
+    adapters={"SD3IPAdapterJointAttnProcessor2_0": ("image",)},
     tensor="usual",
 )
