@@ -84,6 +84,7 @@ class Pretended:
             before, self.state = self.state, state
             self.changed.notify_all()
         self.engine.note(self)
+        self.engine.floor.note(self)
         if before != state:
             self.told["on_state"](self)
 
@@ -122,10 +123,30 @@ class Pretended:
         raise self.error or PatchpipeError(self.state)
 
 
+class Floor:
+    """The devices under several engines; notes what never may be: requests of two engines that run on one."""
+
+    def __init__(self) -> None:
+        self.running: set[Pretended] = set()
+        self.crowds: list[str] = []
+        self.lock = threading.Lock()
+
+    def note(self, ticket: Pretended) -> None:
+        with self.lock:
+            self.running.discard(ticket)
+            if ticket.state != "running":
+                return
+            for other in self.running:
+                if other.engine is not ticket.engine and set(other.ranks) & set(ticket.ranks):
+                    self.crowds.append(f"{ticket.arguments['prompt']} joins {other.arguments['prompt']}")
+            self.running.add(ticket)
+
+
 class Engine:
     """Has the ranks of an elastic engine, or all as one; notes what never may be: two groups on one rank."""
 
-    def __init__(self, ranks: int, carries: bool = True, elastic: bool = True) -> None:
+    def __init__(self, ranks: int, carries: bool = True, elastic: bool = True, floor: Floor | None = None) -> None:
+        self.floor = floor or Floor()
         self.elastic = Elastic(ranks) if elastic else None
         self.all, self.carries = tuple(range(ranks)), carries
         self.closed, self.loras, self.numbers = False, {}, itertools.count(1)

@@ -16,7 +16,7 @@ from patchpipe.serve.settings import Limits
 from patchpipe.serve.steer.costs import LiveCosts, Machine
 from patchpipe.serve.work.tickets import Ended, Painted
 from tests import steered
-from tests.steered import Engine, Heard, ask, states, until
+from tests.steered import Engine, Floor, Heard, ask, states, until
 
 
 def both(ranks: int = 2, carries: bool = True) -> dict[str, Any]:
@@ -88,12 +88,13 @@ def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Pa
     """Arrivals, cancellations, and engines that die, under every policy."""
     draw = random.Random(policy)
     made: list[Engine] = []
+    floor = Floor()
 
     def engine() -> Engine:
-        made.append(Engine(2))
+        made.append(Engine(2, floor=floor))
         return made[-1]
 
-    engines = {"pictures": engine, "clips": engine, "clips that stay": lambda: Engine(2, carries=False)}
+    engines = {"pictures": engine, "clips": engine, "clips that stay": lambda: Engine(2, carries=False, floor=floor)}
     with steered.service(tmp_path, engines, policy_named(policy, 2), limits=Limits(waiting=99)) as running:
         heard, asked = Heard(), []
         for number in range(40):
@@ -128,6 +129,7 @@ def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Pa
         if isinstance(end, Painted):
             assert len(end.outputs) == len(ticket.work.seeds)
     assert not [clash for one in made for clash in one.clashes]
+    assert not floor.crowds
 
 
 class Broken:
@@ -166,6 +168,25 @@ def test_what_cannot_be_in_time_is_turned_away_where_asked_for(tmp_path: Path) -
         ask(running, heard, "usual", steps=20)
         until(lambda: "usual" in heard.ends)
     assert figure(running, 'patchpipe_rejections_total{reason="deadline_cannot_be_met"}') == 1
+
+
+def test_a_picture_that_waits_is_told_when_it_can_be_in_time_no_more(tmp_path: Path) -> None:
+    whole = {"pictures": lambda: Engine(2, elastic=False)}
+    with steered.service(tmp_path, whole, policy_named("fcfs"), admission=True) as running:
+        heard = Heard()
+        ask(running, heard, "fine", steps=20)
+        until(lambda: heard.ends)  # so that it knows what a step takes
+        ask(running, heard, "long", steps=600, deadline_s=1e5)
+        until(lambda: states(running).get("long") == "running")
+        ask(running, heard, "hurried", steps=20, deadline_s=0.6)
+        ask(running, heard, "patient", steps=20, deadline_s=1e5)
+        until(lambda: "hurried" in heard.ends)
+        assert "long" not in heard.ends
+        end = heard.ends["hurried"]
+        assert isinstance(end, Ended)
+        assert (end.refusal.status, end.refusal.code) == (429, "deadline_missed")
+        until(lambda: len(heard.ends) == 4)
+        assert isinstance(heard.ends["patient"], Painted)
 
 
 def test_a_full_queue_and_an_end_leave_nobody_without_an_answer(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -260,6 +261,8 @@ def _show(console: Console, found: list[Figures], fitted: Bases, paper: bool) ->
         table.add_column(name, justify="right", no_wrap=True)
     for one in found:
         table.add_row(*_cells(one, several, paper), style="bold green" if one.policy == "balanced" else "")
+    needed = Measurement.get(console, console.options.update(width=200), table).maximum
+    console.width = max(console.width, needed)  # rather wrapped than cut off
     console.print(table)
     refused = {one.policy: one for one in found if one.refused > 0}
     for name, one in refused.items():

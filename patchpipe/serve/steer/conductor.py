@@ -153,6 +153,7 @@ class Conductor:
                     while news is not None:
                         self._take(news)
                         news = None if self._news.empty() else self._news.get()
+                    self._refuse_late()
                     self._decide()
                     self._changed.notify_all()
             except Exception:  # it must never end while a request is left
@@ -178,6 +179,16 @@ class Conductor:
             self._stands.follow(self._decider.decide(now, known), self._parts)
             self._stands.start(self._parts)
         self._review = now + self._until_review()
+
+    def _refuse_late(self) -> None:
+        """Tells pictures that wait and can be in time no more, where the service turns such away."""
+        now, seen = monotonic(), {one.ticket for one in self.snapshot() if one.state == "waiting"}
+        for part in list(self._parts):
+            ticket = part.ticket
+            if ticket in seen and ticket.work.kind == "picture" and self._decider.hopeless(now, part):
+                message = "this would be late by now, and late requests are turned away here"
+                late = Refusal(429, message, code="deadline_missed", param="deadline_s", retry_after=self._usual)
+                self._end(ticket, late)
 
     def _may_run(self, part: Part) -> bool:
         return self._models[part.model].usable and not (self._draining and part.ticket.work.kind == "clip")

@@ -72,6 +72,12 @@ class Decider:
             self._failed()
             return None
 
+    def hopeless(self, now: float, part: Part) -> bool:
+        """Whether a request that has not begun can be in time no more, where such are turned away."""
+        if self._scheduler.admission is None or part.ticket.work.deadline_s is None:
+            return False
+        return now + alone(self.costs, part.shape, part.total, self.machine.devices) > part.ticket.due
+
     def usual_seconds(self, part: Part) -> float:
         """Seconds in which a request that names no deadline should be there."""
         return self._scale * alone(self.costs, part.shape, part.total, self.machine.devices)
