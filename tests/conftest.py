@@ -15,9 +15,24 @@ import pytest
 import torch
 
 from patchpipe.engine.processes import warm
+from tests.some import MARK, leave_some
 
 LOADED = pytest.StashKey[int]()
 MANY = 20  # modules
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every", action="store_true", help="run every row of every table, not only some that stand for all"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARK)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_some(config, items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

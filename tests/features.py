@@ -135,7 +135,7 @@ CONTROL = "test_controlnet.py::test_a_control_net_is_exact_and_streams_as_it_sho
 STEADY = "test_request.py::test_every_scheduler_streams_and_equals_one_process"
 VIDEO = "test_video.py::test_every_family_streams_as_the_oracle_does"
 RELATIVES = "test_laws.py::test_law_1_synchronous_is_exact_for_relatives"
-IP_ADAPTER = "test_recipes.py::test_ip_adapter_is_refused_by_name"
+IP_ADAPTER = "test_ip_adapter.py::test_an_ip_adapter_is_exact_and_streams_as_it_should"
 LAYER = "`apply_layer_skip()` is refused"
 ONCE = "guidance is read before the steps"
 FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
@@ -153,10 +153,7 @@ FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
         Here("Wan mask", "VACE"),
     ),
     "ControlNet": (There(CONTROL), There(CONTROL), There(CONTROL), There(VIDEO, "VACE")),
-    "IP-Adapter": (
-        Refused(IP_ADAPTER, "unload it"), Refused(IP_ADAPTER, "unload it"), Not("ip_adapter_image"),
-        Not("ip_adapter_image"),
-    ),
+    "IP-Adapter": (There(IP_ADAPTER), There(IP_ADAPTER), Not("ip_adapter_image"), Not("ip_adapter_image")),
     "several pictures or clips per prompt": (
         Here("FLUX prompts"), Here("SD3 prompts"), Here("Qwen prompts"), Here("Wan prompts"),
     ),
@@ -185,7 +182,7 @@ FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     ),
     "guidance: skip-layer": (
         Not("skip_guidance_layers", note=LAYER),
-        Refused("test_laws.py::test_law_6_never_silently_wrong", "leave out `skip_guidance_layers`"),
+        There("test_skip_layers.py::test_blocks_that_a_call_leaves_out_hand_their_streams_through"),
         Not("skip_guidance_layers", note=LAYER), Not("skip_guidance_layers", note=LAYER),
     ),
     "guidance: perturbed attention (PAG)": (

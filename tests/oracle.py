@@ -10,6 +10,7 @@ are NaN: to read one would show.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -91,6 +92,7 @@ IMAGES = {
     **dict.fromkeys(("DiTTransformer2DModel", "HiDreamImageTransformer2DModel", "HunyuanDiT2DModel"), PICTURE),
     "Krea2Transformer2DModel": replace(TEXT_THEN_TOKENS, aside=("text_fusion",)),
     "ErnieImageTransformer2DModel": replace(PICTURE, pixels=1),
+    "HunyuanImageTransformer2DModel": replace(PICTURE, pixels=1, aside=("context_embedder",)),
     "SanaTransformer2DModel": replace(PICTURE, mixes=True),
     "PRXTransformer2DModel": replace(TEXT_THEN_PICTURE, joined=True),
 }  # fmt: skip
@@ -176,6 +178,7 @@ class _Pass(TorchFunctionMode):
         joined: bool = False,
         references: tuple[int, bool, bool] = (0, False, False),
         text: tuple[int, int] = (0, 1),
+        adapted: bool = False,
     ) -> None:
         super().__init__()
         self.part_of_text = text  # which part of the text this pass refreshes, of how many
@@ -186,6 +189,7 @@ class _Pass(TorchFunctionMode):
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.begins, self.after = begins, after  # riders that stand after the picture; all, if not said
         self.layer, self.idle, self.sound, self.joined = -1, False, sound, joined
+        self.adapted = adapted  # whether layers attend once more, to the picture and an adapter's
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not scaled_dot_product_attention or self.idle:
@@ -193,6 +197,8 @@ class _Pass(TorchFunctionMode):
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
         known = self.sound and key.shape[2] in (self.sound, self.tokens)
+        if self.adapted and query.shape[2] == self.tokens < key.shape[2]:  # the picture, and then an adapter's
+            return func(query, *self._with_adapter(key, value), **named)
         if query.shape[2] != key.shape[2] and not (known or self.joined):  # cross-attention: the text does not change
             return func(*args, **(kwargs or {}))
         self.layer += 1
@@ -200,6 +206,13 @@ class _Pass(TorchFunctionMode):
         if named.get("attn_mask") is not None:  # of keys, the same in every pass
             named["attn_mask"] = named["attn_mask"][..., seen]
         return func(query, *rows, **named)
+
+    def _with_adapter(self, *computed: Tensor) -> list[Tensor]:
+        """Of the picture's rows what is known of them; an adapter's follow from the time alone and are never old."""
+        self.layer += 1
+        own, whole = zip(*(rows.split([self.tokens, rows.shape[2] - self.tokens], 2) for rows in computed), strict=True)
+        shown, _ = self._rows(*own)
+        return [torch.cat(pair, 2) for pair in zip(shown, whole, strict=True)]
 
     def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
         blank = [torch.full_like(rows, torch.nan) for rows in computed]
@@ -280,7 +293,8 @@ class _Naive:
         self.ahead: set[int] = set()  # branches that have had a forecast
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.mixed: list[dict[Any, Any]] = [{} for _ in range(branches)]
-        self.calls = 0
+        self.calls, self.adapted = 0, getattr(model, "image_proj", None) is not None
+        self.apart: dict[tuple[int, ...], _Naive] = {}  # those whose calls leave out the same blocks
         self.attention: _Pass | None = None
         for part in _aside(model):  # attention among text alone, whole in every pass
             part.forward = self._aside(part.forward)
@@ -297,6 +311,18 @@ class _Naive:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if left_out := tuple(given.get("skip_layers") or ()):
+            return self._leaving(left_out)._passes(given, args, kwargs)
+        return self._passes(given, args, kwargs)
+
+    def _leaving(self, blocks: tuple[int, ...]) -> _Naive:
+        """What knows the keys and values of a branch whose calls leave out blocks: of other calls it knows nothing."""
+        if blocks not in self.apart:
+            self.apart[blocks] = branch = copy.copy(self)
+            branch.calls, branch.tables, branch.mixed, branch.times, branch.ahead = 0, [{}], [{}], [[]], set()
+        return self.apart[blocks]
+
+    def _passes(self, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         self._begin(given)
         step, branch = divmod(self.calls, len(self.tables))
         pace = self._pace(branch, given) if self.forecast else None
@@ -329,7 +355,7 @@ class _Naive:
             joined = self.facts is not None and self.facts.joined
             text = index, 1 if len(patches) == 1 else self.text_patches
             self.attention = _Pass(
-                self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references, text
+                self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references, text, self.adapted
             )
             with self.attention, self._mixing(branch, fresh, tokens_per_row):
                 result = self.forward(*args, **{**kwargs, "return_dict": False})
@@ -351,7 +377,9 @@ class _Naive:
         places = [(row, column) for row in range(rows) for column in range(width)]
         stands_for = [row // 2 * 2 * width + column // 2 * 2 for row, column in places]
         sample = sorted(set(stands_for))
-        self.attention = _Pass(self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for)
+        self.attention = _Pass(
+            self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for, adapted=self.adapted
+        )
         with self.attention:
             self.forward(*args, **{**kwargs, "return_dict": False})
 
@@ -389,6 +417,7 @@ class _Naive:
 
 def _aside(model: Any) -> list[Any]:
     facts, found = FACTS.get(type(model).__name__, Facts()), list(getattr(model, "context_refiner", ()))
+    found += [model.image_proj] if getattr(model, "image_proj", None) is not None else []
     for path in facts.aside:
         part = model.get_submodule(path.removesuffix(".*"))
         found += list(part) if path.endswith(".*") else [part]

@@ -59,6 +59,7 @@ def attached_and_restored(place: Place, name: str) -> None:
         assert torch.equal(paint(pipe, name), expected)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", ["flux", "flux-guided", "sd3", "sd35", "pixart", "pixart-sigma", "qwen"])
 def test_a_restored_pipeline_is_what_it_was(name: str) -> None:
     attached_and_restored(Place(0, 1, None), name)

@@ -125,6 +125,7 @@ def paint(name: str, **layout: Any) -> Tensor:
     return next(one for one in made if one is not None)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_law_2_a_coarse_start_does_not_depend_on_the_number_of_stages(name: str) -> None:
     alone = paint(name)

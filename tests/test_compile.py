@@ -39,6 +39,7 @@ GRAPHS: tuple[tuple[str, dict[str, int]], ...] = (
 KERNELS = "pixart"
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(("name", "graphs"), GRAPHS)
 def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) -> None:
     """One with text rows and one without; batches of two warm up one entry at a time, and stream whole."""
@@ -73,6 +74,7 @@ def test_kernels_paint_the_same_whatever_the_stages() -> None:
     assert two["graphs"] == alone["graphs"] == {"BasicTransformerBlock": 1}
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("count", [1, 2])
 def test_law_6_compiled_layouts_are_tested(count: int) -> None:
     assert {len(methods) for methods in COMPILED} == {1, 2}

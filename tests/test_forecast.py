@@ -161,6 +161,7 @@ def paint(name: str, blocks: int = 4, **layout: Any) -> Tensor:
 FAMILIES = ("flux", "sd35", "pixart", "qwen", "flux2", "zimage", "cogview4", "wan", "ltx")
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_law_2_a_forecast_does_not_depend_on_the_number_of_stages(name: str) -> None:
     alone = paint(name)
@@ -278,6 +279,7 @@ def decibels(pipe: Any, expected: np.ndarray, **options: Any) -> float:
 
 
 def picture(pipe: Any) -> Any:
+    torch.manual_seed(0)  # of schedulers that draw: these pipelines hand them no generator
     call = {"height": 128, "width": 128, "num_inference_steps": 16, "max_sequence_length": 32}
     output = pipe("red heart, flat style", generator=torch.Generator().manual_seed(0), output_type="np", **call)
     return None if output is None else output.images

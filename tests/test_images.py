@@ -56,6 +56,7 @@ def layouts_of(name: str) -> list[dict[str, int]]:
     return [layout for layout in TWO if name not in tiny_images.UNSHARED or not {"ulysses", "ring"} & set(layout)]
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", [name for name in NAMES if layouts_of(name)])
 def test_every_family_paints_what_one_device_paints(name: str) -> None:
     with over("nccl"):
@@ -80,6 +81,7 @@ def from_disk(place: Place, folder: Path, name: str, expected: np.ndarray) -> No
     assert place.rank != 0 or np.array_equal(np.asarray(tiny.painted(made)), expected)
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_from_disk_is_bit_equal_where_all_steps_are_synchronous(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path / name)

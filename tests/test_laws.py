@@ -202,6 +202,7 @@ def synchronous(name: str, stages: int) -> list[Layout]:
     return SYNCHRONOUS[(THOROUGH.index(name) + stages) % 3 :: 3]
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("name", THOROUGH)
 def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) -> None:
     expected = plain(folder(name), name, SYNCHRONOUS, CALLS)
@@ -212,6 +213,7 @@ def test_law_1_synchronous_is_exact(name: str, folder: Callable[[str], Path]) ->
         must_equal(ranks, {title: expected[title] for title in labels(layouts, CALLS)}, f"N={stages}")
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", RELATIVES)
 def test_law_1_synchronous_is_exact_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
     layouts = [{"patches": 3, "warmup": "all"}]
@@ -248,6 +250,7 @@ PLACED: dict[int, list[Layout]] = {
 }
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("name", THOROUGH)
 def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]) -> None:
     oracle = alone(folder(name), name, [layout for stages in STAGES for layout in patched(stages)], CALLS)
@@ -260,6 +263,7 @@ def test_law_2_the_schedule_never_shows(name: str, folder: Callable[[str], Path]
     assert not np.allclose(stale, fresh, rtol=1e-3), "staleness changes nothing here: nothing was tested"
 
 
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize("name", MODELS)
 def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(name: str, folder: Callable[[str], Path]) -> None:
     for stages, layouts in PLACED.items():
@@ -267,6 +271,7 @@ def test_law_2_the_schedule_never_shows_wherever_parts_are_placed(name: str, fol
         must_equal(ranks_of(stages, serve, folder(name), name, layouts, UNEVEN), expected, f"N={stages}")
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("name", RELATIVES)
 def test_law_2_the_schedule_never_shows_for_relatives(name: str, folder: Callable[[str], Path]) -> None:
     layouts = [
@@ -319,6 +324,7 @@ def expected_rows(title: str, steps: int, image: int, text: int) -> int:
     return steps * (text if any(part in title for part in ("context", ".add_", "_add_", "txt_")) else image)
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("stages", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_law_3_text_once_per_step(name: str, stages: int, folder: Callable[[str], Path]) -> None:
@@ -359,6 +365,7 @@ def in_memory(parameter: Tensor) -> bool:
 SPREAD_OUT = {"text_encoder": 2, "text_encoder_2": 1, "text_encoder_3": 0}  # rank 0 has the VAE
 
 
+@pytest.mark.some
 @pytest.mark.parametrize(
     "layout", [{}, {"text_rank": 1, "output_rank": 2}, {"text_rank": "spread"}], ids=["default", "placed", "spread"]
 )
@@ -393,6 +400,7 @@ def in_a_row(place: Place, folder: Path, name: str, calls: list[Call]) -> list[n
     return [paint(pipe, name, call) for call in calls]
 
 
+@pytest.mark.some(of=4, first=1)
 @pytest.mark.parametrize("name", MODELS)
 def test_law_5_a_request_leaves_nothing_behind(name: str, folder: Callable[[str], Path]) -> None:
     together = under_rules(2, in_a_row, folder(name), name, [SMALL, LARGE, SMALL])[0]
@@ -401,6 +409,7 @@ def test_law_5_a_request_leaves_nothing_behind(name: str, folder: Callable[[str]
         assert np.array_equal(made, fresh), f"request {index} is off by {np.abs(made - fresh).max()}"
 
 
+@pytest.mark.some(of=4, first=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_law_5_nor_does_a_request_that_fails(name: str, folder: Callable[[str], Path]) -> None:
     pipe = patchpipe.from_pretrained(folder(name), ParallelConfig(patches=3, warmup=1))
@@ -446,6 +455,7 @@ def from_an_image(place: Place, name: str, warmup: int | str) -> list[np.ndarray
     return made
 
 
+@pytest.mark.some(of=3, first=2)
 @pytest.mark.parametrize("name", IMAGE_TO_IMAGE)
 def test_law_5_also_when_requests_start_late(name: str) -> None:
     for warmup in (1, "all"):
@@ -461,9 +471,8 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
-        ("flux", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
-        ("sd3", "skip_layers", [1]),
-        ("sd3", "joint_attention_kwargs", {"ip_adapter_image_embeds": [0]}),
+        ("flux", "joint_attention_kwargs", {"ip_adapter_masks": [0]}),
+        ("sd3", "joint_attention_kwargs", {"ip_hidden_states": [0]}),
         ("qwen", "guidance", [0]),
         ("qwen", "additional_t_cond", [0]),
         ("qwen", "attention_kwargs", {"gligen": [0]}),
@@ -497,6 +506,7 @@ def test_law_6_an_unknown_model_is_named_beside_the_known_ones(tmp_path: Path) -
         patchpipe.from_pretrained(tmp_path)
 
 
+@pytest.mark.some(of=4, first=3)
 @pytest.mark.parametrize("name", MODELS)
 def test_law_6_a_layout_that_does_not_fit_is_refused(name: str, folder: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match="pipefusion=5 is more stages than the 4 blocks"):
@@ -582,6 +592,7 @@ def _afflict(runner: Any, affliction: str) -> None:
     runner.stages[0].run = ill
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("affliction", ["raise", "exit", "kill", "sleep"])
 @pytest.mark.parametrize("name", THOROUGH)
 def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Path]) -> None:

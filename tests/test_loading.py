@@ -111,6 +111,7 @@ def test_one_file_or_many_give_the_same_picture(folder: Path, size: str) -> None
     assert torch.equal(paint(load(folder)), expected)
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "bf16"])
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_dtypes_are_those_of_diffusers(name: str, dtype: str, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_loaded_before_or_after_is_bit_equal_to_plain_diffusers(
@@ -113,6 +114,7 @@ def test_lora_loaded_before_or_after_is_bit_equal_to_plain_diffusers(
     assert not torch.equal(two, expected), "no patch streamed: nothing was tested"
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.3, 0.0])
 def test_strength_of_a_call(name: str, scale: float, files: dict[str, Path]) -> None:
@@ -197,6 +199,7 @@ TITLES = [
 ]  # fmt: skip
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", TITLES)
 def test_every_method_of_diffusers_after_parallelize(title: str, files: dict[str, Path]) -> None:
     recipe = recipes(files, "flux")[title]
@@ -204,6 +207,7 @@ def test_every_method_of_diffusers_after_parallelize(title: str, files: dict[str
     assert torch.equal(parallel("flux", {"pipefusion": 2, **EXACT}, after=recipe), expected)
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("title", TITLES)
 def test_every_method_with_split_matrices(title: str, files: dict[str, Path]) -> None:
     recipe = recipes(files, "flux")[title]
@@ -212,6 +216,7 @@ def test_every_method_with_split_matrices(title: str, files: dict[str, Path]) ->
         assert relative(parallel("flux", {"tensor": 2, **EXACT}, **{when: recipe}), expected) < SUMS, when
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("name", NAMES)
 def test_lora_with_tensor_parallelism_and_stages(name: str, files: dict[str, Path]) -> None:
     recipe = partial(load, files[name])

@@ -44,6 +44,7 @@ def bytes_by_step(place: Place, name: str, layout: dict[str, Any]) -> list[int]:
     return found
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("layout", [{"patches": 3}, {"pipefusion": 2, "patches": 3}, {"distrifusion": 2}], ids=str)
 @pytest.mark.parametrize("name", ["flux", "pixart"])
 def test_no_step_leaves_anything_behind(name: str, layout: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ EACH = [(name, layout, "nccl") for layout in LAYOUTS for name in MODELS]
 EACH += [("pixart", layout, "gloo") for layout in LAYOUTS if ranks_of(layout) == 4]
 
 
+@pytest.mark.some
 @pytest.mark.parametrize(("name", "layout", "transport"), EACH, ids=str)
 def test_layouts_paint_what_one_device_paints(name: str, layout: dict[str, int], transport: str) -> None:
     call: dict[str, Any] = {}
@@ -69,6 +70,7 @@ def test_layouts_paint_what_one_device_paints(name: str, layout: dict[str, int],
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("layout", FAMILY_LAYOUTS, ids=str)
 def test_every_family_paints_what_one_device_paints(name: str, layout: dict[str, int]) -> None:
@@ -80,6 +82,7 @@ def test_every_family_paints_what_one_device_paints(name: str, layout: dict[str,
     assert max(errors.values()) <= parity.tolerance(name), errors
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("name", MODELS)
 def test_data_parallel_pictures_are_those_of_one_device(name: str) -> None:
     """Picture k is the same whatever the degree: of one prompt or of several, with one seed or one for each."""
@@ -122,6 +125,7 @@ def test_pipefusion_sends_what_its_formula_says():
     assert last[key]["sent_bytes"] == image * 16 * size * steps
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("layout", [{"cfg": 2}, {"data": 2}], ids=str)
 @pytest.mark.parametrize("name", ["flux", "sd3"])  # two calls a step, and one call of both branches
 def test_ranks_of_branches_and_pictures_send_their_predictions_alone(name, layout):
@@ -139,6 +143,7 @@ HOLDING: dict[int, list[dict[str, int]]] = {  # how tensor divides matrices is i
 }
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("ranks", HOLDING)
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_take_what_their_formula_says(name, ranks, tmp_path):
@@ -174,6 +179,7 @@ KEEPING: dict[int, list[dict[str, int]]] = {  # distrifusion, which cuts no patc
 }
 
 
+@pytest.mark.some(of=3, first=2)
 @pytest.mark.parametrize("ranks", KEEPING)
 def test_keys_and_values_take_what_their_formula_says(ranks):
     """2·p·h·L/N elements for the batch, over the heads' ranks; a ring's ranks keep all (arXiv 2405.14430, table 1)."""

@@ -24,6 +24,7 @@ def picture(place: Place, folder: Path, name: str, options: dict[str, object]) -
     return None if output is None else output.images
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_strips_make_the_same_picture(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path)

@@ -38,6 +38,7 @@ def paint(place: Place, name: str, layout: dict[str, Any], every: int | None) ->
     return output and np.asarray(output.images), seen, pipe.patchpipe.last.materialisations
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("name", tiny.MODELS)
 @pytest.mark.parametrize(
     "layout", [{"pipefusion": 2, "patches": 2}, {"pipefusion": 2, "patches": 2, "output_rank": 1}], ids=str

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.hooks import SeaCacheConfig, TextKVCacheConfig
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
 import patchpipe
 from patchpipe import ParallelConfig
@@ -126,6 +127,7 @@ WORKS: dict[str, Recipe] = {
 }
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", WORKS)
 def test_recipes_before_parallelize_that_paint_the_same(title: str) -> None:
     recipe = WORKS[title]
@@ -175,12 +177,14 @@ WITHIN: dict[str, Recipe] = {
 }
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("title", [*ACROSS, *WITHIN])
 def test_step_caches_are_right_where_every_step_is_whole(title: str) -> None:
     stages = [{"pipefusion": 2, **EXACT}] if title in WITHIN else []
     check_equal("flux", (ACROSS | WITHIN)[title], ALONE, EXACT, *stages)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", [*ACROSS, *WITHIN])
 def test_step_caches_are_refused_by_name_elsewhere(title: str) -> None:
     layouts = [STREAM, {"pipefusion": 2, **STREAM}, {"cfg": 2, **EXACT}, {"ulysses": 2, **EXACT}, {"tensor": 2}]
@@ -317,8 +321,12 @@ def test_casting_and_offloading_are_refused_where_matrices_are_split() -> None:
                 check_recipes(changed("flux", recipe), ParallelConfig(**layout))
 
 
-def test_ip_adapter_is_refused_by_name() -> None:
+def test_an_ip_adapter_that_no_test_runs_is_refused_by_name() -> None:
+    """That of another class; or one whose processors are not there."""
+    other = tiny.pipeline("qwen")
+    other.transformer.transformer_blocks[0].attn.processor = FluxIPAdapterAttnProcessor(2, 2)
     pipe = tiny.pipeline("flux")
     pipe.transformer.encoder_hid_proj = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"^IP-Adapter attends .* call pipe\.unload_ip_adapter\(\)"):
-        patchpipe.parallelize(pipe, ParallelConfig())
+    for given in (other, pipe):
+        with pytest.raises(ValueError, match=r"^an IP-Adapter that is not tested .* call pipe\.unload_ip_adapter\(\)"):
+            patchpipe.parallelize(given, ParallelConfig())

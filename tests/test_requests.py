@@ -384,6 +384,7 @@ def act_on_one_rank(place: Place, act: Any, rank: int) -> tuple[str, str, float]
     return error_of(lambda: paint(pipe, num_inference_steps=6, callback_on_step_end=on_step))
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("act", "words"),

@@ -75,6 +75,7 @@ def whole_call(model: nn.Module, plan: Any, inputs: dict[str, Any], stages: int)
     return result
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("stages", [1, 2, 4])
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
@@ -86,6 +87,7 @@ def test_stages_one_after_the_other_are_the_model(name: str, stages: int) -> Non
     assert torch.equal(made, expected)
 
 
+@pytest.mark.some
 @pytest.mark.parametrize("halves", [True, False])
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()

@@ -79,6 +79,7 @@ SPLIT: list[tuple[list[str], list[Layout]]] = [
 ]
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(("names", "layouts"), SPLIT, ids=["2", "3", "4"])
 def test_split_matrices_paint_what_whole_ones_paint(names: list[str], layouts: list[Layout]) -> None:
     """Synchronous steps equal plain diffusers, streaming ones the same schedule on one process."""
@@ -115,6 +116,7 @@ WIDTHS = {"flux": 32, "sd35": 32, "pixart": 48}
 ANSWERS = {"flux": IMAGE * 16, "sd35": IMAGE * 16, "pixart": IMAGE * 32}  # the first rank's, to each other one
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize(("names", "degree"), [(["flux", "sd35"], 2), (["pixart"], 3)], ids=["2", "3"])
 def test_tensor_sends_what_its_formula_says(names: list[str], degree: int) -> None:
     """``2·(T-1)/T`` of every sum from each rank, patched or not: text rides with one patch (arXiv 1909.08053)."""

@@ -13,12 +13,14 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderDC,
+    AutoencoderKLHunyuanImage,
     BriaFiboPipeline,
     BriaFiboTransformer2DModel,
     BriaPipeline,
     BriaTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    ClassifierFreeGuidance,
     CogVideoXDDIMScheduler,
     CogView3PlusPipeline,
     CogView3PlusTransformer2DModel,
@@ -35,6 +37,8 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
+    HunyuanImagePipeline,
+    HunyuanImageTransformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
@@ -337,6 +341,35 @@ def _kandinsky5_call(*_: int) -> dict[str, Any]:
     return found
 
 
+def _hunyuan_image(blocks: int) -> HunyuanImagePipeline:
+    """Latents of a 32nd of the picture's height and width, as they are."""
+    transformer = HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=blocks // 2,
+        num_single_layers=blocks - blocks // 2, num_refiner_layers=1, text_embed_dim=WIDTH, text_embed_2_dim=WIDTH,
+        rope_axes_dim=(8, 8),
+    )  # fmt: skip
+    vae = AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32,) * 6, layers_per_block=1,
+        spatial_compression_ratio=32, sample_size=64, scaling_factor=0.5,
+    )  # fmt: skip
+    text = {"text_encoder": tiny._t5(), "tokenizer": tiny._t5_tokenizer()}  # under two names
+    return HunyuanImagePipeline(
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), **text,
+        **{f"{name}_2": part for name, part in text.items()}, guider=ClassifierFreeGuidance(guidance_scale=3.0),
+    )  # fmt: skip
+
+
+def _hunyuan_image_call(*_: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for seed, kind in enumerate(("", "negative_")):
+        for which, rows in (("", 7), ("_2", 4)):
+            mask = torch.ones(1, rows, dtype=torch.int64)
+            mask[:, rows - 1 - seed :] = 0
+            found[f"{kind}prompt_embeds{which}"] = _embeddings(seed, 1, rows, WIDTH)
+            found[f"{kind}prompt_embeds_mask{which}"] = mask
+    return found
+
+
 BUILD: dict[str, Callable[[int], Any]] = {
     "chroma": _chroma,
     "ovis": _ovis,
@@ -355,6 +388,7 @@ BUILD: dict[str, Callable[[int], Any]] = {
     "fibo": _fibo,
     "hidream": _hidream,
     "hunyuan-dit": _hunyuan_dit,
+    "hunyuan-image": _hunyuan_image,
     "kandinsky5-picture": _kandinsky5,
     "sana": _sana,
     "dit": _dit,
@@ -392,6 +426,7 @@ CALLS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "fibo": lambda *_: {**TEXT, "max_sequence_length": 64},
     "hidream": _hidream_call,
     "hunyuan-dit": _hunyuan_dit_call,
+    "hunyuan-image": _hunyuan_image_call,
     "dit": lambda *_: {"class_labels": [3], "guidance_scale": 3.0},
     "kandinsky5-picture": _kandinsky5_call,
     "sana": lambda *_: {
@@ -411,6 +446,7 @@ TWO_CALLS = (
     "krea2",
     "lumina2",
     "glm",
+    "hunyuan-image",
     "kandinsky5-picture",
 )  # to guide
 EXACT = ("flux", "qwen", "chroma", "ovis", "longcat", "bria")  # the others compute norms or rotations in float32
@@ -418,7 +454,7 @@ UNSHARED = ("sana",)  # whose patches no ranks can share
 UNCUT = ("kandinsky5-picture",)  # a clip of one frame, and clips are cut by frames
 DTYPES = {"kandinsky5-picture": torch.float32}  # which cannot do other
 REFERENCES = {"flux-kontext": 4 * 2, "flux2-edit": 4 * 4, "qwen-edit": 6 * 2, "qwen-edit-plus": 6 * 2 + 4 * 4}  # tokens
-ROWS = {"dit": 7, "glm": 10, "sana": 10}
+ROWS = {"dit": 7, "glm": 10, "hunyuan-image": 7, "sana": 10}
 
 
 def call_arguments(
@@ -427,6 +463,8 @@ def call_arguments(
     """Call settings that suit a tiny pipeline of pictures."""
     if name in ("glm", "sana"):  # which take multiples of 32 pixels
         height, width = 160, 64
+    if name == "hunyuan-image":
+        height, width = 7 * 32, 3 * 32
     size = {} if name == "dit" else {"height": height, "width": width}
     guidance = {} if guided else {"guidance_scale": 1.0}
     return {**size, "num_inference_steps": steps, **CALLS[name](height, width), **guidance}

@@ -27,6 +27,7 @@ from patchpipe.models.families.dual.chroma import CHROMA
 from patchpipe.models.families.dual.fibo import BRIA_FIBO
 from patchpipe.models.families.dual.flux import FLUX
 from patchpipe.models.families.dual.flux2 import FLUX2
+from patchpipe.models.families.dual.hunyuan_image import HUNYUAN_IMAGE
 from patchpipe.models.families.dual.longcat import LONGCAT_IMAGE
 from patchpipe.models.families.dual.ovis import OVIS_IMAGE
 from patchpipe.models.families.joint.auraflow import AURAFLOW
@@ -48,7 +49,7 @@ from patchpipe.models.refused import REFUSED
 PLANS: tuple[ModelPlan, ...] = (
     *(FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX),
     *(CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, KREA2, LUMINA2, ERNIE_IMAGE, AURAFLOW, COGVIEW3_PLUS, GLM_IMAGE),
-    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, SANA, DIT, PRX),
+    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX),
     *(LTX2, HUNYUAN_VIDEO, COGVIDEOX, HUNYUAN_VIDEO_15, FRAMEPACK, MOCHI, COSMOS, KANDINSKY5, ALLEGRO, EASY_ANIMATE),
     *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE),
 )

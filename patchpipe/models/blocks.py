@@ -70,6 +70,8 @@ class BlockList:
         emits: What a block returns before its streams, which the root keeps and adds to those of a later list: rows
             like its first stream's. It goes from stage to stage likewise, to the last block.
         passes: Arguments a block takes and does not return, though blocks of a later list begin with them.
+        left_out_by: Input of the model with the places of those of these blocks that a call leaves out. The root is not
+            given it: it calls all blocks, and these hand their streams through.
         counts: Arguments that say how many of the picture's tokens, from its first on, are special, such as those of
             a given first frame. A patch is told how many of them it has.
         text_parameters: Parts of parameter names that serve the text stream alone. Where no parameter of a block has
@@ -96,6 +98,7 @@ class BlockList:
     links: tuple[str, ...] = ()
     emits: tuple[str, ...] = ()
     passes: tuple[str, ...] = ()
+    left_out_by: str = ""
     counts: tuple[str, ...] = ()
     text_parameters: tuple[str, ...] = usual.TEXT_PARAMETERS
     per_call: tuple[str, ...] = usual.BLOCK_TIME
@@ -141,6 +144,11 @@ class BlockPlace:
         """The segments of each of its layers whose keys and values the patches change, by path."""
         listed = self.listing.attention.items()
         return {path: mixed for path, mixed in listed if mixed and part_of(self.block, path) is not None}
+
+    def left_out(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call of the model with these inputs leaves it out."""
+        given = inputs.get(self.listing.left_out_by)
+        return given is not None and self.index in given
 
     def layer(self, path: str) -> str:
         """The name in the model of one of its layers."""

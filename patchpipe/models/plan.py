@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models import usual
+from patchpipe.models.adapters import PICTURES, PROJECTIONS, check_batch
 from patchpipe.models.blocks import BlockList, BlockPlace, Holds
 from patchpipe.models.latent import IMAGE, REFERENCE, Latent
 from patchpipe.models.lora import SCALE
@@ -38,6 +39,8 @@ class ModelPlan:
             ControlNet, and whose rows each of them has.
         unbatched_inputs: Inputs without a batch dim, beside those that are mostly called so.
         batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
+        adapters: Attention processors of IP-Adapters that are tested, by class name, and the segments whose keys their
+            own attention has beside those of the adapter's picture; none for those of the picture alone.
         idle_inputs: Inputs that are objects, and what shows that one changes nothing here; else they are refused.
         time: The input that falls, or rises, with the noise level.
         text: The input that identifies the prompt, which tells guidance branches apart.
@@ -77,6 +80,7 @@ class ModelPlan:
     residuals: Mapping[str, Holds] = field(default_factory=dict)
     unbatched_inputs: tuple[str, ...] = ()
     batch_dims: Mapping[str, int] = field(default_factory=dict)
+    adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     idle_inputs: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
     time: str = "timestep"
     text: str = "encoder_hidden_states"
@@ -104,7 +108,12 @@ class ModelPlan:
     @property
     def known_inputs(self) -> tuple[str, ...]:
         """Inputs beside the latent that it may be called with."""
-        return tuple(dict.fromkeys((self.text, self.time, *self.inputs)))
+        return tuple(dict.fromkeys((self.text, self.time, *self.inputs, *self.leaving_out)))
+
+    @property
+    def leaving_out(self) -> tuple[str, ...]:
+        """Inputs that say which blocks a call leaves out; the root is not given them."""
+        return tuple(listing.left_out_by for listing in self.blocks if listing.left_out_by)
 
     @property
     def joint(self) -> bool:
@@ -175,7 +184,9 @@ class ModelPlan:
                 )
         for name in self.lengths if self.same_lengths else ():
             self._check_lengths(inputs[name])
-        return {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
+        inputs = {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
+        check_batch(inputs, inputs[self.latent].shape[0])
+        return inputs
 
     def _check_lengths(self, mask: Tensor) -> None:
         lengths = mask.sum(-1).tolist() if len(mask) > 1 else []
@@ -203,7 +214,8 @@ class ModelPlan:
 
     def shared_in_call(self, model: nn.Module) -> tuple[str, ...]:
         """Modules whose result is the same for every patch of a call."""
-        return *self.per_call, *(path for path in usual.per_call(model) if path not in self.per_request)
+        projections = PROJECTIONS if self.adapters else ()
+        return *self.per_call, *projections, *(path for path in usual.per_call(model) if path not in self.per_request)
 
     def shared_in_request(self, model: nn.Module) -> dict[str, tuple[str, ...]]:
         """Modules whose result follows from these inputs alone."""
@@ -213,7 +225,7 @@ class ModelPlan:
     def unbatched(self, name: str, value: Any) -> bool:
         """Whether an input has no batch dim."""
         of_one = name in usual.IDS and isinstance(value, Tensor) and value.ndim == 2
-        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs)
+        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs, *self.leaving_out)
 
     def _ignorable(self, name: str, value: Any) -> bool:
         if value is None or value is False or (name in self.idle_inputs and self.idle_inputs[name](value)):
@@ -221,7 +233,8 @@ class ModelPlan:
         if name not in usual.ATTENTION_ARGUMENTS or not isinstance(value, dict):
             return False
         given = {key: inner for key, inner in value.items() if inner is not None}
-        return set(given) <= {SCALE} and all(isinstance(inner, (int, float)) for inner in given.values())
+        scale = given.pop(SCALE, 1.0)
+        return isinstance(scale, (int, float)) and set(given) <= ({PICTURES} if self.adapters else set())
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Refuses a model of the class that is configured in a way nothing tests.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import shares
+from patchpipe.models.adapters import PICTURES
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.refusals import no_guidance
 
@@ -61,29 +62,35 @@ class BatchShare:
         return self.range[1] - self.range[0]
 
 
-def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig) -> tuple[BatchShare, ...]:
+def share_batch(
+    batch: int, branch: int, plan: ModelPlan, config: ParallelConfig, *, apart: bool = False
+) -> tuple[BatchShare, ...]:
     """Who runs what of one call, in the order of the batch.
 
     Where both guidance branches come in one batch, ``cfg`` splits it into its halves; where each branch is a
     call of its own, the ranks of one branch run it and the others wait for their own. With ``idle_branch`` the ranks of
     the second branch have nothing to do in a request that has but one.
 
+    A branch that leaves out blocks is a call by itself beside others that have two branches in a batch, and has fewer
+    entries than they: it may have none for some ranks.
+
     Args:
         batch: Entries of the call's batch.
         branch: Which guidance branch the call is, where branches are calls.
         plan: The model's plan.
         config: The layout.
+        apart: Whether it is such a call.
 
     Raises:
         ValueError: The batch does not divide as the layout asks.
     """
     halves: list[tuple[int, Range]] = [(branch % config.cfg, (0, batch))]
     if config.cfg == 2 and plan.guidance == "batch" and batch % 2:
-        if not config.idle_branch:
+        if not (apart or config.idle_branch):
             raise no_guidance(plan)
     elif config.cfg == 2 and plan.guidance == "batch":
         halves = [(0, (0, batch // 2)), (1, (batch // 2, batch))]
-    if min(stop - start for _, (start, stop) in halves) < config.data:
+    if not apart and min(stop - start for _, (start, stop) in halves) < config.data:
         raise ValueError(
             f"data={config.data} splits the pictures of a call, but there are only {halves[0][1][1]}: ask for more "
             f"pictures at once, or set data={halves[0][1][1]}"
@@ -92,6 +99,7 @@ def share_batch(batch: int, branch: int, plan: ModelPlan, config: ParallelConfig
         BatchShare(data, cfg, (start + low, start + high))
         for cfg, (start, stop) in halves
         for data, (low, high) in enumerate(shares(stop - start, config.data))
+        if low < high
     )
 
 
@@ -128,7 +136,8 @@ def _sliced(value: Any, name: str, plan: ModelPlan, batch: int, part: Range, kep
         return value
     if isinstance(value, dict):
         return {key: _sliced(entry, f"{name}.{key}", plan, batch, part, kept) for key, entry in value.items()}
-    dim = 1 if name in plan.residuals else plan.batch_dims.get(name, 0)
+    pictures = name.endswith(f".{PICTURES}") and isinstance(value, list)  # one tensor for each adapter
+    dim = 1 if pictures or name in plan.residuals else plan.batch_dims.get(name, 0)
     if isinstance(value, (list, tuple)) and dim > 0:
         return [_along(each, dim - 1, f"{name}.{at}", batch, part, kept) for at, each in enumerate(value)]
     if isinstance(value, list) and len(value) == batch:

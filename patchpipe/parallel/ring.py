@@ -59,6 +59,7 @@ class Ring:
         if self.ulysses is None:
             return self._attend(query, key, value, columns, attend, layer)
         query, key, value = self.ulysses.gather_all(query, key, value, layer)
+        attend = attend.of_heads(self.ulysses.heads_of(self.ulysses.exchange.index))
         return self.ulysses.scatter(self._attend(query, key, value, columns, attend, layer), layer.asking)
 
     def _attend(
@@ -94,6 +95,8 @@ class Ring:
             layer.remember(self.patch, *ordered, *(self._joined(column, layer) for column in columns))
         for rows in self._others(layer, tabled) if late else ():
             merged.add(*rows)
+        if attend.further:
+            merged.add(*attend.further)
         return merged.result
 
     def _others(self, layer: Attending, tabled: bool) -> list[tuple[Tensor, ...]]:

@@ -73,6 +73,7 @@ class Ulysses:
             return self._in_turns(turns, attend, query, key, value, columns, layer)
         query, key, value = self.gather_all(query, key, value, layer)
         seen = layer.remember(self.patch, key, value, *columns)
+        attend = attend.of_heads(self.heads_of(self.exchange.index))
         return self.scatter(attend(query, *seen, asking=columns[0] if columns else None), layer.asking)
 
     # -- in turns --------------------------------------------------------------------------------
@@ -114,7 +115,8 @@ class Ulysses:
             taken = gathering.take()
             whole = 3 - len(taken)  # keys and values of all own heads that are here already; columns come after them
             kept = [rows[:, low:high] for rows in seen[:whole]]
-            result = attend(*taken, *kept, *seen[whole:], asking=asking)
+            of_turn = attend.of_heads(self.heads_of(self.exchange.index, (len(going), turns)))
+            result = of_turn(*taken, *kept, *seen[whole:], asking=asking)
             going.append(self._send_back(result, layer.asking, (len(going), turns)))
         back = [each.take() for each in going]
         return torch.cat([turn[rank] for rank in range(self.exchange.size) for turn in back], dim=HEADS)

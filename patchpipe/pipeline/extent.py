@@ -23,10 +23,10 @@ class Extent:
     Args:
         group: The ranks.
         runner: Runs the transformer's calls.
-        adapters: The transformer's LoRA in words, of which all ranks must have the same.
+        adapters: The transformer's adapters in words, by kind: all ranks must have the same.
     """
 
-    def __init__(self, group: Group, runner: Runner, adapters: Callable[[], str] = str) -> None:
+    def __init__(self, group: Group, runner: Runner, adapters: Callable[[], Mapping[str, str]] = dict) -> None:
         self._group, self._runner, self._adapters = group, runner, adapters
         self._requests = 0
         self._board: Board | None = None  # of the last request
@@ -48,8 +48,8 @@ class Extent:
         self._runner.check_idle()
         if self._group.closed:
             raise PatchpipeError("the ranks have closed their connections after a failure: start them anew")
-        lora = {"LoRA": (self._adapters(), "")}
-        told = attempt(lambda: [{**describe_call(run, *call), **lora} for call in calls])
+        adapters = {kind: (told, "") for kind, told in self._adapters().items()}
+        told = attempt(lambda: [{**describe_call(run, *call), **adapters} for call in calls])
         if self._runner.points.depth:  # a call within a call
             self._begin_inner(told[0] or [], problem or told[1])
             return

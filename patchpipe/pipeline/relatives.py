@@ -26,7 +26,8 @@ _LOCK = threading.Lock()
 
 def mark(modules: Iterable[nn.Module], serve: Serve) -> Callable[[], None]:
     """Has ``serve`` called with every pipeline that gets one of the modules, until the returned function is called."""
-    marked = [module for module in modules if _MARK not in vars(module)]
+    distinct = {id(module): module for module in modules}.values()  # one may have two names in a pipeline
+    marked = [module for module in distinct if _MARK not in vars(module)]
     for module in marked:
         object.__setattr__(module, _MARK, serve)
     unwatch = _watch()

@@ -162,9 +162,9 @@ class Requests:
         return output if self._group.output or not self.use_transformer(pipe) else None
 
     def _warn_if_synchronous(self, kwargs: Mapping[str, Any]) -> None:
-        steps, warmup = kwargs.get("num_inference_steps"), self._config.warmup
+        steps, warmup = kwargs.get("num_inference_steps"), self._config.warmup_steps(guided=False)
         several = self._config.patches not in (None, 1) or max(self._config.pipefusion, self._config.distrifusion) > 1
-        if isinstance(steps, int) and isinstance(warmup, int) and steps <= warmup and several and self._group.output:
+        if isinstance(steps, int) and steps <= warmup and several and self._group.output:
             logger.warning(
                 "num_inference_steps=%d is not more than warmup=%d: every step runs synchronously, no patch streams",
                 steps,

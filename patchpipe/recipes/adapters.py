@@ -1,9 +1,10 @@
-"""LoRA on a parallel pipeline: diffusers' own methods, run while patchpipe's hooks are off the model.
+"""LoRA and IP-Adapters on a parallel pipeline: diffusers' own methods, run while patchpipe's hooks are off the model.
 
 ``peft`` puts a layer of its own in the place of each layer that LoRA changes. On a parallel pipeline some blocks are
 stood in for and some layers have hooks. So the hooks come off, the method does to the ordinary model what it does on
 any other, and the hooks go on again. A rank that has only its own blocks in memory keeps the matrices of LoRA for those
-alone: the others' are on ``meta``, and what is beside them goes there too.
+alone: the others' are on ``meta``, and what is beside them goes there too. So it is with the processors of an
+IP-Adapter.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from patchpipe.models import adapters as ip_adapters
 from patchpipe.models.lora import adapted_layers, adapters_of
 from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import check_tensor
@@ -26,7 +28,9 @@ _OTHERS = (
     "unload_lora_weights", "unload_lora", "set_adapters", "set_adapter", "delete_adapters", "enable_lora",
     "disable_lora", "enable_adapters", "disable_adapters", "enable_lora_hotswap", "set_lora_device",
 )  # fmt: skip
-METHODS = (*LOADING, *MERGING, *_OTHERS)  # of pipelines, and of models
+RESCALING = "set_ip_adapter_scale"  # changes a number alone
+IP_ADAPTERS = ("load_ip_adapter", "unload_ip_adapter")
+METHODS = (*LOADING, *MERGING, *_OTHERS, *IP_ADAPTERS, RESCALING)  # of pipelines, and of models
 HOOKING = (
     "enable_cache", "disable_cache", "enable_layerwise_casting", "fuse_qkv_projections", "unfuse_qkv_projections",
     "set_attn_processor", "set_default_attn_processor",
@@ -61,11 +65,14 @@ class Adapters:
         Raises:
             ValueError: LoRA that matches no layer, or that this layout cannot hold; nothing has changed then.
             ImportError: There is no ``peft``.
-            RuntimeError: Several requests are in flight, which would all be changed.
+            RuntimeError: Several requests are in flight, which would all be changed; or an IP-Adapter comes or goes
+                within a request.
         """
         if self._changing:  # one of the methods calls another
             return method(*args, **kwargs)
         self._check_idle(name)
+        if name == RESCALING:
+            return self._rescale(method, args, kwargs)
         modules, runner = modules_of(self._pipe), self._runner
         self._changing = True
         try:
@@ -78,14 +85,33 @@ class Adapters:
                     return load(method, modules, args, kwargs, self._check_layout)
                 finally:
                     drop_absent(modules.values())
+                    for model in self._runner.models:
+                        ip_adapters.drop_absent(model)
                     self.state = self._told()
         finally:
             self._changing = False
             if runner.request is not None:
                 runner.request.memo.clear()  # results of layers as they were
 
-    def _told(self) -> str:
-        return "; ".join(map(adapters_of, self._runner.models))
+    def _rescale(self, method: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Sets the strength of an IP-Adapter; an attention that has keys and values is not switched in a request."""
+        models = self._runner.models
+        before = [ip_adapters.strengths_of(model) for model in models]
+        result = method(*args, **kwargs)
+        switched = [on_of(was) != on_of(ip_adapters.strengths_of(now)) for was, now in zip(before, models, strict=True)]
+        if self._runner.request is not None and any(switched) and any(self._runner.plan.adapters.values()):
+            for model, was in zip(models, before, strict=True):
+                ip_adapters.set_strengths(model, was)
+            raise ValueError(
+                f"{RESCALING} would switch the IP-Adapter on or off in a request, where its keys and values of the "
+                f"step before are needed: use a small scale instead of 0, or change it between requests"
+            )
+        self.state = self._told()
+        return result
+
+    def _told(self) -> dict[str, str]:
+        kinds = {"LoRA": adapters_of, "IP-Adapter": ip_adapters.told_of}
+        return {kind: "; ".join(map(tell, self._runner.models)) for kind, tell in kinds.items()}
 
     def model_methods(self, model: nn.Module) -> dict[str, Callable[..., Any]]:
         """A transformer's own methods that change adapters or other things in its layers, to be set on it."""
@@ -99,12 +125,19 @@ class Adapters:
         return self.change(name, original, args, kwargs)
 
     def _check_idle(self, name: str) -> None:
+        if self._runner.request is not None and name in IP_ADAPTERS:
+            raise RuntimeError(f"{name} would change the request under way: call it before or after")
         if self._runner.request is not None and len(self._runner.stats) > 1:
             raise RuntimeError(f"{name} would change the adapters of all requests in flight together: call it before")
 
     def _check_layout(self) -> None:
         for model in self._runner.models:
             check_tensor(model, self._runner.plan, self._runner.config.tensor)
+
+
+def on_of(strengths: Mapping[str, Any]) -> dict[str, bool]:
+    """Which layers an IP-Adapter has any part in."""
+    return {name: strength not in (0, [0]) for name, strength in strengths.items()}
 
 
 def adapter_members(kind: type) -> dict[str, Any]:

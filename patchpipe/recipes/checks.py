@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from patchpipe.config import ParallelConfig
+from patchpipe.models import plan_for
+from patchpipe.models.adapters import PROJECTIONS
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.schedule.runner import Runner
 
@@ -131,9 +133,15 @@ def _accelerated(seen: Seen) -> bool:
     return any(hasattr(part, "_hf_hook") for part in seen.pipe.components.values() if isinstance(part, nn.Module))
 
 
-def _ip_adapter(seen: Seen) -> bool:
-    loaded = any(getattr(seen.model, name, None) is not None for name in ("encoder_hid_proj", "image_proj"))
-    return loaded or any("IPAdapter" in name for name in seen.processors)
+def _ip_adapter(seen: Seen) -> set[str]:
+    """Attention processors of IP-Adapters; or what else shows that there are some."""
+    found = {name for name in seen.processors if "IPAdapter" in name}
+    return found or {name for name in PROJECTIONS if getattr(seen.model, name, None) is not None}
+
+
+def _unknown_ip_adapter(seen: Seen) -> bool:
+    found = _ip_adapter(seen)
+    return bool(found) and not found <= set(plan_for(seen.model).adapters)
 
 
 def _by_hook(name: str, module: str, fits: Callable[[ParallelConfig], bool], reason: str, instead: str) -> Recipe:
@@ -222,11 +230,19 @@ RECIPES: tuple[Recipe, ...] = (
         "leave it out and use ParallelConfig(ulysses=…, ring=…, tensor=…)",
     ),
     Recipe(
-        "IP-Adapter",
-        _ip_adapter,
+        "an IP-Adapter that is not tested with this class",
+        _unknown_ip_adapter,
         never,
-        "attends to a picture's tokens beside the text's, which no plan covers yet",
+        "attends to a picture's tokens beside the text's, which its plan does not cover",
         f"call pipe.unload_ip_adapter(), {ON_ONE_DEVICE}",
+    ),
+    Recipe(
+        "IP-Adapter",
+        lambda seen: bool(_ip_adapter(seen)),
+        lambda config: config.tensor == 1 and not config.compile,
+        "attends more than once in a layer, and with whole matrices of its own",
+        "use tensor=1 and compile=False, for example with pipefusion or ulysses instead, or call "
+        "pipe.unload_ip_adapter()",
     ),
     Recipe(
         "an attention backend other than torch's own",

@@ -16,7 +16,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.batches import share_batch
+from patchpipe.parallel.batches import BatchShare, share_batch
 from patchpipe.parallel.refusals import no_guidance
 from patchpipe.schedule.branches import Branch, watch_for
 from patchpipe.schedule.prompts import Prompts
@@ -28,7 +28,7 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-BranchKey = tuple[str | None, int, int]
+BranchKey = tuple[str | None, int, frozenset[int], int]  # its name, prompt, blocks left out, and order on one latent
 
 
 @dataclass
@@ -264,7 +264,7 @@ class Request:
             self.memo.clear()
             shapes = self.shapes_of(inputs)
             costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
-            entries = [share.size for share in share_batch(shape[0], 0, self.plan, self.config)]
+            entries = [share.size for share in self.shares_of(inputs)]
             halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
             spreads = self.plan.spreads_text
             self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries), spreads)
@@ -274,6 +274,11 @@ class Request:
             self.stats.text_patches = self._cut.text_patches
             self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
         return self._cut
+
+    def shares_of(self, inputs: Mapping[str, Any], branch: int = 0) -> tuple[BatchShare, ...]:
+        """Who runs what of a call of a guidance branch; see ``share_batch``."""
+        apart, batch = bool(self.stage.left_out(inputs)), inputs[self.plan.latent].shape[0]
+        return share_batch(batch, branch, self.plan, self.config, apart=apart)
 
     def _check_shares(self, cut: Cut) -> None:
         """Refuses rows too few for the ranks that share them while no rank has begun anything.
@@ -301,23 +306,25 @@ class Request:
         """The guidance branch a call belongs to.
 
         Calls are told apart by the name the pipeline gives them (``cache_context``), by the prompt they
-        are conditioned on, and, where both agree, by their order among the calls on one latent.
+        are conditioned on, by the blocks they leave out, and, where all agree, by their order among the calls on one
+        latent.
 
         Raises:
             ValueError: Ranks are set aside for a second branch, but the pipeline makes no such call.
         """
         latent = inputs[self.plan.latent]
-        key: BranchKey = (context, self._prompts.number(inputs.get(self.plan.text)), 0)
+        left_out = self.stage.left_out(inputs)
+        key: BranchKey = (context, self._prompts.number(inputs.get(self.plan.text)), left_out, 0)
         if self._last is not None:
             last_latent, last_key = self._last
-            if last_latent is latent and last_key[:2] == key[:2]:
-                key = (*key[:2], last_key[2] + 1)
+            if last_latent is latent and last_key[:3] == key[:3]:
+                key = (*key[:3], last_key[3] + 1)
         self._last = (latent, key)
         alone = self.plan.guidance == "calls" and list(self._branches) == [key]
         if self.config.cfg > 1 and alone and not self.config.idle_branch:
             raise no_guidance(self.plan)
         if key not in self._branches:
-            self._branches[key] = self._begun(Branch(index=len(self._branches)))
+            self._branches[key] = self._begun(Branch(index=len(self._branches), left_out=left_out))
         return self._branches[key]
 
     def synchronous(self, branch: Branch, cut: Cut, batch: int) -> bool:
@@ -332,6 +339,7 @@ class Request:
             return True
         # Two branches in one batch look like two pictures, which are taken for branches.
         guided = batch % 2 == 0 if self.plan.guidance == "batch" else len(self._branches) > 1
+        guided |= bool(branch.left_out)
         warms_up = branch.cold or branch.calls < self.config.warmup_steps(guided=guided)
         return (self._watch is not None and self._watch.follows(branch)) or warms_up
 
@@ -353,7 +361,7 @@ class Request:
     def drop_keys(self) -> None:
         """Lets go of all keys and values; nothing of the request is under way."""
         for key, branch in self._branches.items():
-            self._branches[key] = self._begun(Branch(index=branch.index, calls=branch.calls, cold=True))
+            self._branches[key] = self._begun(Branch(branch.index, branch.left_out, branch.calls, cold=True))
 
     def move_keys(self, device: torch.device) -> None:
         """Takes all keys and values to another device, where they wait; nothing of the request is under way."""
@@ -365,7 +373,8 @@ class Request:
                 part.move(device)
 
     def _begun(self, branch: Branch) -> Branch:
-        branch.shared = [SharedKeys(block, branch.stores[0]) for block in self._shared]
+        blocks = [block for block in self._shared if block.boundary.block not in branch.left_out]
+        branch.shared = [SharedKeys(block, branch.stores[0]) for block in blocks]
         branch.clock = Clock(
             coarse=self.config.warmup == COARSE and not branch.cold, watched=self.config.warmup == WATCHED
         )

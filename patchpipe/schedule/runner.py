@@ -22,7 +22,6 @@ from patchpipe.models import usual
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.batches import share_batch
 from patchpipe.parallel.displaced import Displaced, displaced_for
 from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Answers, Call
@@ -223,7 +222,7 @@ class Runner:
         assert self.request is not None
         inputs = self.plan.bind(self._signature, args, kwargs)
         self.request.cut_for(inputs)
-        share_batch(inputs[self.plan.latent].shape[0], 0, self.plan, self.config)
+        self.request.shares_of(inputs)
 
     def inputs_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """A call's arguments by name."""
@@ -249,7 +248,7 @@ class Runner:
             inputs=inputs,
             cut=cut,
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
-            shares=share_batch(latent.shape[0], branch.index, self.plan, self.config),
+            shares=self.request.shares_of(inputs, branch.index),
             stores=branch.stores if keeps else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),

@@ -17,7 +17,7 @@ from patchpipe.distributed.transport import Channel, Receive
 from patchpipe.layout.split import Boundary, StageBlocks
 from patchpipe.models.blocks import BlockPlace
 from patchpipe.stage.keys.forecast import Pace
-from patchpipe.stage.keys.store import LayerStore
+from patchpipe.stage.keys.store import LayerStore, again_of
 from patchpipe.stage.patches import Patch
 
 
@@ -93,9 +93,14 @@ class SharedKeys:
             (self.stores[name], patch, self.shared.channel.expect((size,), dtype), self._pace)
             for patch in self._patches
             if not self.own(patch)
-            for name in self.shared.layers
+            for name in self._layers
             for size, dtype in (self.stores[name].expected(patch),)
         ]
+
+    @property
+    def _layers(self) -> list[str]:
+        """The layers, and those of them that attend once more; known when the first, synchronous call is done."""
+        return [name for layer in self.shared.layers for name in (layer, again_of(layer)) if name in self.stores]
 
     def own(self, patch: Patch) -> bool:
         """Whether this stage runs the block for a patch."""
@@ -109,5 +114,5 @@ class SharedKeys:
 
     def give(self, patch: Patch) -> None:
         """Sends the keys and values of a patch that this stage has run."""
-        for name in self.shared.layers if self._both else ():
+        for name in self._layers if self._both else ():
             self.shared.channel.send(self.stores[name].rows_of(patch))

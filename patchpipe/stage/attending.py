@@ -34,6 +34,8 @@ class Attend:
         causal: Its ``is_causal``.
         scale: Its ``scale``; ``None`` is one over the root of the channels.
         grouped: Its ``enable_gqa``.
+        further: Keys and values of all heads that every rank has, to be seen beside those of the rows: of the picture
+            of an IP-Adapter.
     """
 
     compute: Callable[..., Tensor]
@@ -43,6 +45,11 @@ class Attend:
     causal: bool = False
     scale: float | None = None
     grouped: bool = False
+    further: tuple[Tensor, ...] = ()
+
+    def of_heads(self, heads: tuple[int, int]) -> Attend:
+        """The same where a rank has the rows of some heads alone."""
+        return replace(self, further=tuple(rows[:, slice(*heads)] for rows in self.further)) if self.further else self
 
     @property
     def columns(self) -> tuple[Tensor, ...]:
@@ -69,6 +76,8 @@ class Attend:
         if not query.shape[2]:  # segments that ask ride with another patch
             return query.new_empty(*query.shape[:3], value.shape[3])
         options = {"enable_gqa": True} if self.grouped else {}
+        if self.further:  # where nothing is masked
+            key, value = (torch.cat(pair, 2) for pair in zip((key, value), self.further, strict=True))
         mask = None if column is None else self.mask(column, asking)
         return self.compute(query, key, value, mask, self.dropout, self.causal, scale=self.scale, **options)
 
@@ -124,6 +133,9 @@ class Attending:
         queries: The rows that ask, if they are not all of them.
         each: What the layer needs for each of its calls, where it attends to the entries of the batch one by one.
         ahead: Its values, where they were sent as soon as they were projected.
+        adapted: Whether the attention of an IP-Adapter may follow the layer's own.
+        again: What that one needs, where rows of the patches are among its keys, and those of the adapter's picture
+            after them; ``None`` where it sees the picture alone, which no patch changes.
     """
 
     patch: Patch
@@ -143,6 +155,8 @@ class Attending:
     queries: Rows | None = None
     each: tuple[Attending, ...] = ()
     ahead: Ahead | None = None
+    adapted: bool = False
+    again: Attending | None = None
 
     @property
     def asking(self) -> Rows:

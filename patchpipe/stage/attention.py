@@ -32,6 +32,7 @@ class _StoreMode(TorchFunctionMode):
         super().__init__()
         self.attending, self.beside = attending, beside
         self.calls = 0
+        self.adapted = 0  # calls of an IP-Adapter, which follow the layer's own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -39,8 +40,27 @@ class _StoreMode(TorchFunctionMode):
             return args[0].reshape(empty_shape(args[0].shape, args[1:]))
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
+        if self.calls and self.attending.adapted:
+            self.adapted += 1
+            return func(*args, **kwargs) if self.attending.again is None else self.attend_again(func, *args, **kwargs)
         self.calls += 1
         return self.attend(func, *args, **kwargs)
+
+    def attend_again(
+        self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> Tensor:
+        """Attention of an IP-Adapter over the patches' rows and, after them, those of its picture, which are whole."""
+        layer = self.attending.again
+        assert layer is not None
+        if self.adapted > 1 or any(options.values()):
+            raise RuntimeError("an IP-Adapter attends in another way than the one its plan tells of")
+        own = layer.rows.count(layer.patch)
+        [key, *_], [value, *_] = further = [rows.split([own, rows.shape[2] - own], 2) for rows in (key, value)]
+        attend = Attend(func, further=tuple(rows for _, rows in further))
+        if layer.sharing is None:
+            return attend(query, *layer.remember(layer.patch, key, value))
+        result = layer.sharing.attend(attend, query, key, value, layer)
+        return result.transpose(1, 2).contiguous().transpose(1, 2)  # as torch's kernels lay it out: it is viewed so
 
     def attend(
         self,

@@ -3,7 +3,8 @@
 A seam stands around every block of the model. Blocks of stages before hand their streams through; at the stage's first
 block the streams that came from the stage before take their place; arguments are cut to the patch's rows before a block
 and put back among zeros after the last one of a list; and the next stage's first block ends the run. Code of the root
-``forward`` between two block lists so runs before a hop, on the sender.
+``forward`` between two block lists so runs before a hop, on the sender. All this is so too at a block that a call
+leaves out: the root calls it all the same, and its seam does not.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ class Seam:
 
     def _leave(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
-        if self.passage.trails:
+        if self.passage.trails and self.index not in context.left_out:
             context.trailing = partial(self._run, arguments, context)
         streams = {name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None}
         along = {name: context.results[name] for name in context.seen.along(self.index)}
@@ -162,7 +163,7 @@ class Seam:
         if listing.drops_masked and context.keeps:
             arguments |= self._undropped(arguments, context)
         context.before(self.index)
-        result = self._without_blanks(self.compute(**arguments), context)
+        result = self._without_blanks(self._computed(arguments, context), context)
         context.after(self.index)
         if self.ends and context.sample is not None:  # no prediction is made of it
             raise StageDone({})
@@ -181,6 +182,10 @@ class Seam:
                 for at, (name, value) in enumerate(named)
             ]
         )
+
+    def _computed(self, arguments: dict[str, Any], context: CallContext) -> Any:
+        """What the block makes of its streams: nothing new where the call leaves it out."""
+        return self._through(arguments) if self.index in context.left_out else self.compute(**arguments)
 
     def _puts_back(self, at: int) -> bool:
         """Whether a result is put back into the whole: a stream only where no other block of the list follows."""

@@ -25,7 +25,7 @@ from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.early import Early, parts_of
-from patchpipe.stage.keys.store import LayerStore
+from patchpipe.stage.keys.store import LayerStore, again_of
 from patchpipe.stage.mixing import bordered, summed
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -97,6 +97,10 @@ class Stage:
         """The blocks this stage owns, in running order."""
         return [self.places[index] for index in self.owned.held]
 
+    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int]:
+        """The blocks that a call leaves out, by their place among all."""
+        return frozenset(index for index, place in enumerate(self.places) if place.left_out(inputs))
+
     def attach(self) -> None:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
         for place in self.blocks:
@@ -152,7 +156,8 @@ class Stage:
         Returns:
             The streams for the next stage, or on the last stage the patch of the noise prediction; of a sample none.
         """
-        context.inputs, context.tail = inputs, bool(self._tail) and self.plan.one_time(inputs)
+        context.inputs, context.left_out = inputs, self.left_out(inputs)
+        context.tail = bool(self._tail) and self.plan.one_time(inputs)
         self.passage.context, self._kept = context, Kept(context.memo, context.request_memo, inputs)
         try:
             prediction = self._root(inputs, self._whole(inputs[self.plan.latent], latent, context))
@@ -208,7 +213,7 @@ class Stage:
 
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
-        given = {name: value for name, value in inputs.items() if name != "return_dict"}
+        given = {name: value for name, value in inputs.items() if name not in ("return_dict", *self.plan.leaving_out)}
         given[self.plan.latent] = self.plan.grid.given(latent)
         for name, held in self.plan.residuals.items():
             if given.get(name) is not None:
@@ -327,10 +332,25 @@ class Stage:
         if listing.drops_masked:
             assert context.kept_keys is not None
             return attending.one_by_one(name, stores, context.kept_keys, listing.rows[listing.mask or ""].segments)  # type: ignore[union-attr]
-        if stores is None:
+        return self._adapted(self._stored(attending, name, segments), place.block.get_submodule(path), name)
+
+    def _stored(self, attending: Attending, name: str, segments: tuple[str, ...]) -> Attending:
+        """With the layer's store, if keys and values are kept."""
+        context = self.passage.at_work
+        if context.stores is None:
             return attending
         whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
-        return replace(attending, store=stores.setdefault(name, LayerStore(whole)))
+        return replace(attending, store=context.stores.setdefault(name, LayerStore(whole)))
+
+    def _adapted(self, attending: Attending, layer: Any, name: str) -> Attending:
+        """With what the attention of an IP-Adapter needs, if the layer has one."""
+        segments = self.plan.adapters.get(type(getattr(layer, "processor", None)).__name__)
+        if not segments:
+            return attending if segments is None else replace(attending, adapted=True)
+        seen = self.passage.at_work.seen
+        rows = Rows.of(segments, seen.sizes, seen.raster)
+        again = replace(attending, rows=rows, queries=None, masked=False, blanks=(), store=None)
+        return replace(attending, adapted=True, again=self._stored(again, again_of(name), segments))
 
     def _matching(self, pattern: str) -> list[str]:
         """A path, or those of all modules of a list: ``refiner.*``."""

@@ -113,7 +113,7 @@ class Fleet:
                     raise ValueError(
                         f"a replica takes {self._life.need} on one node, and others use that: {self._free()}"
                     )
-        self.metrics.registry.register(_Figures(self))
+        self.metrics.registry.register(Figures(self))
 
     def start(self) -> None:
         """It has been opened."""
@@ -270,13 +270,14 @@ def _devices(need: Need, layout: ServedLayout) -> str | list[str] | None:
     return "cpu" if layout == "plain" else ["cpu"] * need.devices
 
 
-class _Figures(Collector):
+class Figures(Collector):
     """What Prometheus reads of replicas whenever it asks."""
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """The figures of now."""
         up = GaugeMetricFamily("patchpipe_replica_up", "Whether a replica can paint.", labels=["replica", "node"])
         text = "Requests that a replica has."
         has = GaugeMetricFamily("patchpipe_replica_requests", text, labels=["replica", "state"])

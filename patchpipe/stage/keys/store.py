@@ -209,6 +209,11 @@ class LayerStore:
         return kept if self._whole else _rows_in(kept, self._written)
 
 
+def again_of(layer: str) -> str:
+    """The name under which keys and values are kept that a layer with an IP-Adapter attends to once more."""
+    return f"{layer}, again"
+
+
 LayerStores = dict[str, Any]  # by the layer's name: its ``LayerStore``, or ``PartsStore`` where it attends to nothing
 
 

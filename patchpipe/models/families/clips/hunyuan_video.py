@@ -28,10 +28,10 @@ def _list(path: str, count: str, rotary: str, *clip: str) -> BlockList:
     )
 
 
-def _lists(*clip: str) -> tuple[BlockList, ...]:
-    """Both of them."""
+def both_lists(*clip: str, rotary: str = "freqs_cis") -> tuple[BlockList, ...]:
+    """Both of them; the dual-stream blocks' rotary embeddings have this name."""
     return (
-        _list("transformer_blocks", "num_layers", "freqs_cis", *clip),
+        _list("transformer_blocks", "num_layers", rotary, *clip),
         _list("single_transformer_blocks", "num_single_layers", "image_rotary_emb", *clip),
     )
 
@@ -40,7 +40,7 @@ HUNYUAN_VIDEO = ModelPlan(
     model="HunyuanVideoTransformer3DModel",
     pipelines=variants("HunyuanVideo", "", "ImageToVideo"),
     grid=CLIP,
-    blocks=_lists("image"),
+    blocks=both_lists("image"),
     inputs=("encoder_attention_mask", "pooled_projections", "guidance"),
     guidance="calls",
     per_call=TIMED_TEXT,
@@ -50,7 +50,7 @@ FRAMEPACK = ModelPlan(
     model="HunyuanVideoFramepackTransformer3DModel",
     pipelines=("HunyuanVideoFramepackPipeline",),
     grid=CLIP,
-    blocks=_lists("history", "image"),
+    blocks=both_lists("history", "image"),
     inputs=(*HUNYUAN_VIDEO.inputs, "image_embeds", *HISTORY, *INDICES),
     unbatched_inputs=INDICES,
     lengths=("encoder_attention_mask",),

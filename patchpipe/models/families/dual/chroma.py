@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from patchpipe.models.families.dual.lists import DUAL, IDS, MERGED, PACKED
+from patchpipe.models.families.dual.lists import ADAPTERS, DUAL, IDS, MERGED, PACKED
 from patchpipe.models.plan import ModelPlan
 
 CHROMA = ModelPlan(
@@ -11,6 +11,7 @@ CHROMA = ModelPlan(
     grid=PACKED,
     blocks=tuple(replace(blocks, mask="attention_mask") for blocks in (DUAL, MERGED)),
     inputs=("attention_mask", *IDS),
+    adapters=ADAPTERS,
     guidance="calls",
     per_call=("distilled_guidance_layer",),
 )

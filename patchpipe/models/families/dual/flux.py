@@ -1,7 +1,7 @@
 """FLUX.1 (``FluxTransformer2DModel``): dual-stream blocks, then single-stream blocks on two kept tensors."""
 
 from patchpipe.models.blocks import of
-from patchpipe.models.families.dual.lists import DUAL, IDS, SINGLE, WITH_REFERENCES
+from patchpipe.models.families.dual.lists import ADAPTERS, DUAL, IDS, SINGLE, WITH_REFERENCES
 from patchpipe.models.families.kinds import variants
 from patchpipe.models.plan import ModelPlan
 
@@ -14,6 +14,7 @@ FLUX = ModelPlan(
     blocks=(DUAL, SINGLE),
     inputs=("pooled_projections", "guidance", "controlnet_blocks_repeat", *IDS),
     residuals=dict.fromkeys(("controlnet_block_samples", "controlnet_single_block_samples"), of("image", "reference")),
+    adapters=ADAPTERS,
     guidance="calls",
     tensor="class",
 )

@@ -9,6 +9,7 @@ PACKED = Latent("bnc", sizes=sizes_by_ids("img_ids", column=1))
 WITH_REFERENCES = replace(PACKED, references=True)
 IDS = ("img_ids", "txt_ids")
 ALL = ("text", "image", "reference")
+ADAPTERS: dict[str, tuple[str, ...]] = {"FluxIPAdapterAttnProcessor": ()}
 
 DUAL = BlockList(
     streams=("encoder_hidden_states", "hidden_states"),

@@ -11,9 +11,11 @@ SD3 = ModelPlan(
         BlockList(
             streams=("encoder_hidden_states", "hidden_states"),
             attention={"attn": ("image", "text"), "attn2": ("image",)},
+            left_out_by="skip_layers",
         ),
     ),
     inputs=("pooled_projections",),
     residuals={"block_controlnet_hidden_states": of("image")},
+    adapters={"SD3IPAdapterJointAttnProcessor2_0": ("image",)},
     tensor="usual",
 )
