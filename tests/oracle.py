@@ -176,14 +176,14 @@ class _Pass(TorchFunctionMode):
         stands_for: Sequence[int] = (),
         sound: int = 0,
         joined: bool = False,
-        references: tuple[int, bool, bool] = (0, False, False),
+        references: tuple[int, range, range] = (0, range(0), range(0)),
         text: tuple[int, int] = (0, 1),
         adapted: bool = False,
     ) -> None:
         super().__init__()
         self.part_of_text = text  # which part of the text this pass refreshes, of how many
         self.text_grows = len(exist) < tokens  # as the picture's rows do, where no pass has computed all of them
-        self.references = references  # how many rows follow the picture's, whether they are refreshed, and there at all
+        self.references = references  # how many rows follow the picture's, which are refreshed, and which there at all
         self.stands_for = stands_for  # the token in whose place each is shown from then on
         self.pace = pace  # how far the noise level has gone, whether it is the last one's, whether all of it is shown
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
@@ -217,10 +217,10 @@ class _Pass(TorchFunctionMode):
     def _rows(self, *computed: Tensor) -> tuple[list[Tensor], list[int]]:
         blank = [torch.full_like(rows, torch.nan) for rows in computed]
         self.table.setdefault(self.layer, [History(one, torch.zeros_like(one), one.clone()) for one in blank])
-        count, (others, with_others, others_exist) = computed[0].shape[2], self.references
+        count, (others, fresh_others, others_there) = computed[0].shape[2], self.references
         image_at = 0 if self.after is None else count - self.tokens - others - self.after
         text = [row for row in range(count) if not 0 <= row - image_at < self.tokens + others]
-        reference = list(range(image_at + self.tokens, image_at + self.tokens + others))
+        reference_at = image_at + self.tokens
         if self.sound and count == self.sound:  # of which the clip is no part
             text = list(range(count))
             return self._shown(computed, text if self.begins else [], text), text
@@ -228,8 +228,9 @@ class _Pass(TorchFunctionMode):
         low, high = (min(part + at, parts) * (len(text) // parts) + min(part + at, len(text) % parts) for at in (0, 1))
         own, there = text[low:high], text[:high] if self.text_grows else text
         refreshed = [image_at + row for row in self.fresh] + own
-        refreshed += reference if with_others else []
-        seen = sorted([image_at + row for row in self.exist] + there + (reference if others_exist else []))
+        refreshed += [reference_at + row for row in fresh_others]
+        others_seen = [reference_at + row for row in others_there]
+        seen = sorted([image_at + row for row in self.exist] + there + others_seen)
         shown = self._shown(computed, refreshed, seen)
         for kept in self.table[self.layer] if self.stands_for else []:
             image = slice(image_at, image_at + self.tokens)
@@ -351,7 +352,7 @@ class _Naive:
             exist = rows if step > 0 or self.coarse else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
             sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
-            references = self.references, stop == rows, step > 0 or stop == rows
+            references = self.references, *_shares(self.references, index, len(patches), known=step > 0)
             joined = self.facts is not None and self.facts.joined
             text = index, 1 if len(patches) == 1 else self.text_patches
             self.attention = _Pass(
@@ -424,6 +425,12 @@ def _aside(model: Any) -> list[Any]:
     return found
 
 
+def _shares(total: int, index: int, parts: int, *, known: bool) -> tuple[range, range]:
+    """Which of some rows a patch refreshes, and which there are by then: all, if an earlier step computed them."""
+    low, high = (at * (total // parts) + min(at, total % parts) for at in (index, index + 1))
+    return range(low, high), range(total if known else high)
+
+
 @contextmanager
 def naive_pipefusion(
     pipe: Any,
@@ -445,7 +452,7 @@ def naive_pipefusion(
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
         forecast: Whether stale rows are shown where they will be.
         coarse: Whether a quarter of the tokens goes ahead, and stands for all.
-        references: Tokens of pictures that follow the one that is painted; they go with its last patch.
+        references: Tokens of pictures that follow the one that is painted; each patch has as many of them.
         text_patches: Over how many of the first patches the text is spread.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]

@@ -23,6 +23,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.lazy import latent
 from patchpipe.models import plan_for, supported
 from patchpipe.parallel.refusals import check_special
 from patchpipe.stage.balance import check_stages
@@ -133,6 +134,20 @@ def test_methods_that_nothing_tests_with_what_is_special_are_refused(model: str)
 def test_sums_and_convolutions_are_not_compiled() -> None:
     with pytest.raises(ValueError, match="compile=True is not for SanaTransformer2DModel"):
         check_special(plan_for("SanaTransformer2DModel"), ParallelConfig(compile=True))
+
+
+@pytest.mark.parametrize("name", tiny_images.REFERENCES)
+def test_no_patch_waits_for_another_because_of_references(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assemble = latent._assemble
+
+    def watched(tensor: latent.PatchTensor, dim: int, start: int, stop: int) -> torch.Tensor:
+        node = tensor._value.node
+        all_there = node is not None and not node.waiting
+        assert all_there or start == tensor.bounds[-2], "only the last patch's rows, which the references follow"
+        return assemble(tensor, dim, start, stop)
+
+    monkeypatch.setattr(latent, "_assemble", watched)
+    parity.compare(name, [{"pipefusion": 2}], [STREAM], run=run_threads, **STEPS)
 
 
 @pytest.mark.parametrize("options", [{"distrifusion": 2}, {"pipefusion": 2, "warmup": "coarse"}], ids=str)

@@ -542,13 +542,22 @@ def test_patch_of(start_stop: tuple[int, int]) -> None:
     assert torch.equal(patch_of(x, 2, start, stop, 0), expected)
 
 
+def values_of_the_end() -> Tensor:
+    return torch.cat([PLAIN, PLAIN * 2], 2)[:, :, 2:18]
+
+
 def test_patch_of_waits_for_no_more_than_it_needs() -> None:
     taken: list[int] = []
     x, _ = lazy(taken=taken)
     longer = torch.cat([x, PLAIN], 2)
     patch_of(longer, 2, 4, 10, 1)
     assert taken == [1]
-    assert torch.equal(patch_of(longer, 2, 20, 24, 2), PLAIN[:, :, 4:8])
+    for known in (longer, longer.to(longer.dtype)):  # what was joined to it waits for no patch
+        assert torch.equal(patch_of(known, 2, 20, 24, 2), PLAIN[:, :, 4:8])
+    assert taken == [1]
+    assert torch.equal(patch_of(torch.cat([longer, PLAIN, PLAIN * 2], 2), 2, 34, 50, 0), values_of_the_end())
+    assert taken == [1]
+    assert torch.equal(patch_of(longer * 2, 2, 20, 24, 2), PLAIN[:, :, 4:8] * 2)
     assert taken == [1, 2]
     patch_of(longer, 2, 5, 9, 0)
     assert taken == [1, 2]

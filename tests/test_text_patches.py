@@ -70,6 +70,23 @@ def test_no_patch_costs_much_more_than_another(rows: Raster, text: int, patches:
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "joined", "text"), [(64, 64 * 64, 512), (64, 3 * 64 * 64 + 5, 512), (32, 32 * 32, 77)]
+)
+def test_references_are_spread_over_all_patches(rows: int, joined: int, text: int) -> None:
+    """Kontext with a picture as large as the painted one, and others."""
+    raster = Raster(rows, rows, rows, joined=joined)
+    cut = Cut.of(raster, ParallelConfig(pipefusion=4, patches=8), text, spreads=True)
+    riders = [(*patch.rider_range(text), *patch.reference_range) for patch in cut.patches]
+    costs = [
+        patch.token_count + stop - start + last - first
+        for patch, (start, stop, first, last) in zip(cut.patches, riders, strict=True)
+    ]
+    assert max(costs) <= 1.15 * sum(costs) / 8
+    assert sum(costs) == raster.total + joined + text
+    assert [first for *_, first, _ in riders[1:]] == [last for *_, last in riders[:-1]]
+
+
 def test_models_that_do_not_spread_keep_their_text_in_one_patch() -> None:
     cut = Cut.of(Raster(32, 32, 32), ParallelConfig(pipefusion=2, patches=8), 512)
     assert [patch.carries_riders for patch in cut.patches] == [True] + [False] * 7

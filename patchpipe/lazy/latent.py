@@ -101,8 +101,9 @@ def patch_of(tensor: Tensor, dim: int, start: int, stop: int, index: int) -> Ten
     """Elements `start` to `stop` along `dim`, which are patch `index` of the caller's cut.
 
     Args:
-        tensor: Plain, or lazy. A lazy tensor cut the same way waits for that patch alone; cut otherwise it
-            waits for all the patches the range touches. Lazy tensors answer on the holder only.
+        tensor: Plain, or lazy. A lazy tensor cut the same way waits for that patch alone, and for none where a plain
+            one was joined to it; cut otherwise it waits for all the patches the range touches. Lazy tensors answer
+            on the holder only.
         dim: The dim that is cut.
         start: First element.
         stop: One past the last element.
@@ -115,6 +116,9 @@ def patch_of(tensor: Tensor, dim: int, start: int, stop: int, index: int) -> Ten
         return patch_of(tensor.materialise("patch"), dim, start, stop, index)
     if tensor.cut_dim == dim and tensor.bounds[index : index + 2] == (start, stop):
         return tensor.patch(index)
+    known = tensor.joined(start, stop) if tensor.cut_dim == dim else None
+    if known is not None:
+        return known
     return _assemble(tensor, dim, start, stop)
 
 

@@ -174,6 +174,15 @@ class Recorded:
         args = map_leaves(fill, self.args)
         return self.plan.localise(index, args) if self.plan.localise else args
 
+    def joined(self, start: int, stop: int) -> Tensor | None:
+        """These elements along the cut dim, where plain tensors have them all, which wait for no patch."""
+        if self.plan.joined is None or start < self.plan.joined[1]:
+            return None
+        place, begins = self.plan.joined
+        parts = [plain.read() for plain in self.args[0][place:]]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, self.plan.cut.dim)
+        return whole.narrow(self.plan.cut.dim, start - begins, stop - start).contiguous()
+
     def _local(self, tensor: Tensor, index: int) -> Tensor:
         at, cut = self.plan.plain_at, self.plan.cut
         if at is None or tensor.dim() < -at or tensor.shape[at] != cut.size:

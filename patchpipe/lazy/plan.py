@@ -91,6 +91,8 @@ class Plan:
         localise: Turns the arguments for patch `index` (patches already in place) into those of the
             operation on that patch, where they differ: sizes, offsets.
         func: The operation for one patch, if not the recorded one.
+        joined: Of plain operands after the cut one, joined to its end: the place of the first of them, and where it
+            begins in the result.
         identity: The result is the operand itself (an alias of everything).
         may_copy: A view of the whole tensor may be a copy on a patch: fit for reading only.
     """
@@ -99,6 +101,7 @@ class Plan:
     plain_at: int | None = None
     localise: Callable[[int, Args], Args] | None = None
     func: OpOverload | None = None
+    joined: tuple[int, int] | None = None
     identity: bool = False
     may_copy: bool = False
 

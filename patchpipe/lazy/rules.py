@@ -57,7 +57,8 @@ def _cat_along_cut(tensors: Sequence[Tensor], place: int, cut: Cut) -> Plan:
         return [*before, parts[place], *after], cut.dim
 
     inner = (bound + shift for bound in cut.bounds[1:-1])
-    return Plan(Cut(cut.dim, (0, *inner, sum(sizes))), localise=localise)
+    joined = (place + 1, shift + cut.size) if place + 1 < len(sizes) else None
+    return Plan(Cut(cut.dim, (0, *inner, sum(sizes))), localise=localise, joined=joined)
 
 
 def _stack(call: Call) -> Plan | None:

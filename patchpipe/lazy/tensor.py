@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from patchpipe.lazy.nodes import Node, Value, View
+from patchpipe.lazy.nodes import Node, Recorded, Value, View
 from patchpipe.lazy.plan import Cut
 
 Lazy = TypeVar("Lazy", bound="LazyTensor")
@@ -66,6 +66,11 @@ class LazyTensor(torch.Tensor):
             raise RuntimeError("only the first stage holds the patches of a lazy tensor")
         with torch.no_grad():
             return self._node().patch(index)
+
+    def joined(self, start: int, stop: int) -> Tensor | None:
+        """Elements along the cut dim that a plain tensor has which was joined to the end, if it has them all."""
+        node = None if self._chain else self._value.node
+        return node.run.joined(start, stop) if node is not None and isinstance(node.run, Recorded) else None
 
     def materialise(self, reason: str) -> Tensor:
         """The whole tensor, plain; collective the first time.

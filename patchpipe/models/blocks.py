@@ -20,8 +20,8 @@ class Holds:
 
     Args:
         segments: In their order. ``"image"`` is the picture that is painted, ``"reference"`` pictures that follow it in
-            the latent, which ride with the last patch; any other name, such as ``"text"``, is of rows that ride with
-            the first, or are spread over some.
+            the latent, of which every patch takes as many; any other name, such as ``"text"``, is of rows that ride
+            with the first, or are spread over some.
         dim: Their dim.
         ndim: Dims the tensor must have, where the model gives a tensor without rows in its place too.
     """

@@ -89,6 +89,7 @@ class Answers:
         self._makers = [self._rank(share, part) for share in call.shares for part in range(group.mesh.parts)]
         self._found: dict[tuple[int, int], Tensor | Receive] = {}
         self._whole: Tensor | None = None
+        self._parts: dict[int, list[Tensor]] = {}  # of patches: rows of the picture, and of what was joined to it
 
     def give(self, result: Tensor, patch: Patch) -> None:
         """Sends what this rank made to every rank of the first stage.
@@ -124,7 +125,7 @@ class Answers:
     def patch(self, index: int) -> Tensor:
         """A patch of the prediction; waits for it."""
         if not self.call.patches[0].whole:
-            return self._together(self.call.patches[index])
+            return self._streamed(index)
         if self.group.mesh.size("displaced") > 1:
             makers = self._makers[index :: self.group.mesh.parts]
             return _joined([self._take(self.call.patches[0], rank) for rank in makers], 0)
@@ -132,6 +133,19 @@ class Answers:
             self._whole = self._together(self.call.patches[0])
         start, stop = self.call.cut.bounds[index : index + 2]
         return self._whole.narrow(self.plan.grid.dim, start, stop - start).contiguous()
+
+    def _streamed(self, index: int) -> Tensor:
+        """A patch's rows; the last one's are followed by what all patches have of what was joined to the latent."""
+        patches, dim = self.call.patches, self.plan.grid.dim
+        if not self.call.cut.rows.joined:
+            return self._together(patches[index])
+        last = index == len(patches) - 1
+        for patch in patches if last else patches[index : index + 1]:
+            if patch.index not in self._parts:
+                rows = patch.units[1] - patch.units[0]
+                self._parts[patch.index] = list(self._together(patch).split([rows, patch.extent - rows], dim))
+        rest = [self._parts[patch.index][1] for patch in patches] if last else []
+        return _joined([self._parts[index][0], *rest], dim).contiguous()
 
     def second(self, made: Sequence[Tensor]) -> Tensor:
         """The class's second output, which all ranks come here for.

@@ -25,7 +25,7 @@ class Patch:
         total_tokens: Image tokens of the whole latent.
         whole: Whether it is the uncut latent, as in a synchronous step.
         part: Which of how many ranks share the patch; the ranges above are then this rank's own.
-        joined: What follows the picture along the latent's cut dim and rides with this piece.
+        joined: Which part of what follows the picture along the latent's cut dim rides with this piece.
         text: Which part of the text rides with the patch, of how many; ``(0, 0)`` for none.
     """
 
@@ -68,7 +68,7 @@ class Patch:
 
     @property
     def reference_range(self) -> tuple[int, int]:
-        """Which rows of references ride with this piece: all with the last patch, shared by ranks."""
+        """Which rows of references ride with this piece: as many with each patch, shared by ranks."""
         start, stop = self.joined
         return (start - self.total_tokens, stop - self.total_tokens) if start < stop else (0, 0)
 
@@ -141,7 +141,7 @@ class Cut:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Offsets of the patches along the latent's cut dim; the last one has what follows the picture."""
+        """Offsets of the patches along the latent's cut dim; what was joined to it follows the last one's rows."""
         *starts, end = (row * self.rows.units for row in self.row_bounds)
         return (*starts, end + self.rows.joined)
 
@@ -189,6 +189,7 @@ class Cut:
     def _patch(self, index: int, start: int, stop: int, whole: bool = False) -> Patch:
         units, tokens = self.rows.units, self.rows.tokens
         parts = 1 if whole else self.text_patches
+        low, high = (0, self.rows.joined) if whole else shares(self.rows.joined, len(self.row_bounds) - 1)[index]
         return Patch(
             index=index,
             units=(start * units, stop * units),
@@ -196,7 +197,7 @@ class Cut:
             tokens=(start * tokens, stop * tokens),
             total_tokens=self.total_tokens,
             whole=whole,
-            joined=(self.total_tokens, self.total_tokens + self.rows.joined) if stop == self.rows.count else (0, 0),
+            joined=(self.total_tokens + low, self.total_tokens + high) if low < high else (0, 0),
             text=(index, parts) if index < parts else (0, 0),
         )
 
