@@ -167,7 +167,9 @@ def request() -> tuple[Request, Any]:
     config = ParallelConfig(patches=2)
     group = join(config, rank=0, world_size=1, device="cpu")
     plan = plan_for(model)
-    stage: Any = SimpleNamespace(model=model, places=plan.blocks_of(model), look=look)
+    nothing: Any = frozenset()
+    parts = {"model": model, "places": plan.blocks_of(model), "look": look, "left_out": lambda _: nothing}
+    stage: Any = SimpleNamespace(**parts)
     return Request(config, plan, group, stage=stage), model
 
 
