@@ -167,9 +167,8 @@ def request() -> tuple[Request, Any]:
     config = ParallelConfig(patches=2)
     group = join(config, rank=0, world_size=1, device="cpu")
     plan = plan_for(model)
-    nothing: Any = frozenset()
-    parts = {"model": model, "places": plan.blocks_of(model), "look": look, "left_out": lambda _: nothing}
-    stage: Any = SimpleNamespace(**parts)
+    places, nothing = plan.blocks_of(model), frozenset[int]()
+    stage: Any = SimpleNamespace(model=model, places=places, look=look, left_out=lambda _: nothing)
     return Request(config, plan, group, stage=stage), model
 
 
