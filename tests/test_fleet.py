@@ -113,7 +113,7 @@ def test_both_nodes_answer_and_what_is_killed_is_done_elsewhere(running: Service
     heard = Heard()
 
     # -- both paint, and a request that is withdrawn ends at its next step
-    asked = [ask(running, heard, f"first {number}", 60) for number in range(2)]
+    asked = [ask(running, heard, f"first {number}", 150) for number in range(2)]
     gone = ask(running, heard, "gone", 5000)
     until(lambda: all_paint(running, asked), 120)
     running.cancel(gone)
@@ -125,7 +125,7 @@ def test_both_nodes_answer_and_what_is_killed_is_done_elsewhere(running: Service
     assert all(figure(running, f'patchpipe_device_busy_seconds_total{{device="replica {one}') > 0 for one in (1, 2))
 
     # -- a node is killed, with all its processes, while it paints
-    asked = [ask(running, heard, f"node {number}", 200) for number in range(3)]
+    asked = [ask(running, heard, f"node {number}", 400) for number in range(3)]
     until(lambda: all_paint(running, asked[:2]), 120)
     victim = on_node(running, nodes.worker_nodes)
     nodes.remove_node(victim["node"], allow_graceful=False)
@@ -138,7 +138,7 @@ def test_both_nodes_answer_and_what_is_killed_is_done_elsewhere(running: Service
     assert "1 CPU on one node" in shown["cause"]
 
     # -- the other's process is killed while it paints: it comes back by itself
-    last = ask(running, heard, "actor", 200)
+    last = ask(running, heard, "actor", 400)
     until(lambda: last.step > 2, 120)
     [left] = [one for one in replicas(running).values() if one["state"] == "up"]
     os.kill(left["pid"], signal.SIGKILL)
