@@ -182,10 +182,11 @@ class Conductor:
 
     def _refuse_late(self) -> None:
         """Tells pictures that wait and can be in time no more, where the service turns such away."""
-        now, seen = monotonic(), {one.ticket for one in self.snapshot() if one.state == "waiting"}
-        for part in list(self._parts):
-            ticket = part.ticket
-            if ticket in seen and ticket.work.kind == "picture" and self._decider.hopeless(now, part):
+        now, pictures = monotonic(), [part for part in self._parts if part.ticket.work.kind == "picture"]
+        hopeless = {part.ticket for part in pictures if self._decider.hopeless(now, part)}
+        waiting = [one.ticket for one in self.snapshot() if one.state == "waiting"] if hopeless else []
+        for ticket in waiting:
+            if ticket in hopeless:
                 message = "this would be late by now, and late requests are turned away here"
                 late = Refusal(429, message, code="deadline_missed", param="deadline_s", retry_after=self._usual)
                 self._end(ticket, late)
