@@ -280,7 +280,7 @@ class _Naive:
         coarse: bool = False,
         references: int = 0,
         text_patches: int = 1,
-        streamed: int = 0,
+        streamed: Sequence[int] = (),
     ) -> None:
         self.streamed = streamed
         self.coarse, self.references, self.text_patches = coarse, references, text_patches
@@ -331,9 +331,10 @@ class _Naive:
         self.calls += 1
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
-        for drafts in range(2 if step < self.streamed else 0):
-            self._over_patches(step, branch, given, args, kwargs, known=step + drafts > 0)
-        return self._over_patches(step, branch, given, args, kwargs, known=step > 0 or self.streamed > 0)
+        passes = self.streamed[step] if step < len(self.streamed) else 1
+        for number in range(passes):
+            result = self._over_patches(step, branch, given, args, kwargs, known=step + number > 0)
+        return result
 
     def _over_patches(self, step: int, branch: int, given: dict[str, Any], args: Any, kwargs: Any, known: bool) -> Any:
         pace = self._pace(branch, given) if self.forecast else None
@@ -449,7 +450,7 @@ def naive_pipefusion(
     coarse: bool = False,
     references: int = 0,
     text_patches: int = 1,
-    streamed: int = 0,
+    streamed: Sequence[int] = (),
 ) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
@@ -462,7 +463,7 @@ def naive_pipefusion(
         coarse: Whether a quarter of the tokens goes ahead, and stands for all.
         references: Tokens of pictures that follow the one that is painted; each patch has as many of them.
         text_patches: Over how many of the first patches the text is spread.
-        streamed: Calls per transformer and guidance branch whose patches are run three times.
+        streamed: How often the patches of the first calls per transformer and guidance branch are run.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:

@@ -19,6 +19,8 @@ FIRST = ("flux", "sd3", "sd35", "pixart", "qwen", "qwen-padded", "flux2", "zimag
 NAMES = (*FIRST, *(name for name in tiny_images.BUILD if test_images.layouts_of(name)), *tiny_video.BUILD)
 STEPS = {"num_inference_steps": 3}
 
+small_references = test_images.small_references  # Qwen-Image-Edit enlarges what it is given
+
 
 def schedule(name: str, **options: Any) -> dict[str, Any]:
     clip = name in tiny_video.BUILD or name.startswith(("wan", "ltx"))
@@ -49,12 +51,12 @@ def test_it_is_the_same_in_every_layout(layout: dict[str, int]) -> None:
         assert max(errors.values()) <= parity.tolerance(name), errors
 
 
-@pytest.mark.parametrize(("name", "guided", "steps"), [("flux", False, 1), ("flux", True, 2), ("pixart", True, 2)])
-def test_no_step_is_synchronous_and_guidance_streams_two(name: str, guided: bool, steps: int) -> None:
+@pytest.mark.parametrize(("name", "guided", "drafts"), [("flux", False, 2), ("flux", True, 5), ("pixart", True, 5)])
+def test_no_step_is_synchronous_and_guidance_takes_more_drafts(name: str, guided: bool, drafts: int) -> None:
     pipe = patchpipe.parallelize(tiny.pipeline(name), ParallelConfig(**parity.pinned(schedule(name), 4)))
     pipe(**tiny.call_arguments(name, steps=4, guided=guided), output_type="latent")
     calls, last = 2 if guided and name == "flux" else 1, pipe.patchpipe.last
-    assert (last.steps_synchronous, last.steps_patched, last.drafts) == (0, 4 * calls, 2 * steps * calls)
+    assert (last.steps_synchronous, last.steps_patched, last.drafts) == (0, 4 * calls, drafts * calls)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,5 @@ def test_the_planner_counts_drafts_as_patches() -> None:
     guided = total([whole], [patch] * 2, 0, 10, ahead=[[patch] * 4, [patch] * 4])
     assert guided.seconds == total([whole], [patch] * 2, 0, 14).seconds
     assert guided.worked == (28.0, 28.0)
+    later = total([whole], [patch] * 2, 0, 10, ahead=[[patch] * 4] + 3 * [[patch] * 2])
+    assert later.seconds == total([whole], [patch] * 2, 0, 15).seconds

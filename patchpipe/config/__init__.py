@@ -8,9 +8,9 @@ from patchpipe.config.auto import AutoLayout
 from patchpipe.config.parallel import (
     ALL_STEPS,
     COARSE,
+    PASSES,
     SPREAD,
     STREAMED,
-    STREAMED_STEPS,
     WATCHED,
     Backend,
     ParallelConfig,
@@ -22,10 +22,10 @@ PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, o
 __all__ = [
     "ALL_STEPS",
     "COARSE",
+    "PASSES",
     "PLAIN",
     "SPREAD",
     "STREAMED",
-    "STREAMED_STEPS",
     "WATCHED",
     "AutoLayout",
     "Backend",

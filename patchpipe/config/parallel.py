@@ -24,8 +24,9 @@ ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
 STREAMED: Literal["streamed"] = "streamed"
 WATCHED: Literal["auto"] = "auto"
-PASSES = 3  # of patches in a step that streams in place of a synchronous one
-STREAMED_STEPS = (1, 2)  # of these; with guidance, which amplifies the error of the first stale step, the latter
+# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
+# amplifies the errors of the first stale steps.
+PASSES = ((3,), (3, 2, 2, 2))
 WarmupKind = int | Literal["all", "coarse", "streamed", "auto"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
@@ -52,8 +53,9 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step (of
-            the first two with guidance) stream three times, each time beside the keys and values of the time before.
+            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step
+            stream three times, each time beside the keys and values of the time before; with guidance, those of the
+            next three steps stream twice.
             ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which keys and values did not
             go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which amplifies the error of the first
             stale step.
@@ -284,7 +286,8 @@ class ParallelConfig:
             call: The call's number in its guidance branch, from 0.
             guided: Whether the request has two guidance branches.
         """
-        return PASSES if self.warmup == STREAMED and call < STREAMED_STEPS[guided] else 1
+        passes = PASSES[guided] if self.warmup == STREAMED else ()
+        return passes[call] if call < len(passes) else 1
 
     @property
     def _warmup_told(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from patchpipe.config import COARSE, STREAMED_STEPS
+from patchpipe.config import COARSE, PASSES, STREAMED
 from patchpipe.layout.split import shared_blocks
 from patchpipe.offload.choice import Chosen
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
@@ -108,8 +108,10 @@ def total(
     count = len(steady[0].stages)
     once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
     warm, streamed = min(warmup, steps), max(0, steps - warmup)
+    drafts = [unit.compute for units in ahead for unit in units]
     free, ready, ends = [0.0] * count, [0.0] * len(steady), [0.0]
-    for step in range(min(streamed, STEADY_STEPS)):
+    played = len(ahead) + STEADY_STEPS
+    for step in range(min(streamed, played)):
         opening = [*ahead[step]] if step < len(ahead) else []
         begin = [ready[at % len(ready)] for at in range(len(opening))]
         done = play([*opening, *steady] * calls, free, [*begin, *ready] * calls)
@@ -118,7 +120,7 @@ def total(
         ready = [max(patches[at // halves :: len(steady) // halves]) for at in range(len(steady))]
         ends.append(max(done))
     period = ends[-1] - ends[-2] if len(ends) > 1 else once
-    seconds = warm * once + ends[-1] + max(0, streamed - STEADY_STEPS) * period
+    seconds = warm * once + ends[-1] + max(0, streamed - played) * period
     return Timing(
         seconds=seconds,
         synchronous=once,
@@ -127,7 +129,7 @@ def total(
         worked=_sum(
             _each(calls, [unit.compute for unit in synchronous]), warm,
             _each(calls, [unit.compute for unit in steady]), streamed,
-            _each(calls, [unit.compute for units in ahead for unit in units]) if ahead else (0.0,) * count,
+            _each(calls, drafts) if drafts else (0.0,) * count,
         ),
         hop=max((max(unit.hops) for unit in steady), default=0.0),
         host=_each(calls, [unit.host for unit in steady]),
@@ -189,10 +191,13 @@ class Schedule:
             return total(whole, whole, 0, self.workload.steps, self.layout.calls)
         halves, patches = self.layout.halves, range(len(self.layout.patches))
         steady = [self._unit(self.layout.piece(patch), half, patch) for patch in patches for half in range(halves)]
-        ahead = [steady * (self.config.passes(step, guided=guided) - 1) for step in range(STREAMED_STEPS[guided])]
-        if self.config.warmup == COARSE:
-            ahead = [self._sample()]
-        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves, ahead)
+        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves, self._ahead(steady, guided))
+
+    def _ahead(self, steady: list[Unit], guided: bool) -> list[list[Unit]]:
+        """What the first steps have ahead of their patches."""
+        if self.config.warmup == STREAMED:
+            return [steady * (passes - 1) for passes in PASSES[guided]]
+        return [self._sample()] if self.config.warmup == COARSE else []
 
     def _sample(self) -> list[Unit]:
         """The sample of all tokens that a request begins with: a quarter of them, and all text."""
