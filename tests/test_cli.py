@@ -140,7 +140,7 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
         (["generate", "x", "y", "--in-flight", "2", "--data", "2"], "leave out --in-flight, or --data"),
         (["generate", "x", "--in-flight", "2", "--cfg", "2", "--ulysses", "2"], "nearest that is tested is"),
         (["generate", "x", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
-        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, "all", "coarse" or "auto"'),
+        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, "all", "streamed" or "auto"'),
         (["generate", "x", "--patch-rows", "1;2"], "--patch-rows 1;2 must be whole numbers"),
         (["generate", "x", "--backend", "mpi"], "--backend"),
         (["generate", "x", "--dtype", "int3"], "dtype='int3' is unknown: use bf16, fp16 or fp32"),

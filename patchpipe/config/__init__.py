@@ -7,7 +7,6 @@ from typing import Literal
 from patchpipe.config.auto import AutoLayout
 from patchpipe.config.parallel import (
     ALL_STEPS,
-    COARSE,
     PASSES,
     SPREAD,
     STREAMED,
@@ -21,7 +20,6 @@ PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, o
 
 __all__ = [
     "ALL_STEPS",
-    "COARSE",
     "PASSES",
     "PLAIN",
     "SPREAD",

@@ -146,11 +146,11 @@ class Stage:
     # -- one patch -------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, Any], latent: Tensor | None, context: CallContext) -> Streams | Tensor:
-        """Runs one patch, or a sample of all tokens.
+        """Runs one patch.
 
         Args:
             inputs: The arguments of the transformer call, uncut.
-            latent: The patch of the latent, all of it for a sample; ``None`` on every stage but the first.
+            latent: The patch of the latent; ``None`` on every stage but the first.
             context: What the hooks are to know.
 
         Returns:
@@ -226,7 +226,7 @@ class Stage:
         """The latent uncut, with zeros wherever this stage does not know it."""
         if latent is None:
             return torch.zeros((), dtype=shape.dtype, device=shape.device).expand(shape.shape)
-        if context.patch.uncut or context.sample is not None:
+        if context.patch.uncut:
             return latent
         whole, dim = latent.new_zeros(shape.shape), self.plan.grid.dim
         targets = spans_of(whole, dim, context.patch)
@@ -320,11 +320,11 @@ class Stage:
         context, listing = self.passage.at_work, place.listing
         if not context.keeps:
             return None
-        seen = context.seen
+        seen = context.shapes
         rows = Rows.of(segments, seen.sizes, seen.raster)
         attending = Attending(
             context.patch, None, context.sharing, rows, context.masked and len(segments) > 1, context.entries,
-            self.kernels, context.pace, context.sample, context.beside,
+            self.kernels, context.pace,
             rows.empty(context.patch, listing.segments_never_empty), listing.masks_queries,
             queries=Rows.of(listing.asking.get(path, segments), seen.sizes, seen.raster),
         )  # fmt: skip
@@ -347,7 +347,7 @@ class Stage:
         segments = self.plan.adapters.get(type(getattr(layer, "processor", None)).__name__)
         if not segments:
             return attending if segments is None else replace(attending, adapted=True)
-        seen = self.passage.at_work.seen
+        seen = self.passage.at_work.shapes
         rows = Rows.of(segments, seen.sizes, seen.raster)
         again = replace(attending, rows=rows, queries=None, masked=False, blanks=(), store=None)
         return replace(attending, adapted=True, again=self._stored(again, again_of(name), segments))
