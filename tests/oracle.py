@@ -391,7 +391,8 @@ class _Naive:
 
     def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
         """The step to this noise level, in steps that led to the last one, and whether it is that one."""
-        now, known = float(given["t" if self.listed else "timestep"].max()), self.times[branch]
+        time = next(given[name] for name in ("t", "timestep", "timesteps") if name in given)
+        now, known = float(time.max()), self.times[branch]
         again = bool(known) and known[-1] == now
         ahead = (now - known[-1]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
         if not again:
