@@ -5,16 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from patchpipe.config.auto import AutoLayout
-from patchpipe.config.parallel import (
-    ALL_STEPS,
-    PASSES,
-    SPREAD,
-    STREAMED,
-    WATCHED,
-    Backend,
-    ParallelConfig,
-    WarmupKind,
-)
+from patchpipe.config.parallel import SPREAD, Backend, ParallelConfig
+from patchpipe.config.warmup import ALL_STEPS, PASSES, STREAMED, WATCHED, WarmupKind
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 

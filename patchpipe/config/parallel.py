@@ -8,6 +8,16 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchpipe.config.warmup import (
+    ALL_STEPS,
+    STREAMED,
+    WATCHED,
+    WarmupKind,
+    check_warmup,
+    passes,
+    synchronous_steps,
+    told,
+)  # fmt: skip
 from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.checks import check_at_least, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
@@ -20,13 +30,6 @@ if TYPE_CHECKING:
     from patchpipe.planner.machine.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
-ALL_STEPS: Literal["all"] = "all"
-STREAMED: Literal["streamed"] = "streamed"
-WATCHED: Literal["auto"] = "auto"
-# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
-# amplifies the errors of the first stale steps.
-PASSES = ((3,), (3, 2, 2, 2))
-WarmupKind = int | Literal["all", "streamed", "auto"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
@@ -157,9 +160,7 @@ class ParallelConfig:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (None, ALL_STEPS, STREAMED, WATCHED):
-            hint = 'or "all" to run every step synchronously, or "streamed" or "auto"'
-            check_at_least("warmup", self.warmup, 0, hint=hint)
+        check_warmup(self.warmup)
         if self.warmup == WATCHED:
             check_watched(self.methods, self.compile, self.forecast)
         if self.warmup == STREAMED and self.distrifusion > 1:
@@ -268,9 +269,7 @@ class ParallelConfig:
         Args:
             guided: Whether the request has two guidance branches.
         """
-        if self.warmup in (None, WATCHED):
-            return 2 if guided and self.forecast else 1
-        return self.warmup if isinstance(self.warmup, int) else 0
+        return synchronous_steps(self.warmup, guided=guided, forecast=self.forecast)
 
     def passes(self, call: int, *, guided: bool) -> int:
         """How often the patches of a call that streams go through the stages.
@@ -279,16 +278,7 @@ class ParallelConfig:
             call: The call's number in its guidance branch, from 0.
             guided: Whether the request has two guidance branches.
         """
-        passes = PASSES[guided] if self.warmup == STREAMED else ()
-        return passes[call] if call < len(passes) else 1
-
-    @property
-    def _warmup_told(self) -> str:
-        if self.warmup not in (None, WATCHED):
-            return str(self.warmup)
-        steps = " or ".join(dict.fromkeys(str(self.warmup_steps(guided=guided)) for guided in (False, True)))
-        steps += " with guidance" if "or" in steps else ""
-        return steps if self.warmup is None else f"{steps}, and where a forecast fails"
+        return passes(self.warmup, call, guided=guided)
 
     @property
     def may_share(self) -> bool | None:
@@ -325,7 +315,7 @@ class ParallelConfig:
         patches = "auto" if self.patches is None else str(self.patches)
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
-        steps = "every step synchronous" if self.synchronous else f"warm-up {self._warmup_told}"
+        steps = "every step synchronous" if self.synchronous else f"warm-up {told(self.warmup, forecast=self.forecast)}"
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
