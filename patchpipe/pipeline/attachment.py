@@ -28,7 +28,7 @@ from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
-from patchpipe.pipeline.modular.steps import is_modular
+from patchpipe.pipeline.modular.steps import SHARE, is_modular
 from patchpipe.pipeline.parts import Hooks, Parts, hook_transformer, quieten
 from patchpipe.pipeline.preview import Previews, Show
 from patchpipe.pipeline.relatives import mark, pipelines_with
@@ -251,7 +251,7 @@ class Attachment:
         view = copy.copy(self._first)
         view._pipe, view._hooks, view._encode = pipe, Hooks(), None
         if held is not None:  # a copy of a parallel pipeline, with what was set on that one
-            for name in ("encode_prompt", "patchpipe"):
+            for name in ("encode_prompt", "patchpipe", SHARE):
                 vars(pipe).pop(name, None)
         view._serve()
         others = self._first._others

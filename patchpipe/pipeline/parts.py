@@ -13,7 +13,7 @@ from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.pipeline.callbacks import Callbacks
-from patchpipe.pipeline.modular.steps import hook_steps, is_modular, with_bars
+from patchpipe.pipeline.modular.steps import SHARE, hook_steps, is_modular, with_bars
 from patchpipe.recipes.adapters import modules_of
 from patchpipe.schedule.runner import Runner
 from patchpipe.stage.stage import Stage
@@ -113,9 +113,10 @@ class Parts:
         """
         shared = self._config.text_rank != SPREAD
         if is_modular(pipe):
-            owner = self._config.encoder_rank()
-            for undo in hook_steps(pipe, partial(self.on_owner, owner=owner, carries="text"), text=shared):
+            for undo in hook_steps(pipe):
                 hooks.undone_by(undo)
+            if shared:
+                hooks.set(pipe, SHARE, self.share_text)
         if not shared or not hasattr(pipe, "encode_prompt"):
             return None
         encode: Callable[..., Any] = pipe.encode_prompt
@@ -123,7 +124,7 @@ class Parts:
         return encode
 
     def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
+        """What encodes a pipeline's text, run on the rank of its text encoders for all."""
         return self.on_owner(encode, self._config.encoder_rank(), "text")
 
     def hook_vae(self, vae: nn.Module, hooks: Hooks, *, strips: bool = False) -> None:

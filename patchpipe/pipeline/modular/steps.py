@@ -16,7 +16,7 @@ from diffusers import BaseGuidance, LoopSequentialPipelineBlocks, ModularPipelin
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import ORIGINAL
 
-Share = Callable[[Callable[[], Any]], Callable[[], Any]]
+SHARE = "_patchpipe_share"
 _ABSENT = object()
 
 
@@ -41,13 +41,12 @@ def own_state(copied: Any) -> None:
         vars(copied)["_blocks"] = copied.blocks
 
 
-def hook_steps(pipe: Any, share: Share, *, text: bool) -> Iterator[Callable[[], None]]:
+def hook_steps(pipe: Any) -> Iterator[Callable[[], None]]:
     """Has one rank encode text for all, and all ranks put together what is about to be decoded.
 
     Args:
-        pipe: A modular pipeline.
-        share: Makes a function of one that one rank runs for all.
-        text: Whether one rank encodes text.
+        pipe: A modular pipeline; as its attribute ``SHARE`` it may have what makes a function one that one rank runs
+            for all. Without it each step runs by itself, as in pipelines that are made of copies of these blocks.
 
     Yields:
         What undoes one change.
@@ -56,26 +55,29 @@ def hook_steps(pipe: Any, share: Share, *, text: bool) -> Iterator[Callable[[], 
         parts = [spec.name for spec in step.expected_components]
         if hasattr(type(step), ORIGINAL):
             continue
-        if text and any(name.startswith("text_encoder") for name in parts):
-            yield _replace_call(step, partial(_run_for_all, share))
+        if any(name.startswith("text_encoder") for name in parts):
+            yield _replace_call(step, _run_for_all)
         elif "vae" in parts:
             yield _replace_call(step, _run_on_whole)
 
 
 def _replace_call(step: Any, run: Callable[..., Any]) -> Callable[[], None]:
-    """Gives a step a subclass whose call is another one, in a pipeline that is parallel."""
+    """Gives a step a subclass of its own class, with another call."""
     kind: Any = type(step)
 
     def call(self: Any, pipe: Any, state: Any) -> Any:
-        own = partial(kind.__call__, self, pipe, state)
-        return run(own, pipe, state) if "patchpipe" in vars(pipe) else own()
+        return run(partial(kind.__call__, self, pipe, state), pipe, state)
 
     members = {"__call__": call, "__doc__": kind.__doc__, "__module__": kind.__module__, ORIGINAL: kind}
     step.__class__ = type(kind.__name__, (kind,), members)
     return lambda: setattr(step, "__class__", kind)
 
 
-def _run_for_all(share: Share, own: Callable[[], Any], pipe: Any, state: Any) -> Any:
+def _run_for_all(own: Callable[[], Any], pipe: Any, state: Any) -> Any:
+    share = vars(pipe).get(SHARE)
+    if share is None:
+        return own()
+
     def changed() -> Any:
         before = dict(state.values)
         own()
