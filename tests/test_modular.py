@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -18,24 +19,34 @@ from tests import tiny
 from tests.oracle import naive_pipefusion
 from tests.parity import ROUNDED, TOLERANCE, relative
 from tests.ranks import Place, quieten
-from tests.test_pipelines import attach
+from tests.test_pipelines import attach, mask, picture
 from tests.threads import run_threads
 
 BLOCKS = {"flux": "FluxAutoBlocks", "qwen": "QwenImageAutoBlocks", "wan": "WanBlocks"}
+OTHERS = {
+    "flux-kontext": "FluxKontextAutoBlocks",
+    "flux2": "Flux2KleinAutoBlocks",
+    "sd3": "StableDiffusion3AutoBlocks",
+    "zimage": "ZImageAutoBlocks",
+    "ernie": "ErnieImageAutoBlocks",
+    "wan-a14b": "Wan22Blocks",
+    "wan-i2v": "WanImage2VideoAutoBlocks",
+    "ltx": "LTXAutoBlocks",
+    "helios": "HeliosAutoBlocks",
+}
 
 
 def setup_module() -> None:
     quieten()
 
 
-def made(name: str, blocks: Any = None, dtype: torch.dtype = torch.float64, **guider: Any) -> Any:
+def made(name: str) -> Any:
     """A modular pipeline with the components of a tiny one."""
-    parts = tiny.pipeline(name, dtype=dtype).components
-    pipe = (blocks or getattr(diffusers, BLOCKS[name])()).init_pipeline()
-    known = pipe.components
-    pipe.update_components(**{part: value for part, value in parts.items() if part in known and value is not None})
-    if "guider" in known:
-        pipe.update_components(guider=known["guider"].new(guidance_scale=3.0, **guider))
+    parts = tiny.pipeline(name, dtype=torch.float64 if name in BLOCKS else torch.float32).components
+    pipe = getattr(diffusers, {**BLOCKS, **OTHERS}[name])().init_pipeline()
+    pipe.update_components(**{part: value for part, value in parts.items() if part in pipe.components})
+    if "guider" in pipe.components:
+        pipe.update_components(guider=pipe.guider.new(guidance_scale=3.0))
     for block in tree(pipe._blocks):
         if hasattr(block, "set_progress_bar_config"):
             block.set_progress_bar_config(disable=True)
@@ -53,9 +64,11 @@ def arguments(pipe: Any, name: str, seed: int = 0) -> dict[str, Any]:
     return {key: value for key, value in wanted.items() if key in known}
 
 
-def call(pipe: Any, name: str, output: Any = "pictures") -> Any:
-    wanted = ("videos" if name == "wan" else "images") if output == "pictures" else output
-    return pipe(**arguments(pipe, name), output=wanted)
+def call(pipe: Any, name: str, output: Any = "pictures", **changes: Any) -> Any:
+    """The pictures or the clip, as an array unless ``output`` says otherwise."""
+    wanted = next(each.name for each in pipe.blocks.outputs if each.name in ("images", "videos"))
+    found = pipe(**{**arguments(pipe, name), **changes}, output=wanted if output == "pictures" else output)
+    return np.asarray(found) if output == "pictures" and found is not None else found
 
 
 def painted(place: Place, name: str, **options: Any) -> tuple[Any, Any]:
@@ -71,6 +84,37 @@ def test_synchronous_is_exact(name: str) -> None:
         assert np.array_equal(found[0][0], exact)
         assert all(picture is None for picture, _ in found[1:])
         assert all(figures.stages == ranks and figures.steps_synchronous > 0 for _, figures in found)
+
+
+def streamed(place: Place, name: str) -> list[Any]:
+    pipe = attach(made(name), place)
+    exact = call(pipe, name)
+    patchpipe.restore(pipe)
+    return [exact, call(attach(pipe, place, patches=2, warmup=1, split_batch=False), name)]
+
+
+@pytest.mark.some(of=2)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_synchronous_and_streaming(name: str) -> None:
+    exact = call(made(name), name)
+    alone, (found, streaming) = run_threads(1, streamed, name)[0][1], run_threads(2, streamed, name)[0]
+    assert np.array_equal(found, exact)
+    assert np.array_equal(streaming, alone)
+    assert not np.array_equal(streaming, exact)
+
+
+CHANGES = {"a picture": {}, "inpainting": {"mask_image": mask()}}
+TASKS = [("flux", "a picture"), ("qwen", "a picture"), ("qwen", "inpainting")]
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS)
+def test_from_a_picture(name: str, task: str) -> None:
+    given = {"image": picture(), "strength": 0.75, "output_type": "pil", **CHANGES[task]}
+
+    def paint(place: Place) -> Any:
+        return call(attach(made(name), place), name, **given)
+
+    assert np.array_equal(run_threads(2, paint)[0], call(made(name), name, **given))
 
 
 STREAM: dict[str, Any] = {"patch_rows": (1, 3), "warmup": 1, "split_batch": False}
@@ -137,7 +181,10 @@ def count(calls: dict[str, int], part: str, forward: Any, *args: Any, **kwargs: 
 def test_text_is_encoded_once(options: dict[str, Any]) -> None:
     exact = call(made("flux"), "flux", output=["images", "prompt_embeds", "prompt"])
     ranks = run_threads(2, partial(counted, **options), "flux")
-    assert {part: sum(calls[part] for calls, _ in ranks) for part in ranks[0][0]} == {"text_encoder": 1, "text_encoder_2": 1}
+    assert {part: sum(calls[part] for calls, _ in ranks) for part in ranks[0][0]} == {
+        "text_encoder": 1,
+        "text_encoder_2": 1,
+    }
     if options.get("text_rank") != "spread":
         assert sum(any(calls.values()) for calls, _ in ranks) == 1
     found = ranks[1][1]
@@ -145,6 +192,30 @@ def test_text_is_encoded_once(options: dict[str, Any]) -> None:
     assert np.array_equal(found["images"], exact["images"])
     assert torch.equal(found["prompt_embeds"], exact["prompt_embeds"])
     assert found["prompt"] == exact["prompt"]
+
+
+def of_a_folder(place: Place, folder: Path) -> tuple[Any, Any]:
+    """A modular pipeline on the parts of a parallel one, of which a rank reads only its own."""
+    config = ParallelConfig(pipefusion=2, warmup="all", timeout=20)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config), dtype=torch.float32)
+    modular = diffusers.FluxAutoBlocks().init_pipeline()
+    modular.update_components(**pipe.components)
+    return call(modular, "flux"), pipe(**arguments(modular, "flux"))
+
+
+def test_parts_of_a_pipeline_from_disk_serve_a_modular_one(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("flux")
+    pipe.save_pretrained(tmp_path / "ordinary")
+    modular = diffusers.FluxAutoBlocks().init_pipeline()
+    modular.update_components(**pipe.components)
+    exact = call(modular, "flux")
+    found = run_threads(2, of_a_folder, tmp_path / "ordinary")
+    assert np.array_equal(found[0][0], exact)
+    assert np.array_equal(found[0][1].images, exact)
+    assert found[1] == (None, None)
+    modular.save_pretrained(str(tmp_path / "modular"), overwrite_modular_index=True)
+    with pytest.raises(ValueError, match=r"was saved as a modular pipeline, .*load_components\(\)"):
+        patchpipe.from_pretrained(tmp_path / "modular", ParallelConfig())
 
 
 def in_turn(place: Place) -> None:

@@ -143,7 +143,9 @@ class Attachment:
         """
         first = self._first
         if is_modular(self._pipe):
-            raise ValueError(f"previews of a {type(self._pipe).__name__} have not been tested: use an ordinary pipeline")
+            raise ValueError(
+                f"previews of a {type(self._pipe).__name__} have not been tested: use an ordinary pipeline"
+            )
         outer, first._previews = (
             first._previews,
             Previews(every, show, first=self.group.rank == 0, output=self.group.output),

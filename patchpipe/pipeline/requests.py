@@ -218,7 +218,7 @@ def copy_for(
     if "scheduler" in own:
         own["scheduler"] = copy.deepcopy(own["scheduler"])
     own_state(copied)
-    for shows in map(vars, with_bars(copied)):
+    for shows in (vars(each) for each in with_bars(copied)):
         shows["_progress_bar_config"] = {**shows.get("_progress_bar_config", {}), "position": number}
         if bar is not None:
             shows["progress_bar"] = bar
