@@ -273,8 +273,8 @@ def check_recipes(pipe: Any, config: ParallelConfig, model: nn.Module | None = N
     Raises:
         ValueError: Names the recipe and what to do instead.
     """
-    check_guiders(pipe)
     seen = Seen.at(pipe, model)
+    check_guiders(pipe, seen.model, config)
     for recipe in RECIPES:
         if recipe.found(seen) and not recipe.fits(config):
             layout = "" if recipe.fits is never else f", which is not right with {config.describe()}"
