@@ -7,15 +7,16 @@ stage, or go to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 from diffusers.hooks import HookRegistry
+from diffusers.hooks._common import _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook
 from torch import nn
 
 _REGISTRY = "_diffusers_hook"
-SKIPS = (AttentionProcessorSkipHook, FeedForwardSkipHook, TransformerBlockSkipHook)
+SKIPS = (AttentionProcessorSkipHook, FeedForwardSkipHook)
 
 
 class _Noting(HookRegistry):
@@ -47,7 +48,7 @@ def note_skips(block: nn.Module) -> Callable[[], None]:
 
     def undo() -> None:
         registry.__class__ = kind
-        if not there:
+        if not there and not registry.hooks:
             delattr(block, _REGISTRY)
 
     return undo
@@ -58,11 +59,15 @@ def left_out(block: nn.Module) -> bool:
     return bool(getattr(vars(block).get(_REGISTRY), "noted", ()))
 
 
-def layers_left_out(block: nn.Module) -> Iterator[str]:
-    """Layers of a block that the call at hand leaves out, or whose attention it does, by their names in the block."""
-    for name, module in block.named_modules():
-        if any(isinstance(hook, SKIPS) for hook in _hooks(module)):
-            yield name
+def layers_of(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of a block that such hooks are put on, with their names in the block."""
+    kinds = (*_ATTENTION_CLASSES, *_FEEDFORWARD_CLASSES)
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, kinds)]
+
+
+def changed(layer: nn.Module) -> bool:
+    """Whether the call at hand leaves out a layer, or its attention."""
+    return any(isinstance(hook, SKIPS) for hook in _hooks(layer))
 
 
 def takes_values(layer: nn.Module) -> bool:
@@ -70,6 +75,6 @@ def takes_values(layer: nn.Module) -> bool:
     return any(getattr(hook, "skip_attention_scores", False) for hook in _hooks(layer))
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def _hooks(module: nn.Module) -> Collection[Any]:
     registry = vars(module).get(_REGISTRY)
-    return [] if registry is None else list(registry.hooks.values())
+    return () if registry is None else registry.hooks.values()

@@ -21,7 +21,7 @@ from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockPlace, part_of
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import ModelPlan
-from patchpipe.models.skips import layers_left_out, left_out, note_skips
+from patchpipe.models.skips import changed, layers_of, left_out, note_skips
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
@@ -87,6 +87,7 @@ class Stage:
         self.passage = Passage(owned, first)
         self._tail = plan.tail_of(model)
         self.places = plan.blocks_of(model)
+        self._layers = [layers_of(place.block) for place in self.places]  # those that a call may leave out
         self._kept: Kept | None = None
         self._undo: list[Callable[[], None]] = []
         self._seams: list[Callable[[], None]] = []
@@ -105,7 +106,7 @@ class Stage:
             if place.left_out(inputs) or left_out(place.block):
                 found.add(index)
             else:
-                found.update(map(place.layer, layers_left_out(place.block)))
+                found.update(place.layer(name) for name, layer in self._layers[index] if changed(layer))
         return frozenset(found)
 
     def keeps_keys(self, index: int, left_out: frozenset[int | str]) -> bool:
@@ -137,6 +138,7 @@ class Stage:
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
+        self._layers = [layers_of(place.block) for place in self.places]
         for index, place in enumerate(self.places):
             ends = index + 1 == len(self.places)
             last = ends or self.places[index + 1].listing is not place.listing
