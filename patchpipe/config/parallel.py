@@ -22,8 +22,12 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
+STREAMED: Literal["streamed"] = "streamed"
 WATCHED: Literal["auto"] = "auto"
-WarmupKind = int | Literal["all", "coarse", "auto"]
+# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
+# amplifies the errors of the first stale steps.
+PASSES = ((3,), (3, 2, 2, 2))
+WarmupKind = int | Literal["all", "coarse", "streamed", "auto"]
 SPREAD: Literal["spread"] = "spread"
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
@@ -49,9 +53,12 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits. ``"auto"`` goes by the forecast's own error: a synchronous step
-            follows one in which keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and
-            guidance, which amplifies the error of the first stale step.
+            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step
+            stream three times, each time beside the keys and values of the time before; with guidance, those of the
+            next three steps stream twice.
+            ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which keys and values did not
+            go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which amplifies the error of the first
+            stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -153,13 +160,13 @@ class ParallelConfig:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (None, ALL_STEPS, COARSE, WATCHED):
-            hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
+        if self.warmup not in (None, ALL_STEPS, COARSE, STREAMED, WATCHED):
+            hint = 'or "all" to run every step synchronously, or "streamed", "coarse" or "auto"'
             check_at_least("warmup", self.warmup, 0, hint=hint)
         if self.warmup == WATCHED:
             check_watched(self.methods, self.compile, self.forecast)
-        if self.warmup == COARSE and self.distrifusion > 1:
-            raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
+        if self.warmup in (COARSE, STREAMED) and self.distrifusion > 1:
+            raise ValueError(f'warmup="{self.warmup}" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
             raise ValueError(
                 'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
@@ -272,6 +279,16 @@ class ParallelConfig:
             return 2 if guided and self.forecast else 1
         return self.warmup if isinstance(self.warmup, int) else 0
 
+    def passes(self, call: int, *, guided: bool) -> int:
+        """How often the patches of a call that streams go through the stages.
+
+        Args:
+            call: The call's number in its guidance branch, from 0.
+            guided: Whether the request has two guidance branches.
+        """
+        passes = PASSES[guided] if self.warmup == STREAMED else ()
+        return passes[call] if call < len(passes) else 1
+
     @property
     def _warmup_told(self) -> str:
         if self.warmup not in (None, WATCHED):
@@ -283,7 +300,7 @@ class ParallelConfig:
     @property
     def may_share(self) -> bool | None:
         """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
-        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE) and self.patches != 1
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE, STREAMED) and self.patches != 1
         return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
 
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
@@ -391,7 +408,7 @@ class ParallelConfig:
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
-        if self.warmup in (0, COARSE):
+        if self.warmup in (0, COARSE, STREAMED):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
