@@ -28,9 +28,7 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-BranchKey = tuple[
-    str | None, int, frozenset[int | str], int
-]  # its name, prompt, blocks left out, and order on one latent
+BranchKey = tuple[str | None, int, frozenset[int | str], int]  # its name, prompt, what is left out, order on a latent
 
 
 @dataclass
