@@ -278,6 +278,7 @@ class _Naive:
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
+        self.__signature__ = inspect.signature(model.forward)  # modular pipelines read it
         kind = type(model).__name__
         self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
         self.facts = FACTS.get(kind)

@@ -183,7 +183,7 @@ Fps = Annotated[
 Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; the next one has the next number.", default=True)]
 Guidance = Annotated[
     float | None,
-    _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
+    _option(_PICTURE, "Guidance strength (true_cfg_scale where the pipeline or the model's call.json has it so)."),
 ]
 Negative = Annotated[str | None, _option(_PICTURE, "What the picture should not show.")]
 Loras = Annotated[

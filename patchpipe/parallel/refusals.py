@@ -17,7 +17,7 @@ def no_guidance(plan: ModelPlan) -> ValueError:
     remedy = "true_cfg_scale above 1 and a negative_prompt" if plan.guidance == "calls" else "guidance_scale above 1"
     return ValueError(
         f"cfg=2 gives the second branch of guidance ranks of its own, but this request has one branch only: set "
-        f"{remedy}, or cfg=1; idle_branch=True lets those ranks wait"
+        f"{remedy} (of a modular pipeline its guider's), or cfg=1; idle_branch=True lets those ranks wait"
     )
 
 

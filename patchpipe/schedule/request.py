@@ -27,7 +27,7 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-BranchKey = tuple[str | None, int, frozenset[int], int]  # its name, prompt, blocks left out, and order on one latent
+BranchKey = tuple[str | None, int, frozenset[int | str], int]  # its name, prompt, what is left out, order on a latent
 
 
 @dataclass
@@ -370,7 +370,7 @@ class Request:
                 part.move(device)
 
     def _begun(self, branch: Branch) -> Branch:
-        blocks = [block for block in self._shared if block.boundary.block not in branch.left_out]
+        blocks = [block for block in self._shared if self.stage.keeps_keys(block.boundary.block, branch.left_out)]
         branch.shared = [SharedKeys(block, branch.stores[0]) for block in blocks]
         branch.clock = Clock(watched=self.config.warmup == WATCHED)
         return branch

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
+from patchpipe.models.skips import takes_values
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.early import Ahead, Early
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
@@ -137,6 +138,16 @@ class _StoreMode(TorchFunctionMode):
         return column, table
 
 
+class _ValueMode(_StoreMode):
+    """Has every row see itself alone, as perturbed attention guidance does: nothing is kept or asked of other ranks."""
+
+    def attend(
+        self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        """The values in place of what attention makes of them."""
+        return value
+
+
 class _LookMode(TorchFunctionMode):
     """Has the arguments of ``scaled_dot_product_attention`` looked at, and leaves the call as it is."""
 
@@ -194,7 +205,7 @@ class Attended:
         kernels: KernelWatch | None = None,
         early: Early | None = None,
     ) -> None:
-        self.name = type(layer).__name__
+        self.layer, self.name = layer, type(layer).__name__
         self.compute, self.find, self.kernels, self.early = layer.forward, find, kernels, early
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +213,9 @@ class Attended:
         attending = self.find()
         if attending is None:
             return self._alone(*args, **kwargs)
+        if takes_values(self.layer):
+            with _ValueMode(attending):
+                return self.compute(*args, **kwargs)
         ahead = self._ahead(attending)
         sending = self.early.sending(ahead) if self.early and ahead else nullcontext()
         with sending, _StoreMode(replace(attending, ahead=ahead)) as mode:

@@ -48,7 +48,7 @@ class CallContext:
         entered: Whether a block of this stage has begun.
         streams_are: What the root has in the place of streams since the last block: the patch's ``"rows"``, the
             ``"whole"``, or, where a block of another stage was handed through, ``"nothing"`` that counts.
-        left_out: Blocks that the call leaves out, by their place among all.
+        left_out: What the call leaves out; see ``Stage.left_out``.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
@@ -77,7 +77,7 @@ class CallContext:
     second: Tensor | None = None
     entered: bool = False
     streams_are: Literal["rows", "whole", "nothing"] = "whole"
-    left_out: frozenset[int] = frozenset()
+    left_out: frozenset[int | str] = frozenset()
     passed: Streams = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 

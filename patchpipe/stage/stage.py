@@ -21,6 +21,7 @@ from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockPlace, part_of
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.skips import changed, layers_of, left_out, note_skips
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
@@ -86,6 +87,7 @@ class Stage:
         self.passage = Passage(owned, first)
         self._tail = plan.tail_of(model)
         self.places = plan.blocks_of(model)
+        self._layers = [layers_of(place.block) for place in self.places]  # those that a call may leave out
         self._kept: Kept | None = None
         self._undo: list[Callable[[], None]] = []
         self._seams: list[Callable[[], None]] = []
@@ -97,9 +99,20 @@ class Stage:
         """The blocks this stage owns, in running order."""
         return [self.places[index] for index in self.owned.held]
 
-    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int]:
-        """The blocks that a call leaves out, by their place among all."""
-        return frozenset(index for index, place in enumerate(self.places) if place.left_out(inputs))
+    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int | str]:
+        """What a call leaves out: blocks by their place among all, layers of other blocks by their names."""
+        found: set[int | str] = set()
+        for index, place in enumerate(self.places):
+            if place.left_out(inputs) or left_out(place.block):
+                found.add(index)
+            else:
+                found.update(place.layer(name) for name, layer in self._layers[index] if changed(layer))
+        return frozenset(found)
+
+    def keeps_keys(self, index: int, left_out: frozenset[int | str]) -> bool:
+        """Whether a block has self-attention in calls that leave this out."""
+        place = self.places[index]
+        return index not in left_out and any(place.layer(path) not in left_out for path in place.self_attention)
 
     def attach(self) -> None:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
@@ -125,10 +138,12 @@ class Stage:
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
+        self._layers = [layers_of(place.block) for place in self.places]
         for index, place in enumerate(self.places):
             ends = index + 1 == len(self.places)
             last = ends or self.places[index + 1].listing is not place.listing
             self._seams.append(override(place.block, Seam(self.passage, place, index, last=last, ends=ends)))
+            self._seams.append(note_skips(place.block))
         if self._tail and self.last:
             self._seams.append(self._widen_after(self._tail))
 
