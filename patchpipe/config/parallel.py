@@ -14,6 +14,7 @@ from patchpipe.layout.combinations import check_combination, check_compiled, che
 from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
+from patchpipe.layout.text import WAYS, WAYS_TOLD, TextRank, encoder_rank, text_held
 from patchpipe.layout.words import describe_ranks
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
 WATCHED: Literal["auto"] = "auto"
 WarmupKind = int | Literal["all", "coarse", "auto"]
-SPREAD: Literal["spread"] = "spread"
-# More than these no pipeline of diffusers has.
-ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,9 @@ class ParallelConfig:
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
-            ``"spread"`` puts each encoder on its own rank, as far as there are ranks.
+            ``"spread"`` puts each encoder on its own rank, as far as there are ranks. ``"layers"`` puts the layers of
+            each encoder on all ranks, for an encoder that is too large for one. With ``"streamed"`` the last rank reads
+            the encoders layer by layer for every new prompt and keeps none of them.
         data: Number of parts of the batch. Each part has its own ranks.
         cfg: Guidance branches that run side by side: with 2, each branch has its own ranks.
         idle_branch: Whether ``cfg=2`` also takes requests without guidance. Their only branch then runs on half of the
@@ -105,7 +105,7 @@ class ParallelConfig:
     text_patches: int | None = None
     stage_blocks: tuple[float, ...] | None = None
     output_rank: int = 0
-    text_rank: int | Literal["spread"] | None = None
+    text_rank: TextRank = None
     data: int = 1
     cfg: int = 1
     idle_branch: bool = False
@@ -182,8 +182,8 @@ class ParallelConfig:
         if self.stage_blocks is not None:
             self._check_stage_blocks(self.stage_blocks)
         self._check_rank("output_rank", self.output_rank)
-        if self.text_rank not in (None, SPREAD):
-            self._check_rank("text_rank", self.text_rank, f'; or say "{SPREAD}"')
+        if self.text_rank not in (None, *WAYS):
+            self._check_rank("text_rank", self.text_rank, f"; or say {WAYS_TOLD}")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
@@ -249,13 +249,7 @@ class ParallelConfig:
 
         Spread encoders go from the last rank downwards, and to the output rank, which has the VAE, last of all.
         """
-        if isinstance(self.text_rank, int):
-            return self.text_rank
-        if self.text_rank is None:
-            return self.world_size - 1
-        ranks = [rank for rank in reversed(range(self.world_size)) if rank != self.output_rank] + [self.output_rank]
-        number = encoder.rpartition("_")[2]
-        return ranks[(int(number) - 1 if number.isdigit() else 0) % len(ranks)]
+        return encoder_rank(self.text_rank, encoder, self.world_size, self.output_rank)
 
     @property
     def synchronous(self) -> bool:
@@ -352,10 +346,7 @@ class ParallelConfig:
             held.append(f"guidance branch {mesh.at('cfg') + 1}")
         if self.data > 1:
             held.append(f"pictures {mesh.at('data') + 1}/{self.data}")
-        if self.text_rank == SPREAD:
-            held += [f"{title}, if any" for name, title in ENCODERS.items() if self.encoder_rank(name) == mesh.rank]
-        elif mesh.rank == self.encoder_rank():
-            held.append("text encoders")
+        held += text_held(self.text_rank, mesh.rank, self.world_size, self.output_rank)
         if self.parallel_vae:
             held.append(f"VAE for strip {mesh.rank + 1}/{self.world_size} of the picture")
         if mesh.rank == self.output_rank:

@@ -15,10 +15,11 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.split import StageBlocks, sharing_stages
+from patchpipe.layout.text import LAYERS, SPREAD
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.board import say_goodbye
@@ -216,7 +217,7 @@ class Attachment:
             self._hooks.undone_by(blocks.detach)
             methods = {"save_pretrained": self.refuse_saving, **self._adapters.model_methods(stage.model)}
             hook_transformer(stage, self.runner, methods, self._hooks)
-        if self.config.text_rank == SPREAD:
+        if self.config.text_rank in (SPREAD, LAYERS):
             self._parts.hook_encoders(pipe, self._hooks)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             strips = self.config.parallel_vae and self.group.world_size > 1
@@ -270,7 +271,7 @@ class Attachment:
     def _serve(self) -> None:
         """Hooks what a pipeline has for itself: its call, its progress bar and its text encoding."""
         pipe, kind = self._pipe, original_class(self._pipe)
-        if self.config.text_rank != SPREAD and hasattr(pipe, "encode_prompt"):
+        if self.config.text_rank not in (SPREAD, LAYERS) and hasattr(pipe, "encode_prompt"):
             self._encode = pipe.encode_prompt
             self._hooks.set(pipe, "encode_prompt", self._parts.share_text(self._encode))
         if not self.group.output:
