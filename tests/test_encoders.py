@@ -26,8 +26,8 @@ from patchpipe.loading.encoders.placing import layered_encoders
 from patchpipe.loading.folder import PipelineFolder
 from patchpipe.pipeline.parts import Hooks, Parts
 from patchpipe.planner.work.describe import describe_model
-from tests import tiny
-from tests.ranks import Place, quieten
+from tests import loras, tiny
+from tests.ranks import Place, quieten, run_ranks
 from tests.threads import run_threads
 
 SEED = 7
@@ -262,6 +262,29 @@ def test_what_was_given_is_not_sent() -> None:
     back = passing.put_given(sent, ((bias.clone(),), {"mask": mask.clone()}))
     assert torch.equal(back[1], bias)
     assert torch.equal(back[3][0], mask)
+
+
+def painting_with_lora(place: Place, folder: Path, lora: Path, way: str) -> np.ndarray | None:
+    config = ParallelConfig(pipefusion=place.world_size, patches=2, warmup="all", timeout=60, text_rank=way)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    pipe.load_lora_weights(lora)
+    return painted(pipe(**call("flux")))
+
+
+def test_lora_of_a_text_encoder_goes_with_its_layers(tmp_path: Path) -> None:
+    import diffusers
+
+    folder = deeper("flux", tmp_path / "flux")
+    plain = diffusers.DiffusionPipeline.from_pretrained(folder)
+    without = painted(plain(**call("flux")))
+    lora = loras.save(plain, tmp_path / "lora", text=True)
+    plain.load_lora_weights(lora)
+    expected = painted(plain(**call("flux")))
+    assert not np.array_equal(expected, without)
+    # In processes: while it loads, peft changes torch for all threads.
+    assert np.array_equal(run_ranks(2, painting_with_lora, folder, lora, LAYERS)[0], expected)
+    with pytest.raises(AssertionError, match='text_rank="streamed" reads text_encoder as it is stored, for which LoRA'):
+        run_ranks(2, painting_with_lora, folder, lora, STREAMED)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
