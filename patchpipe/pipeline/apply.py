@@ -20,6 +20,7 @@ from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.offload import Offload
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.refusals import check_special
@@ -108,6 +109,7 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
     """The plan of models in memory and each stage's blocks, if the layout fits them and what was done to them."""
     for model in models:
         plan = plan_for(model)
+        check_relied_on(plan, model)
         check_recipes(pipe, config, model)
         check_in_memory(model, config)
         stages = split_blocks(model, plan, config)

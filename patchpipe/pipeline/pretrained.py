@@ -29,6 +29,7 @@ from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
 from patchpipe.loading.schedulers import build_scheduler
 from patchpipe.models import transformers_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
 from patchpipe.pipeline.apply import check_offload, fit, offload_for, parts_of
@@ -265,6 +266,7 @@ class _Found:
         plan, asked = source.plan(), rest.get("quantization_config")
         found = [_Transformer.at(name, source, dtype_of(name, wanted), asked, config) for name in source.transformers]
         transformers_of(SimpleNamespace(**{one.name: one.model for one in found}))
+        check_relied_on(plan, found[0].model)
         stages = split_blocks(found[0].model, plan, config)
         check_tensor(found[0].model, plan, config.tensor)
         if all(one.quantiser is None for one in found):
