@@ -109,9 +109,9 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
     """The plan of models in memory and each stage's blocks, if the layout fits them and what was done to them."""
     for model in models:
         plan = plan_for(model)
-        check_relied_on(plan, model)
         check_recipes(pipe, config, model)
         check_in_memory(model, config)
+        check_relied_on(plan, model)
         stages = split_blocks(model, plan, config)
         check_tensor(model, plan, config.tensor)
         check_special(plan, config)
