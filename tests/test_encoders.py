@@ -18,7 +18,7 @@ from torch import nn
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.layout.text import LAYERS, STREAMED, from_the_last
+from patchpipe.layout.text import DISK, LAYERS, from_the_last
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.encoders import passing
 from patchpipe.loading.encoders.layers import Layers
@@ -115,7 +115,7 @@ def held(model: nn.Module) -> int:
 def test_streamed_layers_give_what_the_whole_encoder_gives(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = save_encoder(name, tmp_path)
     whole = getattr(transformers, name).from_pretrained(folder / "text_encoder", dtype=dtype)
-    config = ParallelConfig(text_rank=STREAMED)
+    config = ParallelConfig(text_rank=DISK)
     (one,) = layered_encoders(PipelineFolder(folder), config, dtype, torch.device("cpu"), {}.get, None)
     encoder = one.read(config, 0)
     seen, most = states(whole), held_meanwhile(encoder, one.layers)
@@ -194,7 +194,7 @@ def painting(place: Place, folder: Path, name: str, way: str, prompts: list[str]
 
 
 @pytest.mark.some
-@pytest.mark.parametrize("way", [LAYERS, STREAMED])
+@pytest.mark.parametrize("way", [LAYERS, DISK])
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "wan"])
 def test_pictures_are_those_of_plain_diffusers(name: str, ranks: int, way: str, tmp_path: Path) -> None:
@@ -211,13 +211,13 @@ def test_pictures_are_those_of_plain_diffusers(name: str, ranks: int, way: str, 
     whole = {part: held(model) for part, model in plain.components.items() if part.startswith("text_encoder")}
     for part, size in whole.items():
         together = sum(encoders[part] for _, encoders in found)
-        assert together == (0 if way == STREAMED else size), part
-        assert way == STREAMED or all(0 < encoders[part] < size for _, encoders in found), part
+        assert together == (0 if way == DISK else size), part
+        assert way == DISK or all(0 < encoders[part] < size for _, encoders in found), part
 
 
 def test_a_streamed_prompt_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = deeper("flux", tmp_path / "flux")
-    pipe = patchpipe.from_pretrained(folder, ParallelConfig(text_rank=STREAMED))
+    pipe = patchpipe.from_pretrained(folder, ParallelConfig(text_rank=DISK))
     reads: list[set[str]] = []
     read = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda self, names: reads.append({*names}) or read(self, names))
@@ -283,8 +283,8 @@ def test_lora_of_a_text_encoder_goes_with_its_layers(tmp_path: Path) -> None:
     assert not np.array_equal(expected, without)
     # In processes: while it loads, peft changes torch for all threads.
     assert np.array_equal(run_ranks(2, painting_with_lora, folder, lora, LAYERS)[0], expected)
-    with pytest.raises(AssertionError, match='text_rank="streamed" reads text_encoder as it is stored, for which LoRA'):
-        run_ranks(2, painting_with_lora, folder, lora, STREAMED)
+    with pytest.raises(AssertionError, match='text_rank="disk" reads text_encoder as it is stored, for which LoRA'):
+        run_ranks(2, painting_with_lora, folder, lora, DISK)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -297,10 +297,10 @@ def test_an_encoder_without_a_list_of_layers_is_refused() -> None:
 
 def test_streaming_needs_files() -> None:
     with pytest.raises(ValueError, match="reads the encoders' files each time: use from_pretrained"):
-        patchpipe.parallelize(tiny.pipeline("flux"), ParallelConfig(text_rank=STREAMED))
+        patchpipe.parallelize(tiny.pipeline("flux"), ParallelConfig(text_rank=DISK))
 
 
-@pytest.mark.parametrize("way", [LAYERS, STREAMED])
+@pytest.mark.parametrize("way", [LAYERS, DISK])
 def test_a_checkpoint_that_lacks_a_layer_is_refused_before_ranks_meet(way: str, tmp_path: Path) -> None:
     folder = tiny.save("flux", tmp_path / "flux")
     weights = folder / "text_encoder" / "model.safetensors"
@@ -333,12 +333,12 @@ def test_layers_in_memory_stay_whole_and_are_run_by_their_ranks() -> None:
     assert np.array_equal(run_threads(2, paint)[0], expected)
 
 
-@pytest.mark.parametrize("way", [LAYERS, STREAMED])
+@pytest.mark.parametrize("way", [LAYERS, DISK])
 def test_info_says_what_each_rank_holds(way: str, tmp_path: Path) -> None:
     folder = deeper("flux", tmp_path / "flux")
     told = describe_model(folder, ParallelConfig(pipefusion=2, text_rank=way))
     texts = [", ".join(stage.components) for stage in told.stages]
-    if way == STREAMED:
+    if way == DISK:
         assert texts == ["vae", "text_encoder (one layer at a time), text_encoder_2 (one layer at a time)"]
     else:
         assert texts == [

@@ -5,8 +5,28 @@ from __future__ import annotations
 from typing import Literal
 
 from patchpipe.config.auto import AutoLayout
-from patchpipe.config.parallel import ALL_STEPS, COARSE, WATCHED, Backend, ParallelConfig, WarmupKind
+from patchpipe.config.parallel import (
+    ALL_STEPS,
+    COARSE,
+    PASSES,
+    STREAMED,
+    WATCHED,
+    Backend,
+    ParallelConfig,
+    WarmupKind,
+)
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 
-__all__ = ["ALL_STEPS", "COARSE", "PLAIN", "WATCHED", "AutoLayout", "Backend", "ParallelConfig", "WarmupKind"]
+__all__ = [
+    "ALL_STEPS",
+    "COARSE",
+    "PASSES",
+    "PLAIN",
+    "STREAMED",
+    "WATCHED",
+    "AutoLayout",
+    "Backend",
+    "ParallelConfig",
+    "WarmupKind",
+]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.checks import check_at_least, plain_numbers
+from patchpipe.layout.checks import check_at_least, check_rank, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
 from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
+STREAMED: Literal["streamed"] = "streamed"
 WATCHED: Literal["auto"] = "auto"
-WarmupKind = int | Literal["all", "coarse", "auto"]
+# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
+# amplifies the errors of the first stale steps.
+PASSES = ((3,), (3, 2, 2, 2))
+WarmupKind = int | Literal["all", "coarse", "streamed", "auto"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,12 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits. ``"auto"`` goes by the forecast's own error: a synchronous step
-            follows one in which keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and
-            guidance, which amplifies the error of the first stale step.
+            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step
+            stream three times, each time beside the keys and values of the time before; with guidance, those of the
+            next three steps stream twice.
+            ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which keys and values did not
+            go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which amplifies the error of the first
+            stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -61,9 +68,8 @@ class ParallelConfig:
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
-            ``"spread"`` puts each encoder on its own rank, as far as there are ranks. ``"layers"`` puts the layers of
-            each encoder on all ranks, for an encoder that is too large for one. With ``"streamed"`` the last rank reads
-            the encoders layer by layer for every new prompt and keeps none of them.
+            ``"spread"`` puts each encoder on its own rank, as far as there are ranks; ``"layers"`` puts the layers of
+            each on all. With ``"disk"`` the last rank reads them layer by layer for every new prompt and keeps none.
         data: Number of parts of the batch. Each part has its own ranks.
         cfg: Guidance branches that run side by side: with 2, each branch has its own ranks.
         idle_branch: Whether ``cfg=2`` also takes requests without guidance. Their only branch then runs on half of the
@@ -153,13 +159,13 @@ class ParallelConfig:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (None, ALL_STEPS, COARSE, WATCHED):
-            hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
+        if self.warmup not in (None, ALL_STEPS, COARSE, STREAMED, WATCHED):
+            hint = 'or "all" to run every step synchronously, or "streamed", "coarse" or "auto"'
             check_at_least("warmup", self.warmup, 0, hint=hint)
         if self.warmup == WATCHED:
             check_watched(self.methods, self.compile, self.forecast)
-        if self.warmup == COARSE and self.distrifusion > 1:
-            raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
+        if self.warmup in (COARSE, STREAMED) and self.distrifusion > 1:
+            raise ValueError(f'warmup="{self.warmup}" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
             raise ValueError(
                 'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
@@ -181,9 +187,9 @@ class ParallelConfig:
             self._check_patch_rows(self.patch_rows)
         if self.stage_blocks is not None:
             self._check_stage_blocks(self.stage_blocks)
-        self._check_rank("output_rank", self.output_rank)
+        check_rank("output_rank", self.output_rank, self.world_size)
         if self.text_rank not in (None, *WAYS):
-            self._check_rank("text_rank", self.text_rank, f"; or say {WAYS_TOLD}")
+            check_rank("text_rank", self.text_rank, self.world_size, f"; or say {WAYS_TOLD}")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
@@ -245,10 +251,7 @@ class ParallelConfig:
         return (self.data, self.cfg, self.pipefusion, self.distrifusion, self.ring, self.ulysses, self.tensor)
 
     def encoder_rank(self, encoder: str = "text_encoder") -> int:
-        """The rank that holds a text encoder, ``"text_encoder"``, ``"text_encoder_2"`` and so on.
-
-        Spread encoders go from the last rank downwards, and to the output rank, which has the VAE, last of all.
-        """
+        """The rank that holds a text encoder, ``"text_encoder"``, ``"text_encoder_2"`` and so on."""
         return encoder_rank(self.text_rank, encoder, self.world_size, self.output_rank)
 
     @property
@@ -266,6 +269,16 @@ class ParallelConfig:
             return 2 if guided and self.forecast else 1
         return self.warmup if isinstance(self.warmup, int) else 0
 
+    def passes(self, call: int, *, guided: bool) -> int:
+        """How often the patches of a call that streams go through the stages.
+
+        Args:
+            call: The call's number in its guidance branch, from 0.
+            guided: Whether the request has two guidance branches.
+        """
+        passes = PASSES[guided] if self.warmup == STREAMED else ()
+        return passes[call] if call < len(passes) else 1
+
     @property
     def _warmup_told(self) -> str:
         if self.warmup not in (None, WATCHED):
@@ -277,7 +290,7 @@ class ParallelConfig:
     @property
     def may_share(self) -> bool | None:
         """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
-        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE) and self.patches != 1
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE, STREAMED) and self.patches != 1
         return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
 
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
@@ -382,9 +395,5 @@ class ParallelConfig:
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
-        if self.warmup in (0, COARSE):
+        if self.warmup in (0, COARSE, STREAMED):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
-
-    def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
-            raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}{hint}")

@@ -6,10 +6,10 @@ from typing import Literal
 
 SPREAD: Literal["spread"] = "spread"  # each encoder on a rank of its own
 LAYERS: Literal["layers"] = "layers"  # the layers of each encoder on all ranks
-STREAMED: Literal["streamed"] = "streamed"  # on the last rank, which reads one layer after the other and keeps none
-WAYS = (SPREAD, LAYERS, STREAMED)
+DISK: Literal["disk"] = "disk"  # on the last rank, which reads one layer after the other and keeps none
+WAYS = (SPREAD, LAYERS, DISK)
 WAYS_TOLD = ", ".join(f'"{way}"' for way in WAYS[:-1]) + f' or "{WAYS[-1]}"'
-TextRank = int | Literal["spread", "layers", "streamed"] | None
+TextRank = int | Literal["spread", "layers", "disk"] | None
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 
@@ -20,10 +20,13 @@ def from_the_last(world_size: int, output_rank: int) -> list[int]:
 
 
 def encoder_rank(text_rank: TextRank, encoder: str, world_size: int, output_rank: int) -> int:
-    """The rank that runs a text encoder; where its layers are on all ranks, the one that holds what surrounds them."""
+    """The rank that runs a text encoder; where its layers are on all ranks, the one that holds what surrounds them.
+
+    Spread encoders go from the last rank downwards, and to the output rank, which has the VAE, last of all.
+    """
     if isinstance(text_rank, int):
         return text_rank
-    if text_rank in (None, STREAMED):
+    if text_rank in (None, DISK):
         return world_size - 1
     ranks = from_the_last(world_size, output_rank)
     number = encoder.rpartition("_")[2]
@@ -39,4 +42,4 @@ def text_held(text_rank: TextRank, rank: int, world_size: int, output_rank: int)
         return ["layers of every text encoder"]
     if rank != homes["text_encoder"]:
         return []
-    return ["text encoders, one layer at a time" if text_rank == STREAMED else "text encoders"]
+    return ["text encoders, one layer at a time" if text_rank == DISK else "text encoders"]

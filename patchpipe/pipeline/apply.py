@@ -14,7 +14,7 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
-from patchpipe.layout.text import STREAMED
+from patchpipe.layout.text import DISK
 from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
@@ -125,8 +125,8 @@ def _fit_in_memory(
 ) -> tuple[ModelPlan, list[StageBlocks]]:
     if config.offload is not None and config.offload.tier == "disk":
         raise ValueError("offload tier='disk' reads the model's files each time: use from_pretrained, or tier='host'")
-    if config.text_rank == STREAMED:
-        raise ValueError('text_rank="streamed" reads the encoders\' files each time: use from_pretrained, or "layers"')
+    if config.text_rank == DISK:
+        raise ValueError('text_rank="disk" reads the encoders\' files each time: use from_pretrained, or "layers"')
     plan, stages = fit(pipe, models, config)
     check_offload(next(iter(models)), plan, stages, config, device)
     return plan, stages

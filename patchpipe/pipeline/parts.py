@@ -10,7 +10,7 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
-from patchpipe.layout.text import SPREAD, STREAMED, from_the_last
+from patchpipe.layout.text import DISK, SPREAD, from_the_last
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.encoders.layers import Layers
 from patchpipe.loading.encoders.passing import Prompts, mark_given, put_given
@@ -127,7 +127,7 @@ class Parts:
 
     def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
-        if self._config.text_rank == STREAMED:
+        if self._config.text_rank == DISK:
             encode = self._prompts.remembering(encode)
         return self.on_owner(encode, self._config.encoder_rank(), "text")
 

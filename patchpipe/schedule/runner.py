@@ -31,6 +31,7 @@ from patchpipe.schedule.parts import Part, parts_of
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
 from patchpipe.stage.context import CallContext, Streams
+from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import Where, span
@@ -243,6 +244,7 @@ class Runner:
         latent = inputs[self.plan.latent]
         synchronous = self.request.synchronous(branch, cut, latent.shape[0])
         keeps = self.request.keeps_stores(cut)
+        passes = 1 if synchronous else self.request.passes(branch, latent.shape[0])
         call = Call(
             stage=self.request.stage,
             inputs=inputs,
@@ -253,13 +255,13 @@ class Runner:
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
             sample=self.request.sample(branch, cut),
-            pace=branch.clock.tick(inputs[self.plan.time]) if keeps and self.config.forecast else None,
+            paces=self._paces(inputs, branch, passes, asked=keeps and self.config.forecast),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
         parts = [] if share is None else parts_of(call, share, self.request, self.group, halves=self._halves)
         self.points.begin("goes on to the next call of the transformer")
-        self.request.count(synchronous)
+        self.request.count(synchronous, passes - 1)
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
@@ -275,6 +277,9 @@ class Runner:
             call.shapes.output, call.shapes.dtype, latent.device, self.plan.grid.dim, cut.bounds,
             answers.patch if self.group.first else None, self.request,
         ), second  # fmt: skip
+
+    def _paces(self, inputs: dict[str, Any], branch: Branch, passes: int, *, asked: bool) -> tuple[Pace | None, ...]:
+        return tuple(branch.clock.tick(inputs[self.plan.time]) if asked else None for _ in range(passes))
 
     def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
         """Runs every patch of this rank's share of a call through this stage.
@@ -342,8 +347,8 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
-        context.entries, context.pace, context.sample = part.share.entries, call.pace, part.sample
-        context.turn, context.patches = part.turn, call.cut.patches
+        context.entries, context.pace, context.sample = part.share.entries, part.pace, part.sample
+        context.draft, context.turn, context.patches = part.draft, part.turn, call.cut.patches
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
@@ -361,7 +366,7 @@ class Runner:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index
-            warmup = call.where.warmup or part.sample is not None
+            warmup = call.where.warmup or part.draft
             recorder.where = replace(call.where, patch=patch, half=part.share.half, warmup=warmup)
         with span(recorder if first else None, "latent"):
             latent = self._latent_piece(call, part) if first else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from patchpipe.config import ParallelConfig
-from patchpipe.layout.text import LAYERS, STREAMED, from_the_last
+from patchpipe.layout.text import DISK, LAYERS, from_the_last
 from patchpipe.loading.checkpoint import ENCODER_STEM, Checkpoint
 from patchpipe.loading.dtypes import dtype_of
 from patchpipe.loading.encoders.layers import Layers
@@ -39,7 +39,7 @@ class LayeredEncoder:
         homes = self.layers.homes(from_the_last(config.world_size, config.output_rank))
         held = [name for name, home in homes.items() if home == rank and config.text_rank == LAYERS]
         self.reader.hold(held, self.layers.names)
-        if config.text_rank == STREAMED:
+        if config.text_rank == DISK:
             self.reader.stream(self.layers.names)
         return self.model
 
@@ -66,7 +66,7 @@ def layered_encoders(
         ValueError: One of them cannot be taken apart.
         FileNotFoundError: Its weights are missing.
     """
-    if config.text_rank not in (LAYERS, STREAMED):
+    if config.text_rank not in (LAYERS, DISK):
         return ()
     return tuple(_one(source, name, dtype, device, asked, config) for name in _names(source) if given(name) is None)
 

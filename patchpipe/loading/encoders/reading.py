@@ -106,7 +106,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     else:
         raise ValueError(
             f"{name} of a text encoder has become another layer, and its weights cannot be read into it: "
-            f'text_rank="streamed" takes no LoRA for text encoders, use "layers" or a rank'
+            f'text_rank="disk" takes no LoRA for text encoders, use "layers" or a rank'
         )
 
 
