@@ -264,6 +264,24 @@ def test_what_was_given_is_not_sent() -> None:
     assert torch.equal(back[3][0], mask)
 
 
+def painting_together(place: Place, folder: Path, way: str) -> list[Any]:
+    config = ParallelConfig(pipefusion=2, patches=2, warmup="all", timeout=60, text_rank=way)
+    pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
+    calls = [call("flux"), call("flux", "owl")]
+    return [painted(output) for output in pipe.patchpipe.together(calls)]
+
+
+@pytest.mark.parametrize("way", [LAYERS, DISK])
+def test_requests_in_flight_together_encode_in_turn(way: str, tmp_path: Path) -> None:
+    import diffusers
+
+    folder = deeper("flux", tmp_path / "flux")
+    plain = diffusers.DiffusionPipeline.from_pretrained(folder)
+    expected = [painted(plain(**call("flux", prompt))) for prompt in (tiny.PROMPT, "owl")]
+    for mine, its in zip(run_threads(2, painting_together, folder, way)[0], expected, strict=True):
+        assert np.array_equal(mine, its)
+
+
 def painting_with_lora(place: Place, folder: Path, lora: Path, way: str) -> np.ndarray | None:
     config = ParallelConfig(pipefusion=place.world_size, patches=2, warmup="all", timeout=60, text_rank=way)
     pipe = patchpipe.from_pretrained(folder, config, group=place.join(config))
