@@ -19,7 +19,6 @@ from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.split import StageBlocks, sharing_stages
-from patchpipe.layout.text import LAYERS, SPREAD
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.loading.choice import check_served, original_class
 from patchpipe.lockstep.board import say_goodbye
@@ -222,8 +221,7 @@ class Attachment:
             self._hooks.undone_by(blocks.detach)
             methods = {"save_pretrained": self.refuse_saving, **self._adapters.model_methods(stage.model)}
             hook_transformer(stage, self.runner, methods, self._hooks)
-        if self.config.text_rank in (SPREAD, LAYERS):
-            self._parts.hook_encoders(pipe, self._hooks)
+        self._parts.hook_encoders(pipe, self._hooks)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             strips = self.config.parallel_vae and self.group.world_size > 1
             self._parts.hook_vae(pipe.vae, self._hooks, strips=strips)

@@ -104,8 +104,8 @@ class Parts:
         self._prompts = Prompts()
 
     def hook_encoders(self, pipe: Any, hooks: Hooks) -> None:
-        """Each text encoder, or each of its layers, runs on a rank of its own and gives all its result."""
-        for name, part in modules_of(pipe).items():
+        """Each text encoder, or each of its layers, runs on a rank of its own and gives all its result, if it is to."""
+        for name, part in modules_of(pipe).items() if self._config.text_rank in (SPREAD, LAYERS) else ():
             if not name.startswith("text_encoder"):
                 continue
             if self._config.text_rank == SPREAD:
