@@ -20,7 +20,7 @@ PINS := constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quantised lint types check bench gpu-check clean
+.PHONY: help setup demo test quantised oldest lint types check bench gpu-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -43,6 +43,11 @@ quantised: setup ## run the tests of quantised weights, whose libraries are put 
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantised --constraint constraints.txt \
 		torchao optimum-quanto gguf ninja
 	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n $(JOBS) tests/test_quantised.py $(ARGS)
+
+oldest: setup ## run a few tests with the oldest diffusers and transformers allowed, put beside the virtual environment
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest --requirement constraints-oldest.txt
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) tests/test_relies.py tests/test_encoders.py \
+		tests/test_laws.py -k "relies or encoders or law_1" $(ARGS)
 
 lint: setup ## check style, and which room imports which
 	$(BIN)/ruff check .

@@ -137,6 +137,15 @@ VIDEO = "test_video.py::test_every_family_streams_as_the_oracle_does"
 RELATIVES = "test_laws.py::test_law_1_synchronous_is_exact_for_relatives"
 IP_ADAPTER = "test_ip_adapter.py::test_an_ip_adapter_is_exact_and_streams_as_it_should"
 LAYER = "`apply_layer_skip()` is refused"
+LORA = "test_lora.py::test_lora_loaded_before_or_after_is_bit_equal_to_plain_diffusers"
+LORA_WAN = "test_family_features.py::test_pictures_apart_with_lora_and_weights_that_come_and_go"
+CACHES = "test_recipes.py::test_step_caches_of_other_families_are_right_where_every_step_is_whole"
+WHOLE = "where every step is whole; [refused](recipes.md#step-caches) elsewhere"
+QUANTISED = "test_quantised.py::test_a_quantised_pipeline_is_that_of_diffusers"
+QUANTISED_WAN = "test_family_features.py::test_requests_in_flight_together_with_quantised_weights"
+NUNCHAKU = Refused("test_recipes.py::test_weights_of_nunchaku_are_refused_by_name", "use TorchAoConfig")
+ONE_FILE = "test_recipes.py::test_a_transformer_from_one_file_is_served"
+COMPILED = "test_compile.py::test_graphs_are_few_and_paint_the_same"
 ONCE = "guidance is read before the steps"
 FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "from text": (There(LAW_1), There(LAW_1), There(LAW_1), There(RELATIVES)),
@@ -197,6 +206,20 @@ FEATURES: dict[str, tuple[Cell, Cell, Cell, Cell]] = {
     "custom sigmas": (Here("FLUX sigmas"), Here("SD3 sigmas"), Here("Qwen sigmas"), Not("sigmas")),
     "custom timesteps": (
         Not("timesteps"), Not("timesteps"), Not("timesteps"), Here("Wan video", "`WanVideoToVideoPipeline`"),
+    ),
+    "LoRA": (
+        There(LORA), There(LORA), There(LORA), There(LORA_WAN),
+    ),
+    "step caches": (
+        There("test_recipes.py::test_step_caches_are_right_where_every_step_is_whole", WHOLE),
+        Not(note="the class has no `enable_cache`"), There(CACHES, WHOLE), There(CACHES, WHOLE),
+    ),
+    "quantised weights": (There(QUANTISED), There(QUANTISED), There(QUANTISED), There(QUANTISED_WAN)),
+    "weights of Nunchaku": (NUNCHAKU,) * 4,
+    "a transformer of one file": (There(ONE_FILE),) * 4,
+    "compiled blocks": (
+        There(COMPILED), There(COMPILED), There(COMPILED),
+        Refused("test_recipes.py::test_compiled_blocks_of_a_clip_are_refused", "use `compile=False`"),
     ),
     "schedulers": (
         There(STEADY), There(STEADY), There(STEADY),

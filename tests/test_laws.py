@@ -474,7 +474,6 @@ def test_law_5_also_when_requests_start_late(name: str) -> None:
         ("flux", "joint_attention_kwargs", {"ip_adapter_masks": [0]}),
         ("sd3", "joint_attention_kwargs", {"ip_hidden_states": [0]}),
         ("qwen", "guidance", [0]),
-        ("qwen", "additional_t_cond", [0]),
         ("qwen", "attention_kwargs", {"gligen": [0]}),
         ("pixart", "attention_mask", [0]),
         ("pixart", "cross_attention_kwargs", {"gligen": [0]}),

@@ -295,12 +295,12 @@ def test_pictures_that_do_not_form_one_raster_are_refused(shapes: list[list[tupl
 
 def test_configurations_nothing_tests_are_refused(tmp_path: Any) -> None:
     pipe = tiny.pipeline("qwen")
-    pipe.transformer.register_to_config(use_layer3d_rope=True)
-    with pytest.raises(UnsupportedModel, match="with use_layer3d_rope=True has not been tested"):
+    pipe.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(UnsupportedModel, match="with guidance_embeds=True has not been tested"):
         patchpipe.parallelize(pipe, ParallelConfig())
     pipe.save_pretrained(tmp_path)
     for refuse in (lambda: patchpipe.from_pretrained(tmp_path), lambda: check_folder(tmp_path, ParallelConfig())):
-        with pytest.raises(UnsupportedModel, match="use_layer3d_rope"):
+        with pytest.raises(UnsupportedModel, match="guidance_embeds"):
             refuse()
 
 

@@ -155,13 +155,21 @@ def test_memory_turns_layouts_down() -> None:
     assert all(one.bytes > 16 * 2**30 for one in tight.refused)
 
 
-def test_the_rank_with_the_text_encoder_gets_fewer_blocks_where_it_must() -> None:
-    workload = workload_for("qwen-image", Asked())
-    best = search(workload, 4, Profile.named("rtx4090", "pcie4")).best
-    blocks = best.config.stage_blocks
-    assert blocks is not None
-    assert sum(blocks) == 60
-    assert blocks[-1] < blocks[0]
+def test_the_layers_of_a_text_encoder_go_to_all_ranks_where_it_must_be() -> None:
+    workload, cards = workload_for("qwen-image", Asked()), Profile.named("rtx4090", "pcie4")
+    best = search(workload, 4, cards).best
+    assert best.config.text_rank == "layers"
+    assert best.bytes < predict(workload, dataclasses.replace(best.config, text_rank=None), cards).bytes - 8 * 2**30
+    assert "--text-rank layers" in " ".join(layout_words(best.config))
+    assert search(FLUX, 8, PCIE).best.config.text_rank is None, "not where all fits"
+
+
+def test_a_text_encoder_is_read_by_layer_where_nothing_else_will_do() -> None:
+    whole = search(FLUX, 1, PCIE, Wishes(memory=64 * 2**30)).best
+    assert whole.config.text_rank is None
+    tight = search(FLUX, 1, PCIE, Wishes(memory=whole.bytes - 5 * 2**30)).best
+    assert tight.config.text_rank == "disk"
+    assert tight.seconds == whole.seconds
 
 
 # -- words ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def paint(pipe: Any, name: str, around: AbstractContextManager[Any] | None = Non
     arguments = {**tiny.call_arguments(name, height=HEIGHT), **call}
     with around or nullcontext():
         output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
-    return None if output is None else output.images
+    return None if output is None else tiny.painted(output)
 
 
 def changed(name: str, recipe: Recipe) -> Any:
@@ -184,6 +185,24 @@ def test_step_caches_are_right_where_every_step_is_whole(title: str) -> None:
     check_equal("flux", (ACROSS | WITHIN)[title], ALONE, EXACT, *stages)
 
 
+FRAMES = {"patch_rows": (2, 3), "split_batch": False, "warmup": "all"}
+FAMILY_CACHES = {  # those that plain diffusers itself runs with the tiny pipeline
+    "qwen": ("FirstBlockCache", "MagCache", "SeaCache", "TaylorSeerCache"),
+    "wan": ("FirstBlockCache", "MagCache", "SeaCache", "PyramidAttentionBroadcast"),
+}
+
+
+@pytest.mark.some(of=2)
+@pytest.mark.parametrize(("name", "title"), [(name, title) for name, each in FAMILY_CACHES.items() for title in each])
+def test_step_caches_of_other_families_are_right_where_every_step_is_whole(name: str, title: str) -> None:
+    """They guide by two calls a step, each of which has its own results."""
+    whole = FRAMES if name == "wan" else EXACT
+    stages = [{"pipefusion": 2, **whole}] if title in WITHIN else []
+    check_equal(name, (ACROSS | WITHIN)[title], ALONE, whole, *stages)
+    with pytest.raises(ValueError, match=f"^{title} keeps"):
+        check_recipes(changed(name, (ACROSS | WITHIN)[title]), ParallelConfig(**{**whole, "warmup": 1}))
+
+
 @pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", [*ACROSS, *WITHIN])
 def test_step_caches_are_refused_by_name_elsewhere(title: str) -> None:
@@ -227,6 +246,32 @@ def test_recipes_after_parallelize_that_paint_the_same(title: str) -> None:
     assert torch.equal(run_threads(2, work)[0], expected)
 
 
+# ------------------------------------------------------------------------------------ one file, compiled
+
+
+@pytest.mark.some(of=2)
+@pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "wan"])
+def test_a_transformer_from_one_file_is_served(name: str, tmp_path: Path) -> None:
+    folder, pipe = tiny.save(name, tmp_path / name), tiny.pipeline(name)
+    file, kind = folder / "transformer" / "diffusion_pytorch_model.safetensors", type(pipe.transformer)
+    config = ParallelConfig(pipefusion=2, **(FRAMES if name == "wan" else EXACT), timeout=30)
+    parts = [kind.from_single_file(str(file), config=str(folder), subfolder="transformer") for _ in range(2)]
+
+    def work(place: Place) -> torch.Tensor | None:
+        group, transformer = place.join(config), parts[place.rank]
+        return paint(patchpipe.from_pretrained(folder, config, group=group, transformer=transformer), name)
+
+    assert torch.equal(run_threads(2, work)[0], paint(pipe, name))
+
+
+def test_compiled_blocks_of_a_clip_are_refused() -> None:
+    pipe = tiny.pipeline("wan")
+    with pytest.raises(
+        ValueError, match=r"compile=True has not been tested with WanTransformer3DModel .*compile=False"
+    ):
+        patchpipe.parallelize(pipe, ParallelConfig(compile=True))
+
+
 # ------------------------------------------------------------------------------------ refused by name
 
 
@@ -250,6 +295,16 @@ REFUSED: dict[str, tuple[Recipe, str]] = {
     ),
     "model offload": (offloaded_by_model, r"^enable_model_cpu_offload\(\).*use patchpipe\.from_pretrained"),
 }
+
+
+def test_weights_of_nunchaku_are_refused_by_name() -> None:
+    """Its classes derive from those of diffusers, whose plans do not fit what its kernels do."""
+    pipe = tiny.pipeline("flux")
+    block = pipe.transformer.transformer_blocks[0]
+    block.ff.__class__ = type("FusedMLP", (type(block.ff),), {"__module__": "nunchaku.models.ffn"})
+    for layout in (ParallelConfig(), ParallelConfig(patches=2)):
+        with pytest.raises(ValueError, match=r"quantised by nunchaku, which is not tested .* its kernels are not cut"):
+            patchpipe.parallelize(pipe, layout)
 
 
 @pytest.mark.parametrize("title", REFUSED)

@@ -141,7 +141,9 @@ def _kontext(blocks: int) -> FluxKontextPipeline:
 def _qwen_parts(blocks: int, **settings: Any) -> dict[str, Any]:
     """A tokenizer stands in for the processor, which only prompts need that are given with their picture."""
     parts = tiny._qwen(blocks).components
-    parts["transformer"] = QwenImageTransformer2DModel.from_config({**parts["transformer"].config, **settings})
+    own = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+    parts["transformer"] = QwenImageTransformer2DModel(**{**own, **settings})
+    assert all(parts["transformer"].config[name] == value for name, value in settings.items())
     return {**parts, "processor": parts["tokenizer"]}
 
 

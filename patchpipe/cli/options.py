@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, STREAMED, WATCHED, AutoLayout, ParallelConfig, WarmupKind
+from patchpipe.config import ALL_STEPS, PLAIN, STREAMED, WATCHED, AutoLayout, ParallelConfig, WarmupKind
 from patchpipe.layout.offloading import OffloadConfig
+from patchpipe.layout.text import WAYS, WAYS_TOLD
+from patchpipe.layout.text import TextRank as TextPlace
 
 _LAYOUT = "Layout"
 _DETAIL = "Layout, in detail"
@@ -140,7 +142,11 @@ StageBlocks = Annotated[
 OutputRank = Annotated[int, _option(_DETAIL, "Rank with the VAE, which gets the pictures.", default=True)]
 TextRank = Annotated[
     str | None,
-    _option(_DETAIL, 'Rank with the text encoders, or "spread" for one each. [dim]Default: the last.[/]'),
+    _option(
+        _DETAIL,
+        'Rank with the text encoders; "spread" for one each, "layers" for their layers on all, "disk" to read '
+        "layer by layer. [dim]Default: the last.[/]",
+    ),
 ]
 BackendChoice = Annotated[Backend, _option(_DETAIL, "How ranks talk; with gloo they can share a GPU.", default=True)]
 Timeout = Annotated[float, _option(_DETAIL, "Most seconds that a wait for another rank may last.", default=True)]
@@ -262,18 +268,19 @@ def read_warmup(text: str) -> WarmupKind:
         raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all", "streamed" or "auto"') from None
 
 
-def read_text_rank(text: str | None) -> int | Literal["spread"] | None:
-    """Reads a rank or ``spread``.
+def read_text_rank(text: str | None) -> TextPlace:
+    """Reads a rank, or one of the ways to place encoders.
 
     Raises:
         ValueError: It is neither.
     """
-    if text is None or text.strip().lower() == SPREAD:
-        return None if text is None else SPREAD
+    for way in WAYS:
+        if text is not None and text.strip().lower() == way:
+            return way
     try:
-        return int(text)
+        return None if text is None else int(text)
     except ValueError:
-        raise ValueError(f'--text-rank {text} must be a rank, or "{SPREAD}"') from None
+        raise ValueError(f"--text-rank {text} must be a rank, or {WAYS_TOLD}") from None
 
 
 def read_numbers(name: str, text: str | None, *, fractions: bool = False) -> tuple[float, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from patchpipe.config.auto import AutoLayout
-from patchpipe.config.parallel import SPREAD, Backend, ParallelConfig
+from patchpipe.config.parallel import Backend, ParallelConfig
 from patchpipe.config.warmup import ALL_STEPS, PASSES, STREAMED, WATCHED, WarmupKind
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
@@ -14,7 +14,6 @@ __all__ = [
     "ALL_STEPS",
     "PASSES",
     "PLAIN",
-    "SPREAD",
     "STREAMED",
     "WATCHED",
     "AutoLayout",

@@ -19,20 +19,18 @@ from patchpipe.config.warmup import (
     told,
 )  # fmt: skip
 from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.checks import check_at_least, plain_numbers
+from patchpipe.layout.checks import check_at_least, check_rank, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
 from patchpipe.layout.domains import check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
+from patchpipe.layout.text import WAYS, WAYS_TOLD, TextRank, encoder_rank, text_held
 from patchpipe.layout.words import describe_ranks
 
 if TYPE_CHECKING:
     from patchpipe.planner.machine.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
-SPREAD: Literal["spread"] = "spread"
-# More than these no pipeline of diffusers has.
-ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class ParallelConfig:
             hold the fourth block, and each runs it for half of the patches.
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
-            ``"spread"`` puts each encoder on its own rank, as far as there are ranks.
+            ``"spread"`` puts each encoder on its own rank, as far as there are ranks; ``"layers"`` puts the layers of
+            each on all. With ``"disk"`` the last rank reads them layer by layer for every new prompt and keeps none.
         data: Number of parts of the batch. Each part has its own ranks.
         cfg: Guidance branches that run side by side: with 2, each branch has its own ranks.
         idle_branch: Whether ``cfg=2`` also takes requests without guidance. Their only branch then runs on half of the
@@ -112,7 +111,7 @@ class ParallelConfig:
     text_patches: int | None = None
     stage_blocks: tuple[float, ...] | None = None
     output_rank: int = 0
-    text_rank: int | Literal["spread"] | None = None
+    text_rank: TextRank = None
     data: int = 1
     cfg: int = 1
     idle_branch: bool = False
@@ -182,9 +181,9 @@ class ParallelConfig:
             self._check_patch_rows(self.patch_rows)
         if self.stage_blocks is not None:
             self._check_stage_blocks(self.stage_blocks)
-        self._check_rank("output_rank", self.output_rank)
-        if self.text_rank not in (None, SPREAD):
-            self._check_rank("text_rank", self.text_rank, f'; or say "{SPREAD}"')
+        check_rank("output_rank", self.output_rank, self.world_size)
+        if self.text_rank not in (None, *WAYS):
+            check_rank("text_rank", self.text_rank, self.world_size, f"; or say {WAYS_TOLD}")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is unknown: use 'auto', 'nccl' or 'gloo'")
         if not self.timeout > 0:
@@ -246,17 +245,8 @@ class ParallelConfig:
         return (self.data, self.cfg, self.pipefusion, self.distrifusion, self.ring, self.ulysses, self.tensor)
 
     def encoder_rank(self, encoder: str = "text_encoder") -> int:
-        """The rank that holds a text encoder, ``"text_encoder"``, ``"text_encoder_2"`` and so on.
-
-        Spread encoders go from the last rank downwards, and to the output rank, which has the VAE, last of all.
-        """
-        if isinstance(self.text_rank, int):
-            return self.text_rank
-        if self.text_rank is None:
-            return self.world_size - 1
-        ranks = [rank for rank in reversed(range(self.world_size)) if rank != self.output_rank] + [self.output_rank]
-        number = encoder.rpartition("_")[2]
-        return ranks[(int(number) - 1 if number.isdigit() else 0) % len(ranks)]
+        """The rank that holds a text encoder, ``"text_encoder"``, ``"text_encoder_2"`` and so on."""
+        return encoder_rank(self.text_rank, encoder, self.world_size, self.output_rank)
 
     @property
     def synchronous(self) -> bool:
@@ -352,10 +342,7 @@ class ParallelConfig:
             held.append(f"guidance branch {mesh.at('cfg') + 1}")
         if self.data > 1:
             held.append(f"pictures {mesh.at('data') + 1}/{self.data}")
-        if self.text_rank == SPREAD:
-            held += [f"{title}, if any" for name, title in ENCODERS.items() if self.encoder_rank(name) == mesh.rank]
-        elif mesh.rank == self.encoder_rank():
-            held.append("text encoders")
+        held += text_held(self.text_rank, mesh.rank, self.world_size, self.output_rank)
         if self.parallel_vae:
             held.append(f"VAE for strip {mesh.rank + 1}/{self.world_size} of the picture")
         if mesh.rank == self.output_rank:
@@ -393,7 +380,3 @@ class ParallelConfig:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
         if self.warmup in (0, STREAMED):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
-
-    def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
-            raise ValueError(f"{name}={rank} is not one of the {self.world_size} ranks 0…{self.world_size - 1}{hint}")

@@ -34,3 +34,13 @@ def check_positive(name: str, value: Any, unit: str) -> None:
         return
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         raise ValueError(f"{name}={value!r} must be a number of {unit} above 0")
+
+
+def check_rank(name: str, rank: Any, world_size: int, hint: str = "") -> None:
+    """Refuses what is no rank of so many.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world_size:
+        raise ValueError(f"{name}={rank} is not one of the {world_size} ranks 0…{world_size - 1}{hint}")

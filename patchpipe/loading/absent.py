@@ -37,13 +37,18 @@ def without_weights(
     buffers = [name for name, _ in part.named_buffers() if name in kept]
     if buffers and weights is not None:
         weights().fill(part, buffers, {name: kept[name].dtype for name in buffers}, device, {})
+    tell_device(part, device)
+    return part
+
+
+def tell_device(part: nn.Module, device: torch.device) -> None:
+    """Has a part whose parameters are on ``meta`` say that it is on a device, without memory there."""
     name, first = next(part.named_parameters())  # the one that is asked for its device
     owner, _, leaf = name.rpartition(".")
     one = torch.zeros((), dtype=first.dtype, device=device).expand(first.shape)
     # Not by setattr: while another thread makes parts without weights, that puts parameters on meta too.
     part.get_submodule(owner)._parameters[leaf] = nn.Parameter(one, requires_grad=False)
     part.__dict__["_apply"] = partial(_apply, part)
-    return part
 
 
 def _apply(part: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

@@ -17,6 +17,7 @@ from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice
 
 STEM = "diffusion_pytorch_model"
+ENCODER_STEM = "model"  # of transformers
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 MAPPED_BYTES = 64 * 2**20  # a file is opened anew after so much of it was read
 
@@ -27,17 +28,18 @@ class Checkpoint:
     Args:
         folder: The folder with the weights.
         variant: For example ``"fp16"`` for ``diffusion_pytorch_model.fp16.safetensors``.
+        stem: What its files are called.
 
     Raises:
         FileNotFoundError: No weights, only pickled ones, or a shard named by the index is missing.
     """
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
+    def __init__(self, folder: Path, variant: str | None = None, stem: str = STEM) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         infix = f".{variant}" if variant else ""
-        index = folder / f"{STEM}.safetensors.index{infix}.json"
-        single = folder / f"{STEM}{infix}.safetensors"
+        index = folder / f"{stem}.safetensors.index{infix}.json"
+        single = folder / f"{stem}{infix}.safetensors"
         if index.is_file():
             self._read_index(index)
         elif single.is_file():

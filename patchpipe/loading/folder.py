@@ -116,23 +116,30 @@ class PipelineFolder:
                 kind = getattr(diffusers, name)
                 return kind.from_config(self.config(part))
             kind = getattr(transformers, name)
-            return kind(kind.config_class.from_pretrained(self.path / part))
+            config = kind.config_class.from_pretrained(self.path / part)
+            for one in (config, *(getattr(config, inner, None) for inner in getattr(config, "sub_configs", ()))):
+                if one is not None:
+                    one.dtype = dtype  # that of models within the model, as transformers has it when it loads one
+            return kind(config)
 
-    def other_parts(self, elsewhere: Callable[[str], bool], dtype: Any, device: torch.device) -> dict[str, Any]:
-        """Stand-ins for text encoders and VAE that are not wanted here.
+    def other_parts(
+        self, elsewhere: Callable[[str], bool], dtype: Any, device: torch.device, read: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Text encoders that have been read, and stand-ins for those and the VAE that are not wanted here.
 
         Args:
             elsewhere: Whether a part of a name is held somewhere else.
             dtype: What they are to be, or a dtype for each component.
             device: Where this rank computes.
+            read: Parts that have been read, by name.
 
         Raises:
             FileNotFoundError: A stand-in needs values that its part's checkpoint lacks.
         """
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = dict(read)
         taken = inspect.signature(self.pipeline_class.__init__).parameters
         for part, entry in self.index.items():
-            if not is_component(entry) or part not in taken:
+            if not is_component(entry) or part not in taken or part in read:
                 continue
             encodes = part.startswith("text_encoder") and hasattr(self.pipeline_class, "encode_prompt")
             if (encodes or part == "vae") and elsewhere(part):

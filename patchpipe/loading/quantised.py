@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 SERVED = ("torchao", "quanto")
 _BESIDE = "torchao and quanto are"
+_NUNCHAKU = "its kernels are not cut into patches: use TorchAoConfig, or run it on one device"
 _INSTEAD = {
     "bitsandbytes": "use TorchAoConfig(Int8WeightOnlyConfig()), which takes the same memory",
     "gguf": "load it with from_single_file and give it as from_pretrained(…, transformer=…), or use TorchAoConfig",
+    "nunchaku": _NUNCHAKU,
+    "nunchaku_lite": _NUNCHAKU,
 }
 PART = "transformer"
 
@@ -124,6 +127,8 @@ def recipe_in_memory(model: nn.Module) -> str | None:
     method = getattr(model, "quantization_method", None) if getattr(model, "is_quantized", False) else None
     if method is not None:
         return str(getattr(method, "value", method))
+    if any(type(module).__module__.split(".")[0] == "nunchaku" for module in model.modules()):
+        return "nunchaku"
     for parameter in model.parameters():
         home = type(parameter).__module__.split(".")[0]
         if type(parameter) is not nn.Parameter and home in ("torchao", "optimum", "bitsandbytes"):

@@ -181,7 +181,8 @@ def sizes_by_shapes(shapes: str = "img_shapes") -> Callable[[nn.Module, Mapping[
     """Rows and columns, read off an input with a list of pictures ``(frames, rows, columns)`` for each batch entry.
 
     Args:
-        shapes: The input. Pictures after the first are references.
+        shapes: The input. Pictures after the first are references; of a model whose positions count layers
+            (``use_layer3d_rope``) all but the last are layers of one picture, painted together.
     """
 
     def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
@@ -195,6 +196,9 @@ def sizes_by_shapes(shapes: str = "img_shapes") -> Callable[[nn.Module, Mapping[
                 f"{shapes} describes {described} tokens but the latent has {tokens}: only pictures of one frame are "
                 f"supported"
             )
-        return {"h": count, "w": width}
+        layers = len(entries[0]) - 1 if getattr(model, "config", {}).get("use_layer3d_rope") else 1
+        if any(each != entries[0][0] for each in entries[0][:layers]):
+            raise ValueError(f"{shapes}={inputs[shapes]} has layers of different sizes: only those of one size are cut")
+        return {"h": layers * count, "w": width}
 
     return sizes

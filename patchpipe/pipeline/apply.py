@@ -14,11 +14,13 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
+from patchpipe.layout.text import DISK
 from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.offload import Offload
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.refusals import check_special
@@ -113,6 +115,7 @@ def fit(pipe: Any, models: Iterable[nn.Module], config: ParallelConfig) -> tuple
         plan = plan_for(model)
         check_recipes(pipe, config, model)
         check_in_memory(model, config)
+        check_relied_on(plan, model)
         stages = split_blocks(model, plan, config)
         check_tensor(model, plan, config.tensor)
         check_special(plan, config)
@@ -126,6 +129,8 @@ def _fit_in_memory(
 ) -> tuple[ModelPlan, list[StageBlocks]]:
     if config.offload is not None and config.offload.tier == "disk":
         raise ValueError("offload tier='disk' reads the model's files each time: use from_pretrained, or tier='host'")
+    if config.text_rank == DISK:
+        raise ValueError('text_rank="disk" reads the encoders\' files each time: use from_pretrained, or "layers"')
     plan, stages = fit(pipe, models, config)
     check_offload(next(iter(models)), plan, stages, config, device)
     return plan, stages

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.split import StageBlocks, sharing_stages
@@ -221,8 +221,7 @@ class Attachment:
             self._hooks.undone_by(blocks.detach)
             methods = {"save_pretrained": self.refuse_saving, **self._adapters.model_methods(stage.model)}
             hook_transformer(stage, self.runner, methods, self._hooks)
-        if self.config.text_rank == SPREAD:
-            self._parts.hook_encoders(pipe, self._hooks)
+        self._parts.hook_encoders(pipe, self._hooks)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             strips = self.config.parallel_vae and self.group.world_size > 1
             self._parts.hook_vae(pipe.vae, self._hooks, strips=strips)
@@ -396,5 +395,5 @@ class Attachment:
         """The pipeline once more, for one of several calls in flight; see ``requests.copy_for``."""
         copied, encode = copy_for(self._pipe, number, bar, self._encode)
         if encode is not None:
-            vars(copied)["encode_prompt"] = self._parts.share_text(encode)
+            vars(copied)["encode_prompt"] = self._parts.share_prompts(encode)
         return copied

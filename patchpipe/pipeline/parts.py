@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
-from patchpipe.config import SPREAD, ParallelConfig
+from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
+from patchpipe.layout.text import DISK, LAYERS, SPREAD, from_the_last
 from patchpipe.lazy.latent import materialise_tree
+from patchpipe.loading.encoders.layers import Layers
+from patchpipe.loading.encoders.passing import Prompts, mark_given, put_given
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.modular.steps import SHARE, hook_steps, is_modular, with_bars
 from patchpipe.recipes.adapters import modules_of
@@ -98,12 +101,34 @@ class Parts:
         self._before_decoding = before_decoding
         self._computing = False  # this rank alone, for all of them
         self._hooked: set[int] = set()  # VAEs
+        self._prompts = Prompts()
 
     def hook_encoders(self, pipe: Any, hooks: Hooks) -> None:
-        """Each text encoder runs on a rank of its own and gives all its result."""
-        for name, part in modules_of(pipe).items():
-            if name.startswith("text_encoder"):
+        """Each text encoder, or each of its layers, runs on a rank of its own and gives all its result, if it is to."""
+        for name, part in modules_of(pipe).items() if self._config.text_rank in (SPREAD, LAYERS) else ():
+            if not name.startswith("text_encoder"):
+                continue
+            if self._config.text_rank == SPREAD:
                 hooks.set(part, "forward", self.on_owner(part.forward, self._config.encoder_rank(name), "text"))
+                continue
+            for layer, home in Layers.of(part).homes(self._text_ranks).items():
+                module = part.get_submodule(layer)
+                hooks.set(module, "forward", self._layer(module.forward, home))
+            hooks.set(part, "generate", _generates_nothing)
+
+    @property
+    def _text_ranks(self) -> list[int]:
+        return from_the_last(self._config.world_size, self._config.output_rank)
+
+    def _layer(self, run: Callable[..., Any], home: int) -> Callable[..., Any]:
+        """A layer that one rank runs; of what it gives, what it was given is not sent."""
+        shared = self.on_owner(lambda *args, **kwargs: mark_given(run(*args, **kwargs), (args, kwargs)), home, "text")
+
+        @wraps(run)
+        def layer(*args: Any, **kwargs: Any) -> Any:
+            return put_given(shared(*args, **kwargs), (args, kwargs))
+
+        return layer
 
     def hook_text(self, pipe: Any, hooks: Hooks) -> Callable[..., Any] | None:
         """One rank encodes a pipeline's text for all, by its method or in its steps.
@@ -111,7 +136,7 @@ class Parts:
         Returns:
             The method; ``None`` if there is none, or each text encoder has a rank of its own.
         """
-        shared = self._config.text_rank != SPREAD
+        shared = self._config.text_rank not in (SPREAD, LAYERS)
         if is_modular(pipe):
             for undo in hook_steps(pipe):
                 hooks.undone_by(undo)
@@ -120,8 +145,12 @@ class Parts:
         if not shared or not hasattr(pipe, "encode_prompt"):
             return None
         encode: Callable[..., Any] = pipe.encode_prompt
-        hooks.set(pipe, "encode_prompt", self.share_text(encode))
+        hooks.set(pipe, "encode_prompt", self.share_prompts(encode))
         return encode
+
+    def share_prompts(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
+        return self.share_text(self._prompts.remembering(encode) if self._config.text_rank == DISK else encode)
 
     def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """What encodes a pipeline's text, run on the rank of its text encoders for all."""
@@ -188,3 +217,10 @@ class Parts:
             return picture
 
         return here
+
+
+def _generates_nothing(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        'text_rank="layers" cannot write text, since no rank has the keys and values of all layers: give text_rank a '
+        "rank, or leave out what writes prompts"
+    )

@@ -18,8 +18,10 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import device_for, meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
+from patchpipe.layout.text import LAYERS
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
+from patchpipe.loading.encoders.placing import LayeredEncoder, layered_encoders
 from patchpipe.loading.folder import BUILDING, PipelineFolder
 from patchpipe.loading.options import HUB
 from patchpipe.loading.owned import dtypes_of, move_around, needs, owned_names, within_blocks
@@ -27,6 +29,7 @@ from patchpipe.loading.quantised import Quantiser, check_recipe, without_tensor
 from patchpipe.loading.schedulers import build_scheduler
 from patchpipe.models import transformers_of
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
 from patchpipe.pipeline.apply import check_offload, fit, offload_for, parts_of
@@ -109,6 +112,7 @@ def _choose(
 def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     """Reads this rank's part and attaches it to the pipeline."""
     source, models = found.source, [one.model for one in found.transformers]
+    kind = source.pipeline_class
     parts_held = parts_of(models, found.plan, found.stages, group)
     stored: dict[int, dict[str, Stored]] = {}
     for transformer, part in zip(found.transformers, parts_held, strict=True):
@@ -116,10 +120,13 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
             slices = {} if part is None else part.slices
             stored[id(transformer.model)] = _read(found, transformer, transformer.checkpoint, config, group, slices)
             _finish(transformer.model, group.device)
-    others = source.other_parts(partial(_elsewhere, config, group), found.dtype, group.device)
+    alone = group.rank == config.encoder_rank() or not hasattr(kind, "encode_prompt")
+    mine = found.encoders if alone or config.text_rank == LAYERS else ()
+    read = {one.name: one.read(config, group.rank) for one in mine}
+    others = source.other_parts(partial(_elsewhere, config, group), found.dtype, group.device, read)
     parts = {**others, **found.options, **{one.name: one.model for one in found.transformers}}
     with BUILDING:
-        pipe = source.pipeline_class.from_pretrained(source.path, dtype=found.dtype, **parts)
+        pipe = kind.from_pretrained(source.path, dtype=found.dtype, **parts)
     _place(pipe, group, [] if config.offload is None else models)
     if config.offload is not None:
         for model in models:
@@ -218,6 +225,7 @@ class _Found:
         stages: The blocks of every stage.
         dtype: What they are to be, or a dtype for each component.
         options: What the pipeline's own ``from_pretrained`` is to get.
+        encoders: Text encoders that are read by layer.
     """
 
     source: PipelineFolder
@@ -226,6 +234,7 @@ class _Found:
     stages: list[StageBlocks]
     dtype: Any
     options: dict[str, Any]
+    encoders: tuple[LayeredEncoder, ...] = ()
 
     @classmethod
     def at(
@@ -243,6 +252,7 @@ class _Found:
         wanted, rest = as_torch(told), read.for_pipeline
         if isinstance(rest.get("scheduler"), str):
             rest["scheduler"] = build_scheduler(rest["scheduler"], source.scheduler_settings(), source.pipeline_class)
+        encoders = layered_encoders(source, config, wanted, device, rest.get, rest.get("quantization_config"))
         given = {name: rest.pop(name) for name in source.transformers if rest.get(name) is not None}
         if given:
             missing = sorted(set(source.transformers) - set(given))
@@ -252,10 +262,11 @@ class _Found:
                 raise ValueError("offload tier='disk' cannot read a transformer that is given: use tier='host'")
             pipe = SimpleNamespace(**given, components={})
             plan, stages = fit(pipe, transformers_of(pipe).values(), config)
-            return cls(source, plan, tuple(starmap(_Transformer, given.items())), stages, wanted, rest)
+            return cls(source, plan, tuple(starmap(_Transformer, given.items())), stages, wanted, rest, encoders)
         plan, asked = source.plan(), rest.get("quantization_config")
         found = [_Transformer.at(name, source, dtype_of(name, wanted), asked, config) for name in source.transformers]
         transformers_of(SimpleNamespace(**{one.name: one.model for one in found}))
+        check_relied_on(plan, found[0].model)
         stages = split_blocks(found[0].model, plan, config)
         check_tensor(found[0].model, plan, config.tensor)
         if all(one.quantiser is None for one in found):
@@ -264,7 +275,7 @@ class _Found:
             raise ValueError("offload tier='disk' reads weights as they are stored, unquantised: use tier='host'")
         for one in found:
             one.prepare()
-        return cls(source, plan, tuple(found), stages, wanted, rest)
+        return cls(source, plan, tuple(found), stages, wanted, rest, encoders)
 
     @property
     def about(self) -> dict[str, Any]:

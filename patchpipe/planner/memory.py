@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
+from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
+from patchpipe.layout.text import DISK, LAYERS
 from patchpipe.offload.choice import Chosen
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.devices import GIB
@@ -14,6 +17,8 @@ from patchpipe.planner.work.workload import Block
 RUNTIME = int(1.2 * GIB)  # the CUDA context, communication buffers, what the allocator cannot use
 WORKING_WIDTHS = 16  # activations of a block at once, in channels of a token: streams, queries to values, feed-forward
 DECODED_CHANNELS = 128 * 6  # of a pixel in the last, widest level of an autoencoder, several tensors of it at once
+# Of an encoder, in its largest module: the table of Gemma 2 2B has a quarter of it, that of Qwen2.5-VL 7B a twelfth.
+LARGEST_MODULE = 0.25
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,17 @@ def _components(layout: Layout, rank: int) -> int:
     config = layout.config
     held = 0
     for part, size in layout.workload.components.items():
-        home = config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
-        held += size if rank == home or (part == "vae" and config.parallel_vae) else 0
+        if part.startswith("text_encoder"):
+            held += _encoder(config, part, size, rank)
+        else:
+            held += size if rank == config.output_rank or (part == "vae" and config.parallel_vae) else 0
     return held
+
+
+def _encoder(config: ParallelConfig, part: str, size: int, rank: int) -> int:
+    """Bytes of a text encoder on a rank."""
+    if config.text_rank == LAYERS:
+        return ceil(size / config.world_size)
+    if rank != config.encoder_rank(part):
+        return 0
+    return ceil(size * LARGEST_MODULE) if config.text_rank == DISK else size

@@ -13,7 +13,8 @@ from patchpipe.config import ALL_STEPS, STREAMED, ParallelConfig, WarmupKind
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
-from patchpipe.layout.split import balanced, shared_blocks, sizes_of
+from patchpipe.layout.split import shared_blocks, sizes_of
+from patchpipe.layout.text import DISK, LAYERS, SPREAD
 from patchpipe.models.matrix import untested
 from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.machine.devices import GIB
@@ -32,9 +33,11 @@ LEAST = tuple(2.0**power for power in range(-4, 6))  # GiB for a rank's blocks t
 OFFLOADED_COUNTS = 3  # numbers of patches to try, from the fewest: weights come once for each
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {},
-    {"text_rank": "spread"},
+    {"text_rank": SPREAD},
     {"parallel_vae": True},
-    {"text_rank": "spread", "parallel_vae": True},
+    {"text_rank": SPREAD, "parallel_vae": True},
+    {"text_rank": LAYERS},
+    {"text_rank": LAYERS, "parallel_vae": True},
 )
 
 
@@ -223,7 +226,7 @@ def _best_patches(
     best = min(tried, key=lambda one: one.seconds)
     if best.bytes <= memory:
         return best
-    placed = [predict(workload, config, profile) for config in _placements(best.config, workload)]
+    placed = [predict(workload, config, profile) for config in _placements(best.config)]
     found = next((one for one in placed if one.bytes <= memory), None)
     if found is None and wishes.offload:
         found = _offloaded(workload, tried, profile, memory)
@@ -258,16 +261,15 @@ def _least_offloaded(workload: Workload, placed: list[Prediction], profile: Prof
     return found
 
 
-def _placements(config: ParallelConfig, workload: Workload) -> Iterator[ParallelConfig]:
-    """Other homes for text encoders and VAE; then ever fewer blocks on the last stage, whose rank has the encoders."""
-    for place in PLACEMENTS if config.world_size > 1 else PLACEMENTS[:1]:
+def _placements(config: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Other homes for text encoders and VAE; at last encoders that are read anew for every prompt.
+
+    That takes time which is not predicted.
+    """
+    several = config.world_size > 1
+    for place in PLACEMENTS if several else PLACEMENTS[:1]:
         yield replace(config, **place)
-    stages, blocks = config.pipefusion, len(workload.blocks)
-    if stages == 1:
-        return
-    for last in range(blocks // stages, 0, -1):
-        others = balanced([1.0] * (blocks - last), stages - 1)
-        yield replace(config, stage_blocks=(*others, last), parallel_vae=True)
+    yield replace(config, text_rank=DISK, parallel_vae=several)
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:

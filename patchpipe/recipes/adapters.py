@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from patchpipe.layout.text import DISK
 from patchpipe.models import adapters as ip_adapters
 from patchpipe.models.lora import adapted_layers, adapters_of
 from patchpipe.parallel.blocks import Blocks
@@ -131,6 +132,13 @@ class Adapters:
             raise RuntimeError(f"{name} would change the adapters of all requests in flight together: call it before")
 
     def _check_layout(self) -> None:
+        if self._runner.config.text_rank == DISK:
+            encoders = {name: part for name, part in modules_of(self._pipe).items() if name.startswith("text_encoder")}
+            for name in loaded_adapters(encoders):
+                raise ValueError(
+                    f'text_rank="disk" reads {name} as it is stored, for which LoRA cannot be loaded: use "layers" '
+                    f"or a rank, or LoRA for the transformer alone"
+                )
         for model in self._runner.models:
             check_tensor(model, self._runner.plan, self._runner.config.tensor)
 

@@ -13,8 +13,10 @@ from torch import nn
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
 from patchpipe.layout.split import StageBlocks, shared_blocks
+from patchpipe.layout.text import DISK, LAYERS, from_the_last
 from patchpipe.layout.volume import Volume
 from patchpipe.loading.checkpoint import Checkpoint
+from patchpipe.loading.encoders.layers import Layers, parameters
 from patchpipe.loading.folder import PipelineFolder, is_component
 from patchpipe.loading.owned import needs
 from patchpipe.loading.quantised import check_recipe
@@ -33,7 +35,7 @@ class StageInfo:
         blocks: Its blocks, for people.
         parameters: Parameters of its part of the transformer and of its components.
         bytes: Their size as stored.
-        components: Names of the whole components it holds.
+        components: The components it holds, for people: their names, and which layers of a text encoder.
     """
 
     rank: int
@@ -85,7 +87,7 @@ def describe_model(
     return ModelInfo(
         pipeline_class=source.index["_class_name"],
         transformer_class=plan.model,
-        parameters=_parameters(transformer),
+        parameters=parameters(transformer),
         dtype=str(dtype).removeprefix("torch.") + (f", quantised by {recipe}" if recipe else ""),
         block_lists=[_block_list(transformer, listing.path) for listing in plan.blocks],
         stages=_stages(source, transformer, plan, config, dtype.itemsize, stored),
@@ -115,18 +117,19 @@ def _stages(
     """What every rank holds; ``stored`` has the bytes of tensors that are quantised."""
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
-    components = component_parameters(source)
+    parts = _components(source)
     split = split_blocks(transformer, plan, config)
     check_tensor(transformer, plan, config.tensor)
     for rank in range(config.world_size):
         stage = Mesh(config.mesh_shape, rank).at("pipe")
         owned = split[stage]
         needed = needs(transformer, plan, owned.held)
-        held = [part for part in components if rank == _home(part, config) or (part == "vae" and config.parallel_vae)]
-        own, others = _sum(sizes, needed), sum(components[part] for part in held)
+        held = dict(_held(part, model, config, rank) for part, model in parts.items())
+        held.pop("", None)
+        own, others = _sum(sizes, needed), sum(held.values())
         weights = _sum(stored, needed) if stored else own * itemsize
         blocks = _blocks(places, owned)
-        stages.append(StageInfo(rank, blocks, own + others, weights + others * itemsize, held))
+        stages.append(StageInfo(rank, blocks, own + others, weights + others * itemsize, list(held)))
     return stages
 
 
@@ -153,28 +156,46 @@ def _ranges(places: list[BlockPlace]) -> str:
     return ", ".join(f"{path} {span}" for path, span in spans.items())
 
 
-def _home(part: str, config: ParallelConfig) -> int:
-    return config.encoder_rank(part) if part.startswith("text_encoder") else config.output_rank
+def _held(part: str, model: nn.Module, config: ParallelConfig, rank: int) -> tuple[str, int]:
+    """What a rank holds of a component, in words, and its parameters; no words where it holds nothing."""
+    if part == "vae":
+        here = rank == config.output_rank or config.parallel_vae
+    elif config.text_rank == LAYERS:
+        return _held_layers(part, Layers.of(model), from_the_last(config.world_size, config.output_rank), rank)
+    else:
+        here = rank == config.encoder_rank(part)
+        if here and config.text_rank == DISK:
+            return f"{part} (one layer at a time)", 0
+    return (part, parameters(model)) if here else ("", 0)
 
 
-def component_parameters(source: PipelineFolder) -> dict[str, int]:
-    """Parameters of the VAE and of every text encoder."""
+def _held_layers(part: str, layers: Layers, order: list[int], rank: int) -> tuple[str, int]:
+    own = dict(zip(order, layers.parts(len(order)), strict=False)).get(rank)
+    if own is None:
+        return "", 0
+    more = " and what surrounds them" if rank == order[0] else ""
+    return f"{part} layers {own[0]}…{own[-1]}{more}", layers.held(order)[rank]
+
+
+def _components(source: PipelineFolder) -> dict[str, nn.Module]:
+    """The VAE and every text encoder, without weights."""
     parts = [
         part
         for part, entry in source.index.items()
         if is_component(entry) and (part == "vae" or part.startswith("text_encoder"))
     ]
-    return {part: _parameters(source.build(part, torch.float32)) for part in parts}
+    return {part: source.build(part, torch.float32) for part in parts}
+
+
+def component_parameters(source: PipelineFolder) -> dict[str, int]:
+    """Parameters of the VAE and of every text encoder."""
+    return {part: parameters(model) for part, model in _components(source).items()}
 
 
 def _block_list(model: nn.Module, path: str) -> tuple[str, int, str, int]:
     blocks: Any = model.get_submodule(path)
     kind = type(blocks[0]).__name__ if len(blocks) else "none"
-    return path, len(blocks), kind, _parameters(blocks)
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return path, len(blocks), kind, parameters(blocks)
 
 
 def volume_of(

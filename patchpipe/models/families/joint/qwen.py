@@ -6,6 +6,7 @@ from patchpipe.models.latent import Latent, sizes_by_shapes
 from patchpipe.models.plan import ModelPlan
 
 PICTURES = ("image", "reference")
+CONTROLLED = ("ControlNet", "ControlNetInpaint")
 BLOCKS = BlockList(
     streams=("encoder_hidden_states", "hidden_states"),
     rows={
@@ -19,13 +20,13 @@ BLOCKS = BlockList(
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
-    pipelines=variants("QwenImage", "", "Img2Img", "Inpaint", "Edit", "EditPlus", "ControlNet", "ControlNetInpaint"),
+    pipelines=variants("QwenImage", *("", "Img2Img", "Inpaint", "Edit", "EditPlus", "Layered"), *CONTROLLED),
     grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(BLOCKS,),
-    inputs=("encoder_hidden_states_mask", "img_shapes"),
+    inputs=("encoder_hidden_states_mask", "img_shapes", "additional_t_cond"),
     residuals={"controlnet_block_samples": of(*PICTURES)},
     guidance="calls",
     tensor="class",
     per_request={"pos_embed": ("img_shapes", "encoder_hidden_states")},
-    refused_settings=("use_additional_t_cond", "use_layer3d_rope", "guidance_embeds"),
+    refused_settings=("guidance_embeds",),
 )
