@@ -70,6 +70,16 @@ UlyssesInner = Annotated[
 ValuesFirst = Annotated[
     bool, _option(_DETAIL, "With --ulysses: send values while queries and keys are computed.", "--values-first")
 ]
+ChangedTokens = Annotated[
+    float | None,
+    _option(
+        _DETAIL,
+        "With --ulysses: the share of tokens to exchange, those that have changed most; best with --forecast. "
+        "[dim]Default: all, and the picture of one device.[/]",
+        "--changed-tokens",
+        metavar="SHARE",
+    ),
+]
 Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
 Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
 Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]

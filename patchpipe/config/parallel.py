@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.checks import check_at_least, plain_numbers
+from patchpipe.layout.checks import check_at_least, check_patch_rows, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
-from patchpipe.layout.domains import check_levels, check_values_first
+from patchpipe.layout.domains import check_changed_tokens, check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
@@ -76,6 +76,10 @@ class ParallelConfig:
             same. 1 makes no difference between links.
         values_first: Whether values are exchanged as soon as they are projected, while queries and keys are still
             being computed. The picture is the same.
+        changed_tokens: Share of tokens that ``ulysses`` exchanges after the warm-up: in each layer those whose values
+            have changed most (CoCoDiff, arXiv 2604.14561). Others keep what they have of the rest; with ``forecast``
+            they continue its last change. The picture is no longer that of one device. The share is a mean: more tokens
+            go at the beginning, fewer at the end. ``None`` exchanges all.
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
             (Ring Attention, arXiv 2310.01889).
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
@@ -112,6 +116,7 @@ class ParallelConfig:
     ulysses: int = 1
     ulysses_inner: int = 1
     values_first: bool = False
+    changed_tokens: float | None = None
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
@@ -147,6 +152,12 @@ class ParallelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.values_first:
             check_values_first(self.ulysses, self.compile)
+        if self.changed_tokens is not None:
+            names = ("patch_rows", "values_first", "compile", "split_batch", "share_blocks")
+            others = [name for name in names if getattr(self, name)]
+            others += [name for name in ("patches", "text_patches") if getattr(self, name) not in (None, 1)]
+            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, COARSE, WATCHED) else []
+            check_changed_tokens(self.changed_tokens, self.methods, others)
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
@@ -178,9 +189,11 @@ class ParallelConfig:
                     f"or give stage_blocks fractions"
                 )
         if self.patch_rows is not None:
-            self._check_patch_rows(self.patch_rows)
+            check_patch_rows(self.patch_rows, self.patches)
         if self.stage_blocks is not None:
-            self._check_stage_blocks(self.stage_blocks)
+            check_stage_blocks(self.stage_blocks, self.pipefusion)
+            if any(n % 1 for n in self.stage_blocks):
+                self._check_share_blocks(f"stage_blocks={self.stage_blocks}")
         self._check_rank("output_rank", self.output_rank)
         if self.text_rank not in (None, SPREAD):
             self._check_rank("text_rank", self.text_rank, f'; or say "{SPREAD}"')
@@ -323,6 +336,8 @@ class ParallelConfig:
             degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
         if self.values_first:
             degrees.append("values first")
+        if self.changed_tokens is not None:
+            degrees.append(f"changed tokens {self.changed_tokens:g}")
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
         if self.share_blocks is not None:
@@ -370,23 +385,6 @@ class ParallelConfig:
         value = getattr(self, name)
         if value is not None:
             object.__setattr__(self, name, tuple(value))
-
-    def _check_patch_rows(self, rows: tuple[int, ...]) -> None:
-        if not rows or any(not isinstance(n, int) or n < 1 for n in rows):
-            raise ValueError(f"patch_rows={rows} must list at least one row for each patch")
-        if self.patches not in (None, len(rows)):
-            raise ValueError(
-                f"patch_rows={rows} names {len(rows)} patches but patches={self.patches}: leave one of them out"
-            )
-
-    def _check_stage_blocks(self, blocks: tuple[float, ...]) -> None:
-        if len(blocks) != self.pipefusion or any(not isinstance(n, int | float) or n < 1 for n in blocks):
-            raise ValueError(
-                f"stage_blocks={blocks} must list at least one block for each of the "
-                f"{self.pipefusion} stages (pipefusion={self.pipefusion})"
-            )
-        if any(n % 1 for n in blocks):
-            self._check_share_blocks(f"stage_blocks={blocks}")
 
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:

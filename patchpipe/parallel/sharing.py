@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from patchpipe.distributed.exchange import Trading
 from patchpipe.distributed.mesh import Group
+from patchpipe.parallel.changed.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.levels import Levels
 from patchpipe.parallel.ring import Ring
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Sharing
-from patchpipe.stage.patches import Patch
+from patchpipe.stage.patches import Cut, Patch
 
 
 def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharing | None:
@@ -31,6 +32,24 @@ def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharin
     if mesh.size("ring") == 1:
         return ulysses
     return Ring(group.lines["ring"], patch, pieces, ulysses)
+
+
+def changed_for(
+    group: Group, cut: Cut, layers: list[ChangedLayer], level: float, *, synchronous: bool
+) -> ChangedUlysses:
+    """How this group's ranks attend in one call where they send only the tokens that have changed.
+
+    Args:
+        group: The ranks.
+        cut: The cut of the call's latent.
+        layers: What the call's guidance branch keeps.
+        level: The call's noise level, beside that of the first call.
+        synchronous: Whether the call is part of the warm-up.
+    """
+    config = group.config
+    assert config.changed_tokens is not None
+    moment = Moment.of(level, config.changed_tokens, synchronous=synchronous, forecast=config.forecast)
+    return ChangedUlysses(ulysses_line(group), cut.whole, cut.split(cut.whole, group.mesh.parts), layers, moment)
 
 
 def ulysses_line(group: Group) -> Trading:

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from patchpipe.config import WATCHED
 from patchpipe.distributed.mesh import Group
 from patchpipe.errors import RankLost
 from patchpipe.lockstep.points import Points
+from patchpipe.parallel.changed.ulysses import ChangedLayer
 from patchpipe.parallel.displaced import Layers
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.keys.forecast import Clock
@@ -33,6 +37,8 @@ class Branch:
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
+        changed: The same where ranks send only the tokens that have changed.
+        first_level: The noise level of its first call, or 0.
         shared: What comes and goes for blocks that two stages share.
         clock: The noise levels of its calls.
         cold: Whether keys and values of earlier calls are gone, so that the next call must be synchronous.
@@ -44,6 +50,8 @@ class Branch:
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: Layers = field(default_factory=list)
+    changed: list[ChangedLayer] = field(default_factory=list)
+    first_level: float = 0.0
     shared: list[SharedKeys] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     cold: bool = False
@@ -53,7 +61,13 @@ class Branch:
     def bytes(self) -> int:
         """Memory of its keys and values."""
         layers = sum(store.bytes for half in self.stores for store in half.values())
-        return layers + sum(store.bytes for store in self.parts)
+        return layers + sum(store.bytes for store in (*self.parts, *self.changed))
+
+    def level_of(self, time: Tensor | float) -> float:
+        """A call's noise level beside that of the first one; reads its time from the device."""
+        level = float(torch.as_tensor(time).amax())
+        self.first_level = self.first_level or level
+        return level / self.first_level if self.first_level else 0.0
 
 
 class Watch:

@@ -350,7 +350,9 @@ class Request:
 
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""
-        return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
+        config = self.config
+        sees_stale = len(cut.patches) > 1 or config.distrifusion > 1 or config.changed_tokens is not None
+        return sees_stale and not config.synchronous
 
     def answer(self, inputs: Mapping[str, Any], branch: Branch) -> Tensor:
         """Stands in for a call that was made elsewhere, whose result nobody reads; every rank has it."""
@@ -369,7 +371,7 @@ class Request:
             for half in branch.stores:
                 for store in half.values():
                     store.move(device)
-            for part in branch.parts:
+            for part in (*branch.parts, *branch.changed):
                 part.move(device)
 
     def _begun(self, branch: Branch) -> Branch:

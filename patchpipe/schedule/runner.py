@@ -22,14 +22,15 @@ from patchpipe.models import usual
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.displaced import Displaced, displaced_for
-from patchpipe.parallel.sharing import sharing_for
+from patchpipe.parallel.displaced import displaced_for
+from patchpipe.parallel.sharing import changed_for, sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.branches import Branch
 from patchpipe.schedule.hops import Crossing, Hops
 from patchpipe.schedule.parts import Part, parts_of
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
+from patchpipe.stage.attending import Sharing
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
@@ -243,17 +244,18 @@ class Runner:
         latent = inputs[self.plan.latent]
         synchronous = self.request.synchronous(branch, cut, latent.shape[0])
         keeps = self.request.keeps_stores(cut)
+        stored = keeps and self.config.changed_tokens is None
         call = Call(
             stage=self.request.stage,
             inputs=inputs,
             cut=cut,
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
             shares=self.request.shares_of(inputs, branch.index),
-            stores=branch.stores if keeps else None,
+            stores=branch.stores if stored else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
             sample=self.request.sample(branch, cut),
-            pace=branch.clock.tick(inputs[self.plan.time]) if keeps and self.config.forecast else None,
+            pace=branch.clock.tick(inputs[self.plan.time]) if stored and self.config.forecast else None,
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
@@ -263,12 +265,15 @@ class Runner:
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
-        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous, call.pace)
+        alone: Sharing | None = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous, call.pace)
+        if keeps and not stored:
+            level = branch.level_of(inputs[self.plan.time])
+            alone = changed_for(self.group, cut, branch.changed, level, synchronous=synchronous)
         if share is None:
             for patch in call.patches:
                 answers.expect(patch)
         else:
-            self._stream(call, parts, answers, displaced)
+            self._stream(call, parts, answers, alone)
         second = answers.second(self._seconds) if self.plan.second else None
         self.points.finish()
         return PatchTensor.promise(
@@ -276,7 +281,7 @@ class Runner:
             answers.patch if self.group.first else None, self.request,
         ), second  # fmt: skip
 
-    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
+    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, alone: Sharing | None) -> None:
         """Runs every patch of this rank's share of a call through this stage.
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
@@ -290,7 +295,7 @@ class Runner:
         trailing: list[CallContext] = []
         failure: Exception | None = None
         for part, crossing, receives in zip(parts, crossings, expected, strict=True):
-            context = self._context(call, part, displaced)
+            context = self._context(call, part, alone)
             result, failure = self._try(call, part, crossing, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
@@ -336,12 +341,12 @@ class Runner:
                 failure = error
         return part.blank(call, crossing, self.plan.grid.dim, call.inputs[self.plan.latent].device), failure
 
-    def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
+    def _context(self, call: Call, part: Part, alone: Sharing | None) -> CallContext:
         assert self.request is not None
         half, patch = part.share.half, part.patch
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
-        context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
+        context.sharing = alone or sharing_for(self.group, patch, part.pieces)
         context.entries, context.pace, context.sample = part.share.entries, call.pace, part.sample
         context.turn, context.patches = part.turn, call.cut.patches
         for keys in call.shared:
