@@ -46,7 +46,7 @@ class MovingRows:
         self._last = fresh.clone(memory_format=torch.contiguous_format)
         if self._forecast:
             self._rate = torch.zeros_like(self._last)
-            self._level = fresh.new_full((fresh.shape[0], 1, fresh.shape[SEQUENCE], 1), level, dtype=torch.float32)
+            self._level = fresh.new_full((fresh.shape[0], 1, fresh.shape[SEQUENCE], 1), level, dtype=torch.float64)
 
     def put(self, index: Tensor, fresh: Tensor, level: float) -> None:
         """Takes over some rows.
