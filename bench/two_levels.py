@@ -30,7 +30,7 @@ from bench.two_levels_links import DEEP, SHALLOW, Carried, Domains, carried, ent
 from patchpipe import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.models.latent import Raster
-from patchpipe.parallel.changed.ulysses import ChangedLayer, ChangedUlysses, Moment
+from patchpipe.parallel.lossy.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.sharing import ulysses_line
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Attending, Sharing

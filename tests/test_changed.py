@@ -19,8 +19,8 @@ from patchpipe.layout.axes import shares
 from patchpipe.layout.volume import Volume, traffic
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
-from patchpipe.parallel.changed.moving import MovingRows
-from patchpipe.parallel.changed.ulysses import ChangedLayer, ChangedUlysses, Moment
+from patchpipe.parallel.lossy.moving import MovingRows
+from patchpipe.parallel.lossy.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.sharing import ulysses_line
 from patchpipe.pipeline.streams.lanes import check_whole

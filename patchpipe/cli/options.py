@@ -80,6 +80,15 @@ ChangedTokens = Annotated[
         metavar="SHARE",
     ),
 ]
+Compress = Annotated[
+    Literal["int8"] | None,
+    _option(
+        _DETAIL,
+        "Send changes since the last step in eight bits: with --pipefusion or --distrifusion. [dim]Default: no.[/]",
+        "--compress",
+        metavar="int8",
+    ),
+]
 Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
 Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
 Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]

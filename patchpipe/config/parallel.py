@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patchpipe.layout.axes import DEGREES, Mesh
 from patchpipe.layout.checks import check_at_least, check_patch_rows, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
-from patchpipe.layout.domains import check_changed_tokens, check_levels, check_values_first
+from patchpipe.layout.domains import check_changed_tokens, check_compressed, check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
 from patchpipe.layout.words import describe_ranks
@@ -80,6 +80,8 @@ class ParallelConfig:
             have changed most (CoCoDiff, arXiv 2604.14561). Others keep what they have of the rest; with ``forecast``
             they continue its last change. The picture is no longer that of one device. The share is a mean: more tokens
             go at the beginning, fewer at the end. ``None`` exchanges all.
+        compress: ``"int8"`` sends changes since the last step, in eight bits, from stage to stage and in the gathers of
+            ``distrifusion`` (CompactFusion, arXiv 2507.17511). The picture then depends on the number of stages too.
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
             (Ring Attention, arXiv 2310.01889).
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
@@ -117,6 +119,7 @@ class ParallelConfig:
     ulysses_inner: int = 1
     values_first: bool = False
     changed_tokens: float | None = None
+    compress: Literal["int8"] | None = None
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
@@ -158,6 +161,8 @@ class ParallelConfig:
             others += [name for name in ("patches", "text_patches") if getattr(self, name) not in (None, 1)]
             others += [f"warmup={self.warmup!r}"] if self.warmup in (0, COARSE, WATCHED) else []
             check_changed_tokens(self.changed_tokens, self.methods, others)
+        if self.compress is not None:
+            check_compressed(self.compress, self.methods, self.compile, self.synchronous)
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
@@ -334,16 +339,14 @@ class ParallelConfig:
             degrees.append(f"patches {patches}")
         if self.ulysses_inner > 1:
             degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
-        if self.values_first:
-            degrees.append("values first")
-        if self.changed_tokens is not None:
-            degrees.append(f"changed tokens {self.changed_tokens:g}")
+        degrees += ["values first"] if self.values_first else []
+        degrees += [] if self.changed_tokens is None else [f"changed tokens {self.changed_tokens:g}"]
+        degrees += [] if self.compress is None else [f"changes in {self.compress}"]
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
         if self.share_blocks is not None:
             degrees.append("shared blocks" if self.share_blocks else "whole blocks")
-        if self.forecast:
-            degrees.append("stale keys forecast")
+        degrees += ["stale keys forecast"] if self.forecast else []
         degrees = degrees or ["one device"]
         degrees += [] if self.offload is None else [self.offload.describe()]
         return " · ".join([*degrees, steps, *(["compiled"] if self.compile else [])])

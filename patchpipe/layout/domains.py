@@ -72,6 +72,32 @@ def check_changed_tokens(share: object, methods: frozenset[str], others: Sequenc
         )
 
 
+def check_compressed(how: object, methods: frozenset[str], compiled: bool, synchronous: bool) -> None:
+    """Refuses changes in eight bits where nothing is sent that has been sent before, or beside what is not tested.
+
+    Args:
+        how: In what they are sent.
+        methods: Those in use.
+        compiled: Whether blocks are compiled.
+        synchronous: Whether every step is synchronous.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if how != "int8":
+        raise ValueError(f"compress={how!r} is unknown: use 'int8', or leave it out")
+    if not methods & {"pipefusion", "distrifusion"} or synchronous:
+        raise ValueError(
+            "compress='int8' is for what goes from stage to stage, or to the ranks of distrifusion, after the warm-up: "
+            "set pipefusion or distrifusion to 2 or more, with warmup=1, or leave it out"
+        )
+    refused = [*sorted(methods - {"pipefusion", "distrifusion", "cfg", "data"}), *(["compile"] if compiled else [])]
+    if refused:
+        raise ValueError(
+            f"compress='int8' is not tested with {', '.join(refused)} and so refused: leave one of them out"
+        )
+
+
 def domains(shape: Sequence[int], inner: int) -> list[tuple[int, ...]]:
     """The ranks of every domain, in the order of their first rank.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from patchpipe.distributed.exchange import Trading
 from patchpipe.distributed.mesh import Group
-from patchpipe.parallel.changed.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.levels import Levels
+from patchpipe.parallel.lossy.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.ring import Ring
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Sharing

@@ -16,8 +16,9 @@ from patchpipe.config import WATCHED
 from patchpipe.distributed.mesh import Group
 from patchpipe.errors import RankLost
 from patchpipe.lockstep.points import Points
-from patchpipe.parallel.changed.ulysses import ChangedLayer
 from patchpipe.parallel.displaced import Layers
+from patchpipe.parallel.lossy.residuals import Residuals
+from patchpipe.parallel.lossy.ulysses import ChangedLayer
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.keys.store import LayerStore, LayerStores
@@ -37,6 +38,7 @@ class Branch:
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
+        told: Rows of keys and values as other ranks have them, where changes are sent.
         changed: The same where ranks send only the tokens that have changed.
         first_level: The noise level of its first call, or 0.
         shared: What comes and goes for blocks that two stages share.
@@ -50,6 +52,7 @@ class Branch:
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: Layers = field(default_factory=list)
+    told: Residuals = field(default_factory=Residuals)
     changed: list[ChangedLayer] = field(default_factory=list)
     first_level: float = 0.0
     shared: list[SharedKeys] = field(default_factory=list)
@@ -61,7 +64,7 @@ class Branch:
     def bytes(self) -> int:
         """Memory of its keys and values."""
         layers = sum(store.bytes for half in self.stores for store in half.values())
-        return layers + sum(store.bytes for store in (*self.parts, *self.changed))
+        return layers + sum(store.bytes for store in (*self.parts, *self.changed, self.told))
 
     def level_of(self, time: Tensor | float) -> float:
         """A call's noise level beside that of the first one; reads its time from the device."""

@@ -371,7 +371,7 @@ class Request:
             for half in branch.stores:
                 for store in half.values():
                     store.move(device)
-            for part in (*branch.parts, *branch.changed):
+            for part in (*branch.parts, *branch.changed, branch.told):
                 part.move(device)
 
     def _begun(self, branch: Branch) -> Branch:

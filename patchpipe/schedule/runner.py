@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
-from patchpipe.distributed.transport import Receive
 from patchpipe.lazy.latent import PatchTensor, patch_of
 from patchpipe.lockstep.points import Points
 from patchpipe.models import usual
@@ -26,7 +25,7 @@ from patchpipe.parallel.displaced import displaced_for
 from patchpipe.parallel.sharing import changed_for, sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.branches import Branch
-from patchpipe.schedule.hops import Crossing, Hops
+from patchpipe.schedule.hops import Crossing, Hops, Taken
 from patchpipe.schedule.parts import Part, parts_of
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
@@ -265,7 +264,7 @@ class Runner:
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
-        alone: Sharing | None = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous, call.pace)
+        alone: Sharing | None = displaced_for(self.group, cut, branch if keeps else None, synchronous, call.pace)
         if keeps and not stored:
             level = branch.level_of(inputs[self.plan.time])
             alone = changed_for(self.group, cut, branch.changed, level, synchronous=synchronous)
@@ -286,8 +285,9 @@ class Runner:
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
         """
-        crossings = [part.crossing(call, self.group) for part in parts]
-        expected = self._hops.begin((call.where.request, call.where.branch), crossings)
+        key = call.where.request, call.where.branch
+        crossings = self._hops.coded(key, [part.crossing(call, self.group) for part in parts])
+        expected = self._hops.begin(key, crossings)
         for keys in call.shared:
             keys.begin(call.patches, call.pace)
         made: list[Tensor] = []
@@ -326,7 +326,7 @@ class Runner:
         call: Call,
         part: Part,
         crossing: Crossing,
-        receives: dict[str, Receive],
+        receives: Taken,
         context: CallContext,
         failure: Exception | None,
     ) -> tuple[Streams | Tensor, Exception | None]:
@@ -362,7 +362,7 @@ class Runner:
             if keys.earlier and keys.own(patch):
                 keys.give(patch)
 
-    def _run(self, call: Call, part: Part, receives: dict[str, Receive], context: CallContext) -> Streams | Tensor:
+    def _run(self, call: Call, part: Part, receives: Taken, context: CallContext) -> Streams | Tensor:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index

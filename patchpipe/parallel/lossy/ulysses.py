@@ -21,7 +21,7 @@ from torch import Tensor
 
 from patchpipe.distributed.exchange import Trading
 from patchpipe.layout.axes import shares
-from patchpipe.parallel.changed.moving import MovingRows
+from patchpipe.parallel.lossy.moving import MovingRows
 from patchpipe.parallel.ulysses import HEADS, ROWS, Ulysses
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.early import Part

@@ -1,1 +1,0 @@
-"""Ulysses that sends only the tokens that have changed: the others are forecast from what was sent before."""
