@@ -122,15 +122,18 @@ def test_processes_paint_what_threads_do() -> None:
 def test_bytes_are_those_of_the_formula(layout: dict[str, Any]) -> None:
     """A step's bytes shrink to an element each and a scale a row; the first step of patches has nothing to add to."""
     layouts = [{**layout, "warmup": 1, "compress": how} for how in (None, "int8")]
-    steps, item, width = 6, 4, 32
+    steps, item = 6, 4
     by_rank = run_threads(2, painted, "flux", layouts, steps)
     whole, less = (sum(rank[at][1] for rank in by_rank) for at in (0, 1))
-    tokens = 8 * 3 + tiny.TEXT_ROWS  # of a call: the picture's and the text's
+    elements = (8 * 3 + 40) * 2 * 16  # tokens of picture and text, heads, channels
     if "distrifusion" in layout:
-        elements, channels, coded = 2 * tiny.LAYERS * tokens * width, width // tiny.HEADS, steps - 1
+        elements *= 2 * 4  # keys and values, layers
+        assert whole == steps * elements * item
+        assert less == elements * item + (steps - 1) * (elements + elements // 16 * item)
     else:
-        elements, channels, coded = tokens * width, width, steps - 2
-    assert whole - less == coded * (elements * item - (elements + elements // channels * item))
+        assert by_rank[0][0][1] == steps * elements * item
+        assert by_rank[0][1][1] == 2 * elements * item + (steps - 2) * (elements + elements // 32 * item)
+        assert by_rank[1][0][1] == by_rank[1][1][1]  # predictions go as they are
 
 
 # -- quality -------------------------------------------------------------------------------------
