@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import patchpipe
-from bench.changed import decibels
+from bench.lossy import decibels, paint, pipelines
 from patchpipe import ParallelConfig
-from patchpipe.demo import MODEL_DIR, held_out
+from patchpipe.demo import held_out
 from patchpipe.models import plan_for
 from patchpipe.parallel.lossy.residuals import Residuals, packed_bytes
 from patchpipe.parallel.refusals import check_special
@@ -139,30 +139,11 @@ def test_bytes_are_those_of_the_formula(layout: dict[str, Any]) -> None:
 # -- quality -------------------------------------------------------------------------------------
 
 
-def emoji(place: Place | None, pipes: list[Any], prompts: list[str], layouts: list[dict[str, Any]]) -> list[Any]:
-    pipe, found = pipes[0 if place is None else place.rank], []
-    for layout in layouts:
-        if place is not None:
-            config = ParallelConfig(**layout)
-            patchpipe.parallelize(pipe, config, group=place.join(config))
-        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        made = pipe(
-            prompt=prompts, generator=generators, height=128, width=128, num_inference_steps=20,
-            max_sequence_length=32, output_type="np",
-        )  # fmt: skip
-        found.append(None if made is None else made.images)
-        if place is not None:
-            patchpipe.restore(pipe)
-    return found
-
-
 def test_the_bundled_model_paints_as_well_as_without() -> None:
-    from diffusers import FluxPipeline
-
-    pipes, prompts = [FluxPipeline.from_pretrained(MODEL_DIR) for _ in range(2)], held_out()[:1]
-    [right] = emoji(None, pipes, prompts, [{}])
+    pipes, prompts = pipelines(2), held_out()[:1]
+    [(right, _, _)] = paint(None, pipes, prompts, 20, [{}])
     base = {"pipefusion": 2, "patches": 4, "forecast": True}
-    plain, packed = run_threads(2, emoji, pipes, prompts, [base, {**base, "compress": "int8"}])[0]
+    (plain, _, _), (packed, _, _) = run_threads(2, paint, pipes, prompts, 20, [base, {**base, "compress": "int8"}])[0]
     [one], [other] = decibels(right, plain), decibels(right, packed)
     assert other > min(one - 3, 40)
 
