@@ -50,15 +50,16 @@ from patchpipe.tracing.timeline import Timeline, read
 from tests.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
-HYBRID, BRANCHES, COLD = "pipefusion ring", "cfg2 pipefusion", "cold pipefusion"
+HYBRID, BRANCHES, STREAMED = "pipefusion ring", "cfg2 pipefusion", "streamed pipefusion"
 # Really run; others are the same in every step and run one.
-STEPS = {"pipefusion": 6, HYBRID: 6, BRANCHES: 6, COLD: 6, "distrifusion": 8}
-# Steps after which all are alike: DistriFusion's sends pile up first.
-ALIKE = {"pipefusion": 2, HYBRID: 2, BRANCHES: 2, COLD: 2, "distrifusion": 5}
+STEPS = {"pipefusion": 6, HYBRID: 6, BRANCHES: 6, STREAMED: 8, "distrifusion": 8}
+# Steps after which all are alike: DistriFusion's sends pile up first, and drafts are of the first steps.
+ALIKE = {"pipefusion": 2, HYBRID: 2, BRANCHES: 2, STREAMED: 5, "distrifusion": 5}
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
 PERIOD = {
-    "pipefusion": 1.0, HYBRID: 4.0, BRANCHES: 1.5, COLD: 1.0, "distrifusion": 1.5, "ring": 6.0, "ulysses2 ring": 12.0,
+    "pipefusion": 1.0, HYBRID: 4.0, BRANCHES: 1.5, STREAMED: 1.0, "distrifusion": 1.5, "ring": 6.0,
+    "ulysses2 ring": 12.0,
 }  # fmt: skip
 OTHER_PERIOD = 5.0
 PATCHES = (8, 9, 10, 11, 12, 14, 16, 20, 24)
@@ -144,18 +145,18 @@ def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
     found += [replace(run, contended=False) for run in found if run.config.ulysses > 2]
     found += [new(f"distrifusion{ranks}", options={"distrifusion": ranks})]
     found += [new(f"tensor{ranks}", options={"tensor": ranks})] if ranks <= 8 else []
-    found += _guided(new, ranks, best) if new("", options=deep).batch % 2 == 0 and ranks == 8 else []
+    found += [new(f"streamed pipefusion{ranks}", options=best_cut(new, {**deep, "warmup": "streamed"}))]
+    found += _guided(new, ranks) if new("", options=deep).batch % 2 == 0 and ranks == 8 else []
     return [run.planned() for run in found]
 
 
-def _guided(new: Callable[..., Run], ranks: int, best: dict[str, Any]) -> list[Run]:
-    """A branch of guidance for each half of the cards, and PipeFusion without a synchronous step."""
+def _guided(new: Callable[..., Run], ranks: int) -> list[Run]:
+    """A branch of guidance for each half of the cards."""
     half = ranks // 2
     return [
         new(f"cfg2 pipefusion{half}", options=best_cut(new, {"cfg": 2, "pipefusion": half})),
         new(f"cfg2 ring{half}", options={"cfg": 2, "ring": half}),
         new(f"cfg2 ulysses{half}", options={"cfg": 2, "ulysses": half}),
-        new(f"cold pipefusion{ranks}", options={**best, "warmup": 0}),
     ]
 
 
@@ -169,18 +170,19 @@ def best_cut(new: Callable[..., Run], options: dict[str, Any]) -> dict[str, Any]
     stages, even = options["pipefusion"], new("", options=options).batch % 2 == 0
     tried = [
         {**options, "patches": count, **how}
-        for halves, how in _ways(even)
+        for halves, how in _ways(even, shares=options.get("warmup") is None)
         for count in {*PATCHES, *range(fewest_patches(stages, halves), stages + 3)}
         if count >= fewest_patches(stages, halves)
     ]
     return min(tried, key=lambda one: new("", options=one).planned().predicted)
 
 
-def _ways(even: bool) -> list[tuple[int, dict[str, bool]]]:
+def _ways(even: bool, *, shares: bool) -> list[tuple[int, dict[str, bool]]]:
     """How a batch may go through the stages: in one or in halves, whole blocks or shared ones."""
     whole = {"split_batch": False, "share_blocks": False}
     halves = [(2, {"split_batch": True})] if even else []
-    return [(1, whole), (1, {**whole, "share_blocks": True}), *halves]
+    shared = [(1, {**whole, "share_blocks": True})] if shares else []
+    return [(1, whole), *shared, *halves]
 
 
 def main(

@@ -280,7 +280,9 @@ class _Naive:
         coarse: bool = False,
         references: int = 0,
         text_patches: int = 1,
+        streamed: Sequence[int] = (),
     ) -> None:
+        self.streamed = streamed
         self.coarse, self.references, self.text_patches = coarse, references, text_patches
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -326,9 +328,16 @@ class _Naive:
     def _passes(self, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
         self._begin(given)
         step, branch = divmod(self.calls, len(self.tables))
-        pace = self._pace(branch, given) if self.forecast else None
+        self.calls += 1
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
+        passes = self.streamed[step] if step < len(self.streamed) else 1
+        for number in range(passes):
+            result = self._over_patches(step, branch, given, args, kwargs, known=step + number > 0)
+        return result
+
+    def _over_patches(self, step: int, branch: int, given: dict[str, Any], args: Any, kwargs: Any, known: bool) -> Any:
+        pace = self._pace(branch, given) if self.forecast else None
         latent = torch.stack(args[0]) if self.listed else args[0]
         dim = 1 if self.packed else 3 if self.listed else 2 if self.facts is None else self.facts.dim
         rows = sum(self.patch_rows)
@@ -341,7 +350,6 @@ class _Naive:
         after = 0 if self.text_first else None
         if self.facts is not None and self.facts.after is not None:
             after = self.facts.after(given)
-        self.calls += 1
         patches = [rows] if step < self.warmup else list(self.patch_rows)
         results, start, second = [], 0, None
         if step == 0 and self.coarse:
@@ -349,10 +357,10 @@ class _Naive:
         for index, count in enumerate(patches):
             stop = start + count
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
-            exist = rows if step > 0 or self.coarse else stop  # no earlier step has computed the rest
+            exist = rows if known or self.coarse else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
             sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
-            references = self.references, *_shares(self.references, index, len(patches), known=step > 0)
+            references = self.references, *_shares(self.references, index, len(patches), known=known)
             joined = self.facts is not None and self.facts.joined
             text = index, 1 if len(patches) == 1 else self.text_patches
             self.attention = _Pass(
@@ -442,6 +450,7 @@ def naive_pipefusion(
     coarse: bool = False,
     references: int = 0,
     text_patches: int = 1,
+    streamed: Sequence[int] = (),
 ) -> Iterator[None]:
     """While it lasts, a request of the pipeline runs as PipeFusion would.
 
@@ -454,10 +463,13 @@ def naive_pipefusion(
         coarse: Whether a quarter of the tokens goes ahead, and stands for all.
         references: Tokens of pictures that follow the one that is painted; each patch has as many of them.
         text_patches: Over how many of the first patches the text is spread.
+        streamed: How often the patches of the first calls per transformer and guidance branch are run.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, coarse, references, text_patches)
+        model.forward = _Naive(
+            model, patch_rows, warmup, branches, forecast, coarse, references, text_patches, streamed
+        )
     try:
         yield
     finally:

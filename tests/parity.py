@@ -14,7 +14,9 @@ import torch
 
 import patchpipe
 from patchpipe import ParallelConfig
+from patchpipe.config import PASSES, STREAMED
 from patchpipe.distributed.mesh import Group
+from patchpipe.models import plan_for
 from tests import tiny, tiny_images, tiny_video
 from tests.oracle import naive_pipefusion
 from tests.ranks import Place, quieten, run_ranks
@@ -96,9 +98,11 @@ def expected(name: str, schedule_text: str, call_text: str) -> np.ndarray:
         two_calls = arguments.get("true_cfg_scale", 1.0) > 1 and arguments.get("negative_prompt") is not None
         two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS, *tiny_images.TWO_CALLS))
         references = tiny_images.REFERENCES.get(name, 0)
+        guided = two_calls or plan_for(type(pipe.transformer).__name__).guidance == "batch"
+        streamed = PASSES[guided] if config.warmup == STREAMED else ()
         oracle = naive_pipefusion(
-            pipe, config.patch_rows, int(config.warmup), branches=1 + two_calls, references=references,
-            text_patches=config.text_patches or 1,
+            pipe, config.patch_rows, 0 if streamed else int(config.warmup), branches=1 + two_calls,
+            references=references, text_patches=config.text_patches or 1, forecast=config.forecast, streamed=streamed,
         )  # fmt: skip
     with oracle:
         return np.asarray(tiny.painted(call_pipeline(pipe, arguments)))

@@ -315,6 +315,7 @@ def test_the_bundled_model_paints_nearly_the_same_with_half_of_its_tokens() -> N
         ({"compile": True}, "not tested with compile"),
         ({"split_batch": True}, "not tested with split_batch"),
         ({"warmup": 0}, "not tested with warmup=0"),
+        ({"warmup": "streamed"}, "not tested with warmup='streamed'"),
     ],
 )
 def test_layouts_that_make_no_sense_are_refused(layout: dict[str, Any], text: str) -> None:

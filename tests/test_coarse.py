@@ -190,7 +190,7 @@ def test_the_planner_counts_it_ahead_of_the_first_patch() -> None:
     """Two stages, two patches of a second a stage: ten steps, and a sample of half a second that fills the pipe."""
     patch, whole = Unit((1.0, 1.0), (1.0, 1.0), (0.0, 0.0)), Unit((2.0, 2.0), (2.0, 2.0), (0.0, 0.0))
     sample = Unit((0.5, 0.5), (0.5, 0.5), (0.0, 0.0))
-    coarse = total([whole], [patch] * 2, 0, 10, ahead=[sample])
+    coarse = total([whole], [patch] * 2, 0, 10, ahead=[[sample]])
     assert coarse.seconds == 0.5 + total([whole], [patch] * 2, 0, 10).seconds
     assert coarse.seconds < total([whole], [patch] * 2, 1, 10).seconds - 1
     assert coarse.worked == (20.5, 20.5)

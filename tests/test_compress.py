@@ -161,6 +161,7 @@ def test_the_bundled_model_paints_as_well_as_without() -> None:
         ({"pipefusion": 2, "ring": 2}, "not tested with ring"),
         ({"pipefusion": 2, "tensor": 2}, "not tested with tensor"),
         ({"pipefusion": 2, "compile": True}, "not tested with compile"),
+        ({"pipefusion": 2, "warmup": "streamed"}, "not tested with warmup='streamed'"),
     ],
 )
 def test_layouts_that_make_no_sense_are_refused(layout: dict[str, Any], text: str) -> None:

@@ -318,7 +318,7 @@ def _suffer(affliction: str) -> None:
     ("affliction", "text"),
     [
         ("dies", "RankLost: rank 1 closed its connection: its process has died or was killed"),
-        ("fails", "RankFailed: rank 1 failed first: ValueError: the block is on fire"),
+        ("fails", "rank 1 failed first: ValueError: the block is on fire"),
         ("is silent", "RankLost: rank 1 did not answer within 3 s"),
     ],
 )

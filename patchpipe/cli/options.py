@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, WATCHED, AutoLayout, ParallelConfig, WarmupKind
+from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, STREAMED, WATCHED, AutoLayout, ParallelConfig, WarmupKind
 from patchpipe.layout.offloading import OffloadConfig
 
 _LAYOUT = "Layout"
@@ -134,9 +134,10 @@ Warmup = Annotated[
     str | None,
     _option(
         _LAYOUT,
-        'Synchronous steps before patches stream; "all" for a bit-exact run, "coarse" to start on fewer tokens, "auto" '
+        'Synchronous steps before patches stream; "all" for a bit-exact run, "streamed" to stream the first step three '
+        'times so that no stage waits, "coarse" to start on fewer tokens, "auto" '
         "to go by the forecast's error. [dim]Default: 1; 2 with a forecast and guidance.[/]",
-        metavar="W|all|coarse|auto",
+        metavar="W|all|streamed|coarse|auto",
     ),
 ]
 PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
@@ -266,18 +267,20 @@ Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--d
 
 
 def read_warmup(text: str) -> WarmupKind:
-    """Reads a number of steps, ``all``, ``coarse`` or ``auto``.
+    """Reads a number of steps, ``all``, ``streamed``, ``coarse`` or ``auto``.
 
     Raises:
         ValueError: It is none of these.
     """
-    for word in (ALL_STEPS, COARSE, WATCHED):
+    for word in (ALL_STEPS, STREAMED, COARSE, WATCHED):
         if text.strip().lower() == word:
             return word
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all", "coarse" or "auto"') from None
+        raise ValueError(
+            f'--warmup {text} must be a whole number of 0 or more, "all", "streamed", "coarse" or "auto"'
+        ) from None
 
 
 def read_text_rank(text: str | None) -> int | Literal["spread"] | None:

@@ -5,8 +5,30 @@ from __future__ import annotations
 from typing import Literal
 
 from patchpipe.config.auto import AutoLayout
-from patchpipe.config.parallel import ALL_STEPS, COARSE, SPREAD, WATCHED, Backend, ParallelConfig, WarmupKind
+from patchpipe.config.parallel import (
+    ALL_STEPS,
+    COARSE,
+    PASSES,
+    SPREAD,
+    STREAMED,
+    WATCHED,
+    Backend,
+    ParallelConfig,
+    WarmupKind,
+)
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 
-__all__ = ["ALL_STEPS", "COARSE", "PLAIN", "SPREAD", "WATCHED", "AutoLayout", "Backend", "ParallelConfig", "WarmupKind"]
+__all__ = [
+    "ALL_STEPS",
+    "COARSE",
+    "PASSES",
+    "PLAIN",
+    "SPREAD",
+    "STREAMED",
+    "WATCHED",
+    "AutoLayout",
+    "Backend",
+    "ParallelConfig",
+    "WarmupKind",
+]

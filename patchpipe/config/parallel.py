@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchpipe.layout.axes import DEGREES, Mesh
+from patchpipe.config.holdings import SPREAD, holdings
+from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.checks import check_at_least, check_patch_rows, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
 from patchpipe.layout.domains import check_changed_tokens, check_compressed, check_levels, check_values_first
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "nccl", "gloo"]
 ALL_STEPS: Literal["all"] = "all"
 COARSE: Literal["coarse"] = "coarse"
+STREAMED: Literal["streamed"] = "streamed"
 WATCHED: Literal["auto"] = "auto"
-WarmupKind = int | Literal["all", "coarse", "auto"]
-SPREAD: Literal["spread"] = "spread"
-# More than these no pipeline of diffusers has.
-ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
+# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
+# amplifies the errors of the first stale steps.
+PASSES = ((3,), (3, 2, 2, 2))
+WarmupKind = int | Literal["all", "coarse", "streamed", "auto"]
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,12 @@ class ParallelConfig:
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
             ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits. ``"auto"`` goes by the forecast's own error: a synchronous step
-            follows one in which keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and
-            guidance, which amplifies the error of the first stale step.
+            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step
+            stream three times, each time beside the keys and values of the time before; with guidance, those of the
+            next three steps stream twice.
+            ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which keys and values did not
+            go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which amplifies the error of the first
+            stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -159,23 +164,26 @@ class ParallelConfig:
             names = ("patch_rows", "values_first", "compile", "split_batch", "share_blocks")
             others = [name for name in names if getattr(self, name)]
             others += [name for name in ("patches", "text_patches") if getattr(self, name) not in (None, 1)]
-            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, COARSE, WATCHED) else []
+            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, COARSE, STREAMED, WATCHED) else []
             check_changed_tokens(self.changed_tokens, self.methods, others)
         if self.compress is not None:
-            check_compressed(self.compress, self.methods, self.compile, self.synchronous)
+            others = [f"warmup={self.warmup!r}"] if self.warmup in (COARSE, STREAMED, WATCHED) else []
+            check_compressed(
+                self.compress, self.methods, [*others, *(["compile"] if self.compile else [])], self.synchronous
+            )
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (None, ALL_STEPS, COARSE, WATCHED):
-            hint = 'or "all" to run every step synchronously, or "coarse", or "auto"'
+        if self.warmup not in (None, ALL_STEPS, COARSE, STREAMED, WATCHED):
+            hint = 'or "all" to run every step synchronously, or "streamed", "coarse" or "auto"'
             check_at_least("warmup", self.warmup, 0, hint=hint)
         if self.warmup == WATCHED:
             check_watched(self.methods, self.compile, self.forecast)
-        if self.warmup == COARSE and self.distrifusion > 1:
-            raise ValueError('warmup="coarse" is for patches that stream; distrifusion has none: use warmup=1')
+        if self.warmup in (COARSE, STREAMED) and self.distrifusion > 1:
+            raise ValueError(f'warmup="{self.warmup}" is for patches that stream; distrifusion has none: use warmup=1')
         if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
             raise ValueError(
                 'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
@@ -290,6 +298,16 @@ class ParallelConfig:
             return 2 if guided and self.forecast else 1
         return self.warmup if isinstance(self.warmup, int) else 0
 
+    def passes(self, call: int, *, guided: bool) -> int:
+        """How often the patches of a call that streams go through the stages.
+
+        Args:
+            call: The call's number in its guidance branch, from 0.
+            guided: Whether the request has two guidance branches.
+        """
+        passes = PASSES[guided] if self.warmup == STREAMED else ()
+        return passes[call] if call < len(passes) else 1
+
     @property
     def _warmup_told(self) -> str:
         if self.warmup not in (None, WATCHED):
@@ -301,7 +319,7 @@ class ParallelConfig:
     @property
     def may_share(self) -> bool | None:
         """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
-        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE) and self.patches != 1
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE, STREAMED) and self.patches != 1
         return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
 
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
@@ -360,25 +378,7 @@ class ParallelConfig:
 
     def holdings(self, rank: int) -> str:
         """What a rank holds, in words."""
-        mesh = Mesh(self.mesh_shape, rank)
-        held = [f"stage {mesh.at('pipe') + 1}/{self.pipefusion}" if self.pipefusion > 1 else "every block"]
-        if self.tensor > 1:
-            held.append(f"slice {mesh.at('tensor') + 1}/{self.tensor} of its matrices")
-        if mesh.parts > 1:
-            held.append(f"rows {mesh.part + 1}/{mesh.parts} of each patch")
-        if self.cfg > 1:
-            held.append(f"guidance branch {mesh.at('cfg') + 1}")
-        if self.data > 1:
-            held.append(f"pictures {mesh.at('data') + 1}/{self.data}")
-        if self.text_rank == SPREAD:
-            held += [f"{title}, if any" for name, title in ENCODERS.items() if self.encoder_rank(name) == mesh.rank]
-        elif mesh.rank == self.encoder_rank():
-            held.append("text encoders")
-        if self.parallel_vae:
-            held.append(f"VAE for strip {mesh.rank + 1}/{self.world_size} of the picture")
-        if mesh.rank == self.output_rank:
-            held.append("gets the images" if self.parallel_vae else "VAE, gets the images")
-        return ", ".join(held)
+        return holdings(self, rank)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""
@@ -392,7 +392,7 @@ class ParallelConfig:
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
-        if self.warmup in (0, COARSE):
+        if self.warmup in (0, COARSE, STREAMED):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:

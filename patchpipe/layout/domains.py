@@ -72,13 +72,13 @@ def check_changed_tokens(share: object, methods: frozenset[str], others: Sequenc
         )
 
 
-def check_compressed(how: object, methods: frozenset[str], compiled: bool, synchronous: bool) -> None:
+def check_compressed(how: object, methods: frozenset[str], others: Sequence[str], synchronous: bool) -> None:
     """Refuses changes in eight bits where nothing is sent that has been sent before, or beside what is not tested.
 
     Args:
         how: In what they are sent.
         methods: Those in use.
-        compiled: Whether blocks are compiled.
+        others: What else is asked for that does not go with it.
         synchronous: Whether every step is synchronous.
 
     Raises:
@@ -91,7 +91,7 @@ def check_compressed(how: object, methods: frozenset[str], compiled: bool, synch
             "compress='int8' is for what goes from stage to stage, or to the ranks of distrifusion, after the warm-up: "
             "set pipefusion or distrifusion to 2 or more, with warmup=1, or leave it out"
         )
-    refused = [*sorted(methods - {"pipefusion", "distrifusion", "cfg", "data"}), *(["compile"] if compiled else [])]
+    refused = [*sorted(methods - {"pipefusion", "distrifusion", "cfg", "data"}), *others]
     if refused:
         raise ValueError(
             f"compress='int8' is not tested with {', '.join(refused)} and so refused: leave one of them out"

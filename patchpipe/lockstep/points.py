@@ -251,14 +251,19 @@ class Points:
         deadline = time.monotonic() + min(STOP_SECONDS, board.timeout)
         while (told := board.told("at")) is None:
             if time.monotonic() > deadline:
-                raise RankLost(f"the request is to stop, but a rank did not say where it is within {STOP_SECONDS:g} s")
+                late = f"a rank did not say where it is within {STOP_SECONDS:g} s"
+                raise RankLost(f"{self._first_cause}, and {late}")
             time.sleep(POLL_SECONDS)
         return [(begun, over) for begun, over in told]
 
+    @property
+    def _first_cause(self) -> str:
+        rank, text = self._why["rank"], self._why["text"]
+        return str(text) if rank is None else f"rank {rank} failed first: {text}"
+
     def _how_it_ends(self) -> Exception:
         if self._ending is None:
-            rank, text = self._why["rank"], self._why["text"]
-            self._ending = Cancelled(text) if rank is None else RankFailed(f"rank {rank} failed first: {text}")
+            self._ending = (Cancelled if self._why["rank"] is None else RankFailed)(self._first_cause)
         return self._ending
 
 

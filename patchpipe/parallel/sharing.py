@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from torch import Tensor
+
 from patchpipe.distributed.exchange import Trading
 from patchpipe.distributed.mesh import Group
 from patchpipe.parallel.levels import Levels
@@ -34,22 +38,33 @@ def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharin
     return Ring(group.lines["ring"], patch, pieces, ulysses)
 
 
+class KeptChanged(Protocol):
+    """What a guidance branch keeps where only changed tokens are sent."""
+
+    changed: list[ChangedLayer]
+
+    def level_of(self, time: Tensor | float) -> float:
+        """A call's noise level, beside that of the first call."""
+        ...
+
+
 def changed_for(
-    group: Group, cut: Cut, layers: list[ChangedLayer], level: float, *, synchronous: bool
+    group: Group, cut: Cut, kept: KeptChanged, time: Tensor | float, *, synchronous: bool
 ) -> ChangedUlysses:
     """How this group's ranks attend in one call where they send only the tokens that have changed.
 
     Args:
         group: The ranks.
         cut: The cut of the call's latent.
-        layers: What the call's guidance branch keeps.
-        level: The call's noise level, beside that of the first call.
+        kept: What the call's guidance branch keeps.
+        time: Of the call, which falls with the noise level.
         synchronous: Whether the call is part of the warm-up.
     """
     config = group.config
     assert config.changed_tokens is not None
-    moment = Moment.of(level, config.changed_tokens, synchronous=synchronous, forecast=config.forecast)
-    return ChangedUlysses(ulysses_line(group), cut.whole, cut.split(cut.whole, group.mesh.parts), layers, moment)
+    moment = Moment.of(kept.level_of(time), config.changed_tokens, synchronous=synchronous, forecast=config.forecast)
+    pieces = cut.split(cut.whole, group.mesh.parts)
+    return ChangedUlysses(ulysses_line(group), cut.whole, pieces, kept.changed, moment)
 
 
 def ulysses_line(group: Group) -> Trading:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from patchpipe.config import COARSE
+from patchpipe.config import COARSE, PASSES, STREAMED
 from patchpipe.layout.split import shared_blocks
 from patchpipe.offload.choice import Chosen
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
@@ -91,7 +91,7 @@ def total(
     steps: int,
     calls: int = 1,
     halves: int = 1,
-    ahead: Sequence[Unit] = (),
+    ahead: Sequence[Sequence[Unit]] = (),
 ) -> Timing:
     """Seconds of ``steps`` steps, of which ``warmup`` are synchronous.
 
@@ -102,21 +102,25 @@ def total(
         steps: All steps.
         calls: Calls in a step, one after the other; a step's patch begins when it is done in every call of the last.
         halves: Units of each patch, all of which must be done as well.
-        ahead: What each call of the first step has ahead of its patches.
+        ahead: What each call has ahead of its patches, in the first step, the second and so on: the same patches, or
+            another unit.
     """
     count = len(steady[0].stages)
     once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
     warm, streamed = min(warmup, steps), max(0, steps - warmup)
+    drafts = [unit.compute for units in ahead for unit in units]
     free, ready, ends = [0.0] * count, [0.0] * len(steady), [0.0]
-    for step in range(min(streamed, STEADY_STEPS)):
-        opening = list(ahead) if step == 0 else []
-        done = play([*opening, *steady] * calls, free, [*([0.0] * len(opening)), *ready] * calls)
+    played = len(ahead) + STEADY_STEPS
+    for step in range(min(streamed, played)):
+        opening = [*ahead[step]] if step < len(ahead) else []
+        begin = [ready[at % len(ready)] for at in range(len(opening))]
+        done = play([*opening, *steady] * calls, free, [*begin, *ready] * calls)
         done = [moment for at, moment in enumerate(done) if at % (len(opening) + len(steady)) >= len(opening)]
         patches = [max(done[at : at + halves]) for at in range(0, len(done), halves)]
         ready = [max(patches[at // halves :: len(steady) // halves]) for at in range(len(steady))]
         ends.append(max(done))
     period = ends[-1] - ends[-2] if len(ends) > 1 else once
-    seconds = warm * once + ends[-1] + max(0, streamed - STEADY_STEPS) * period
+    seconds = warm * once + ends[-1] + max(0, streamed - played) * period
     return Timing(
         seconds=seconds,
         synchronous=once,
@@ -125,7 +129,7 @@ def total(
         worked=_sum(
             _each(calls, [unit.compute for unit in synchronous]), warm,
             _each(calls, [unit.compute for unit in steady]), streamed,
-            _each(calls, [unit.compute for unit in ahead]) if ahead else (0.0,) * count,
+            _each(calls, drafts) if drafts else (0.0,) * count,
         ),
         hop=max((max(unit.hops) for unit in steady), default=0.0),
         host=_each(calls, [unit.host for unit in steady]),
@@ -187,10 +191,15 @@ class Schedule:
             return total(whole, whole, 0, self.workload.steps, self.layout.calls)
         halves, patches = self.layout.halves, range(len(self.layout.patches))
         steady = [self._unit(self.layout.piece(patch), half, patch) for patch in patches for half in range(halves)]
-        ahead = self._ahead() if self.config.warmup == COARSE else []
-        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves, ahead)
+        return total(whole, steady, warmup, self.workload.steps, self.layout.calls, halves, self._ahead(steady, guided))
 
-    def _ahead(self) -> list[Unit]:
+    def _ahead(self, steady: list[Unit], guided: bool) -> list[list[Unit]]:
+        """What the first steps have ahead of their patches."""
+        if self.config.warmup == STREAMED:
+            return [steady * (passes - 1) for passes in PASSES[guided]]
+        return [self._sample()] if self.config.warmup == COARSE else []
+
+    def _sample(self) -> list[Unit]:
         """The sample of all tokens that a request begins with: a quarter of them, and all text."""
         whole, halves = self.layout.piece(None), self.layout.halves
         image, keys = (-(-count // SAMPLED) for count in (whole.image, whole.keys))

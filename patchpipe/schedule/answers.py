@@ -30,6 +30,25 @@ from patchpipe.tracing.recorder import Where
 
 
 @dataclass(frozen=True)
+class Passing:
+    """A patch, the whole latent or a sample of it, on its way through the stages.
+
+    Attributes:
+        cut: What it is a part of.
+        patch: What it is.
+        pace: How its noise level follows the last ones, where stale rows are forecast.
+        draft: Whether its keys and values alone are asked for.
+        sample: The tokens that stand for all, if these are its rows.
+    """
+
+    cut: Cut
+    patch: Patch
+    pace: Pace | None
+    draft: bool
+    sample: Sample | None = None
+
+
+@dataclass(frozen=True)
 class Call:
     """One call of the transformer, the same on every rank.
 
@@ -44,7 +63,8 @@ class Call:
         shared: What comes and goes for blocks that two stages share.
         shapes: The shapes inside it.
         sample: The tokens that go through the stages ahead of the patches and stand for all, if any do.
-        pace: How its noise level follows the last ones, where stale rows are forecast.
+        paces: How the noise level of each pass of the patches follows the last ones; ``None`` where stale rows are not
+            forecast. All passes but the last are drafts: their keys and values count, their prediction does not.
         where: Which call it is, for the timeline.
     """
 
@@ -57,7 +77,7 @@ class Call:
     shared: Sequence[SharedKeys]
     shapes: CallShapes
     sample: Sample | None
-    pace: Pace | None
+    paces: tuple[Pace | None, ...]
     where: Where
 
     def share_of(self, mesh: Mesh) -> BatchShare | None:
@@ -70,10 +90,21 @@ class Call:
         return self.cut.split(patch, ranks)
 
     @property
-    def cuts(self) -> list[tuple[Cut, Patch, Sample | None]]:
-        """What goes through the stages, with what it is a part of."""
-        ahead = [] if self.sample is None else [(self.sample.cut, self.sample.cut.whole, self.sample)]
-        return [*ahead, *((self.cut, patch, None) for patch in self.patches)]
+    def pace(self) -> Pace | None:
+        """That of the last pass."""
+        return self.paces[-1]
+
+    @property
+    def passing(self) -> list[Passing]:
+        """What goes through the stages, in order."""
+        sample, last = self.sample, len(self.paces) - 1
+        ahead = [] if sample is None else [Passing(sample.cut, sample.cut.whole, self.paces[0], True, sample)]
+        patches = [
+            Passing(self.cut, patch, pace, number < last)
+            for number, pace in enumerate(self.paces)
+            for patch in self.patches
+        ]
+        return ahead + patches
 
 
 class Answers:

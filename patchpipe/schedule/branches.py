@@ -20,7 +20,7 @@ from patchpipe.parallel.displaced import Layers
 from patchpipe.parallel.lossy.residuals import Residuals
 from patchpipe.parallel.lossy.ulysses import ChangedLayer
 from patchpipe.schedule.shared_keys import SharedKeys
-from patchpipe.stage.keys.forecast import Clock
+from patchpipe.stage.keys.forecast import Clock, Pace
 from patchpipe.stage.keys.store import LayerStore, LayerStores
 
 ROUGH = 0.5  # of the last change: an error of the forecast beyond which it is of little use
@@ -65,6 +65,16 @@ class Branch:
         """Memory of its keys and values."""
         layers = sum(store.bytes for half in self.stores for store in half.values())
         return layers + sum(store.bytes for store in (*self.parts, *self.changed, self.told))
+
+    def move(self, device: torch.device) -> None:
+        """Takes all keys and values to another device; nothing of the request is under way."""
+        stores = [store for half in self.stores for store in half.values()]
+        for store in (*stores, *self.parts, *self.changed, self.told):
+            store.move(device)
+
+    def paces(self, time: Tensor | float, passes: int, *, asked: bool) -> tuple[Pace | None, ...]:
+        """How the noise level of each pass of a call follows the last ones, if that is asked for."""
+        return tuple(self.clock.tick(time) if asked else None for _ in range(passes))
 
     def level_of(self, time: Tensor | float) -> float:
         """A call's noise level beside that of the first one; reads its time from the device."""

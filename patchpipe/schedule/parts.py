@@ -15,6 +15,7 @@ from patchpipe.schedule.hops import Crossing, Shapes
 from patchpipe.schedule.request import Request
 from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.context import Streams
+from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.survey import CallShapes
 
@@ -34,6 +35,8 @@ class Part:
         completes: Whether the patch's other entries have run before.
         turn: Which turn it is, of how many, where stages share blocks; see ``balance.Boundary``.
         sample: The tokens that stand for all, if these are the rows.
+        pace: How its noise level follows the last ones, where stale rows are forecast.
+        draft: Whether its keys and values alone are asked for, and no prediction.
     """
 
     share: BatchShare
@@ -46,6 +49,8 @@ class Part:
     completes: bool
     turn: tuple[int, int] | None
     sample: Sample | None = None
+    pace: Pace | None = None
+    draft: bool = False
 
     def crossing(self, call: Call, group: Group) -> Crossing:
         """What it is as it enters and as it leaves this rank's stage."""
@@ -68,7 +73,7 @@ class Part:
             dim: The latent's dim that is cut.
             device: Where they are to be.
         """
-        if crossing.leaving or self.sample is not None:
+        if crossing.leaving or self.draft:
             shapes = crossing.leaving.items()
             return {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes}
         shape = list(call.shapes.output)
@@ -99,12 +104,13 @@ def parts_of(call: Call, share: BatchShare, request: Request, group: Group, *, h
     memos: list[dict[str, Any]] = [{} for _ in shares]
     shapes = request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
     parts = []
-    for cut, patch, sample in call.cuts:
-        pieces = cut.split(patch, mesh.parts)
+    for passing in call.passing:
+        patch, pieces = passing.patch, passing.cut.split(passing.patch, mesh.parts)
         for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
-            last, own = entries is shares[-1] and sample is None, pieces[mesh.part]
+            last, own = entries is shares[-1] and not passing.draft, pieces[mesh.part]
             turn = None if patch.whole else (patch.index, len(call.patches))
             if halves:
                 turn = entries.half or 0, 2
-            parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, sample))
+            of_it = passing.sample, passing.pace, passing.draft
+            parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, *of_it))
     return parts

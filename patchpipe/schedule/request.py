@@ -44,6 +44,7 @@ class RequestStats:
         stages: Pipeline stages.
         steps_synchronous: Calls of the transformer that saw fresh keys and values only.
         steps_patched: Calls that ran the latent patch by patch, or part by part, beside stale ones.
+        drafts: Passes of all patches ahead of the calls' own, where a warm-up streams.
         seconds: Wall-clock seconds of the request on this rank.
         store_bytes: Memory of the keys and values this rank held.
         waited_seconds: Time this rank spent waiting for other ranks.
@@ -60,6 +61,7 @@ class RequestStats:
     stages: int = 1
     steps_synchronous: int = 0
     steps_patched: int = 0
+    drafts: int = 0
     seconds: float = 0.0
     store_bytes: int = 0
     waited_seconds: float = 0.0
@@ -79,6 +81,7 @@ class RequestStats:
         self.reasons += inner.reasons
         self.steps_synchronous += inner.steps_synchronous
         self.steps_patched += inner.steps_patched
+        self.drafts += inner.drafts
         self.store_bytes = max(self.store_bytes, inner.store_bytes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -232,8 +235,9 @@ class Request:
             self._last = None
         self._level = level
 
-    def count(self, synchronous: bool) -> None:
-        """Counts a call of the transformer."""
+    def count(self, synchronous: bool, drafts: int = 0) -> None:
+        """Counts a call of the transformer, and the passes ahead of its own."""
+        self.stats.drafts += drafts
         if synchronous:
             self.stats.steps_synchronous += 1
         else:
@@ -337,11 +341,17 @@ class Request:
         """
         if not self.keeps_stores(cut):
             return True
+        warms_up = branch.cold or branch.calls < self.config.warmup_steps(guided=self._guided(branch, batch))
+        return (self._watch is not None and self._watch.follows(branch)) or warms_up
+
+    def passes(self, branch: Branch, batch: int) -> int:
+        """How often the patches of the branch's next call go through the stages."""
+        return self.config.passes(branch.calls, guided=self._guided(branch, batch))
+
+    def _guided(self, branch: Branch, batch: int) -> bool:
         # Two branches in one batch look like two pictures, which are taken for branches.
         guided = batch % 2 == 0 if self.plan.guidance == "batch" else len(self._branches) > 1
-        guided |= bool(branch.left_out)
-        warms_up = branch.cold or branch.calls < self.config.warmup_steps(guided=guided)
-        return (self._watch is not None and self._watch.follows(branch)) or warms_up
+        return guided or bool(branch.left_out)
 
     def sample(self, branch: Branch, cut: Cut) -> Sample | None:
         """The tokens that stand for all in the branch's next call, if it begins on fewer."""
@@ -368,11 +378,7 @@ class Request:
     def move_keys(self, device: torch.device) -> None:
         """Takes all keys and values to another device, where they wait; nothing of the request is under way."""
         for branch in self._branches.values():
-            for half in branch.stores:
-                for store in half.values():
-                    store.move(device)
-            for part in (*branch.parts, *branch.changed, branch.told):
-                part.move(device)
+            branch.move(device)
 
     def _begun(self, branch: Branch) -> Branch:
         blocks = [block for block in self._shared if block.boundary.block not in branch.left_out]

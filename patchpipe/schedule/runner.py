@@ -244,6 +244,7 @@ class Runner:
         synchronous = self.request.synchronous(branch, cut, latent.shape[0])
         keeps = self.request.keeps_stores(cut)
         stored = keeps and self.config.changed_tokens is None
+        passes = 1 if synchronous else self.request.passes(branch, latent.shape[0])
         call = Call(
             stage=self.request.stage,
             inputs=inputs,
@@ -254,20 +255,19 @@ class Runner:
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
             sample=self.request.sample(branch, cut),
-            pace=branch.clock.tick(inputs[self.plan.time]) if stored and self.config.forecast else None,
+            paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecast),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
         parts = [] if share is None else parts_of(call, share, self.request, self.group, halves=self._halves)
         self.points.begin("goes on to the next call of the transformer")
-        self.request.count(synchronous)
+        self.request.count(synchronous, passes - 1)
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
         alone: Sharing | None = displaced_for(self.group, cut, branch if keeps else None, synchronous, call.pace)
         if keeps and not stored:
-            level = branch.level_of(inputs[self.plan.time])
-            alone = changed_for(self.group, cut, branch.changed, level, synchronous=synchronous)
+            alone = changed_for(self.group, cut, branch, inputs[self.plan.time], synchronous=synchronous)
         if share is None:
             for patch in call.patches:
                 answers.expect(patch)
@@ -347,8 +347,8 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = alone or sharing_for(self.group, patch, part.pieces)
-        context.entries, context.pace, context.sample = part.share.entries, call.pace, part.sample
-        context.turn, context.patches = part.turn, call.cut.patches
+        context.entries, context.pace, context.sample = part.share.entries, part.pace, part.sample
+        context.draft, context.turn, context.patches = part.draft, part.turn, call.cut.patches
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
@@ -366,7 +366,7 @@ class Runner:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index
-            warmup = call.where.warmup or part.sample is not None
+            warmup = call.where.warmup or part.draft
             recorder.where = replace(call.where, patch=patch, half=part.share.half, warmup=warmup)
         with span(recorder if first else None, "latent"):
             latent = self._latent_piece(call, part) if first else None

@@ -37,6 +37,7 @@ class CallContext:
         entries: Which entries of the batch run; ``None`` for all.
         pace: Of the call, where stale rows are forecast.
         sample: The tokens that stand for all, if it is these that are at work.
+        draft: Whether its keys and values alone are asked for, and no prediction.
         turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
         entering: What to do before a shared block runs, by its place.
         leaving: What to do after it.
@@ -66,6 +67,7 @@ class CallContext:
     entries: Entries | None = None
     pace: Pace | None = None
     sample: Sample | None = None
+    draft: bool = False
     turn: tuple[int, int] | None = None
     entering: dict[int, Callable[[], None]] = field(default_factory=dict)
     leaving: dict[int, Callable[[], None]] = field(default_factory=dict)

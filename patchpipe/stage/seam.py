@@ -165,7 +165,7 @@ class Seam:
         context.before(self.index)
         result = self._without_blanks(self._computed(arguments, context), context)
         context.after(self.index)
-        if self.ends and context.sample is not None:  # no prediction is made of it
+        if self.ends and context.draft:  # no prediction is made of it
             raise StageDone({})
         if self.index in context.shapes.carried:
             context.results[result_name(self.index)] = result[0] if listing.emits else result

@@ -154,7 +154,7 @@ class Stage:
             context: What the hooks are to know.
 
         Returns:
-            The streams for the next stage, or on the last stage the patch of the noise prediction; of a sample none.
+            The streams for the next stage, or on the last stage the patch of the noise prediction; of a draft none.
         """
         context.inputs, context.left_out = inputs, self.left_out(inputs)
         context.tail = bool(self._tail) and self.plan.one_time(inputs)

@@ -37,7 +37,7 @@ Prompts = Annotated[
 Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
 Warmups = Annotated[
     str,
-    options.option(_PANEL, "Synchronous steps, coarse or auto.", "--warmup", metavar="W,…", default=True),
+    options.option(_PANEL, "Synchronous steps, streamed, coarse or auto.", "--warmup", metavar="W,…", default=True),
 ]
 Forecasts = Annotated[
     str,
