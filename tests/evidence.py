@@ -15,7 +15,6 @@ from diffusers.loaders import PeftAdapterMixin
 
 from patchpipe.layout.axes import DEGREES
 from tests import (
-    test_coarse,
     test_compile,
     test_displaced,
     test_family_features,
@@ -28,6 +27,7 @@ from tests import (
     test_parallel,
     test_pipelines,
     test_quantised,
+    test_streamed,
     test_tensor,
     test_text_patches,
     test_together,
@@ -114,9 +114,14 @@ def _features() -> list[Evidence]:
             "forecast",
         ),
         _of(
-            test_coarse.test_law_2_a_coarse_start_does_not_depend_on_the_number_of_stages,
-            test_coarse.FAMILIES,
-            "coarse",
+            test_streamed.test_law_2_a_warmup_that_streams_is_the_oracles_on_any_number_of_stages,
+            test_streamed.NAMES,
+            "streamed",
+        ),
+        _of(
+            test_streamed.test_law_2_a_warmup_that_streams_is_the_oracles_on_any_number_of_stages,
+            test_streamed.FORECAST,
+            "forecast",
         ),
         _of(test_text_patches.test_spread_text_is_what_it_means, test_text_patches.FAMILIES, "text_patches"),
         _of(

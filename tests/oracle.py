@@ -172,8 +172,7 @@ class _Pass(TorchFunctionMode):
         exist: Sequence[int],
         begins: bool,
         after: int | None,
-        pace: tuple[float, bool, bool] | None = None,
-        stands_for: Sequence[int] = (),
+        pace: tuple[float, bool] | None = None,
         sound: int = 0,
         joined: bool = False,
         references: tuple[int, range, range] = (0, range(0), range(0)),
@@ -184,8 +183,7 @@ class _Pass(TorchFunctionMode):
         self.part_of_text = text  # which part of the text this pass refreshes, of how many
         self.text_grows = len(exist) < tokens  # as the picture's rows do, where no pass has computed all of them
         self.references = references  # how many rows follow the picture's, which are refreshed, and which there at all
-        self.stands_for = stands_for  # the token in whose place each is shown from then on
-        self.pace = pace  # how far the noise level has gone, whether it is the last one's, whether all of it is shown
+        self.pace = pace  # how far the noise level has gone, whether it is the last one's
         self.table, self.tokens, self.fresh, self.exist = table, tokens, fresh, exist
         self.begins, self.after = begins, after  # riders that stand after the picture; all, if not said
         self.layer, self.idle, self.sound, self.joined = -1, False, sound, joined
@@ -232,10 +230,6 @@ class _Pass(TorchFunctionMode):
         others_seen = [reference_at + row for row in others_there]
         seen = sorted([image_at + row for row in self.exist] + there + others_seen)
         shown = self._shown(computed, refreshed, seen)
-        for kept in self.table[self.layer] if self.stands_for else []:
-            image = slice(image_at, image_at + self.tokens)
-            for rows in (kept.true, kept.shown):
-                rows[:, :, image] = rows[:, :, [image_at + row for row in self.stands_for]]
         return shown, seen
 
     def _shown(self, computed: Sequence[Tensor], refreshed: list[int], seen: list[int]) -> list[Tensor]:
@@ -259,8 +253,6 @@ class _Pass(TorchFunctionMode):
     def _worth(self, kept: History, new: Tensor, refreshed: list[int]) -> Tensor:
         """How far on each head is shown: not at all where the change does not go on."""
         assert self.pace is not None
-        if self.pace[2]:
-            return torch.full_like(new[:, :, :1, :1], self.pace[0])
         ahead = self.pace[0] * kept.change[:, :, refreshed]
         came = torch.nan_to_num(new - kept.true[:, :, refreshed])
         worth = (came * ahead).sum((2, 3), keepdim=True) > (ahead * ahead).sum((2, 3), keepdim=True) / 4
@@ -277,23 +269,22 @@ class _Naive:
         warmup: int,
         branches: int,
         forecast: bool = False,
-        coarse: bool = False,
         references: int = 0,
         text_patches: int = 1,
         streamed: Sequence[int] = (),
     ) -> None:
         self.streamed = streamed
-        self.coarse, self.references, self.text_patches = coarse, references, text_patches
+        self.references, self.text_patches = references, text_patches
         self.forecast, self.times = forecast, [list[float]() for _ in range(branches)]
         self.names = list(inspect.signature(type(model).forward).parameters)[1:]
         self.forward, self.patch_rows, self.warmup = model.forward, patch_rows, warmup
+        self.__signature__ = inspect.signature(model.forward)  # modular pipelines read it
         kind = type(model).__name__
         self.packed, self.listed, self.text_first = kind in PACKED, kind in LISTED, kind in TEXT_FIRST
         self.facts = FACTS.get(kind)
         if self.facts is not None:
             self.text_first = self.facts.text_first
         self.level = float("inf")
-        self.ahead: set[int] = set()  # branches that have had a forecast
         self.tables: list[Table] = [{} for _ in range(branches)]
         self.mixed: list[dict[Any, Any]] = [{} for _ in range(branches)]
         self.calls, self.adapted = 0, getattr(model, "image_proj", None) is not None
@@ -322,7 +313,7 @@ class _Naive:
         """What knows the keys and values of a branch whose calls leave out blocks: of other calls it knows nothing."""
         if blocks not in self.apart:
             self.apart[blocks] = branch = copy.copy(self)
-            branch.calls, branch.tables, branch.mixed, branch.times, branch.ahead = 0, [{}], [{}], [[]], set()
+            branch.calls, branch.tables, branch.mixed, branch.times = 0, [{}], [{}], [[]]
         return self.apart[blocks]
 
     def _passes(self, given: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -352,19 +343,17 @@ class _Naive:
             after = self.facts.after(given)
         patches = [rows] if step < self.warmup else list(self.patch_rows)
         results, start, second = [], 0, None
-        if step == 0 and self.coarse:
-            self._start(branch, rows, tokens_per_row, after, pace, args, kwargs)
         for index, count in enumerate(patches):
             stop = start + count
             fresh = range(start * tokens_per_row, stop * tokens_per_row)
-            exist = rows if known or self.coarse else stop  # no earlier step has computed the rest
+            exist = rows if known else stop  # no earlier step has computed the rest
             sizes = rows * tokens_per_row, fresh, range(exist * tokens_per_row)
             sound = 0 if self.facts is None or not self.facts.sound else given[self.facts.sound].shape[1]
             references = self.references, *_shares(self.references, index, len(patches), known=known)
             joined = self.facts is not None and self.facts.joined
             text = index, 1 if len(patches) == 1 else self.text_patches
             self.attention = _Pass(
-                self.tables[branch], *sizes, index == 0, after, pace, (), sound, joined, references, text, self.adapted
+                self.tables[branch], *sizes, index == 0, after, pace, sound, joined, references, text, self.adapted
             )
             with self.attention, self._mixing(branch, fresh, tokens_per_row):
                 result = self.forward(*args, **{**kwargs, "return_dict": False})
@@ -381,17 +370,6 @@ class _Naive:
             return Transformer2DModelOutput(sample=list(prediction) if self.listed else prediction)
         return (list(prediction) if self.listed else prediction,)
 
-    def _start(self, branch: int, rows: int, width: int, after: int | None, pace: Any, args: Any, kwargs: Any) -> None:
-        """A pass in which every second token of every second row is all there is; it then stands for its neighbours."""
-        places = [(row, column) for row in range(rows) for column in range(width)]
-        stands_for = [row // 2 * 2 * width + column // 2 * 2 for row, column in places]
-        sample = sorted(set(stands_for))
-        self.attention = _Pass(
-            self.tables[branch], rows * width, sample, sample, True, after, pace, stands_for, adapted=self.adapted
-        )
-        with self.attention:
-            self.forward(*args, **{**kwargs, "return_dict": False})
-
     def _mixing(self, branch: int, fresh: range, row: int) -> Any:
         """Where rows meet in sums and convolutions."""
         if self.facts is None or not self.facts.mixes:
@@ -407,21 +385,20 @@ class _Naive:
         level = float(given["timestep"].max())
         if level > self.level:
             self.calls = 0
-            for table in self.tables:
+            for table, times in zip(self.tables, self.times, strict=True):
                 table.clear()
+                times.clear()
         self.level = level
 
-    def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool, bool]:
-        """The step to this noise level, in steps that led to the last one; the first after a coarse start is sure."""
-        now, known = float(given["t" if self.listed else "timestep"].max()), self.times[branch]
+    def _pace(self, branch: int, given: dict[str, Any]) -> tuple[float, bool]:
+        """The step to this noise level, in steps that led to the last one, and whether it is that one."""
+        time = next(given[name] for name in ("t", "timestep", "timesteps") if name in given)
+        now, known = float(time.max()), self.times[branch]
         again = bool(known) and known[-1] == now
         ahead = (now - known[-1]) / (known[-1] - known[-2]) if len(known) > 1 else 0.0
         if not again:
             known.append(now)
-        first = self.coarse and ahead > 0 and branch not in self.ahead
-        if ahead > 0:
-            self.ahead.add(branch)
-        return min(max(ahead, 0.0), 4.0), again, first
+        return min(max(ahead, 0.0), 4.0), again
 
 
 def _aside(model: Any) -> list[Any]:
@@ -447,7 +424,6 @@ def naive_pipefusion(
     *,
     branches: int = 1,
     forecast: bool = False,
-    coarse: bool = False,
     references: int = 0,
     text_patches: int = 1,
     streamed: Sequence[int] = (),
@@ -460,16 +436,13 @@ def naive_pipefusion(
         warmup: Calls per transformer and guidance branch that run the latent whole.
         branches: Guidance branches that the pipeline computes in calls of their own, one after the other.
         forecast: Whether stale rows are shown where they will be.
-        coarse: Whether a quarter of the tokens goes ahead, and stands for all.
         references: Tokens of pictures that follow the one that is painted; each patch has as many of them.
         text_patches: Over how many of the first patches the text is spread.
         streamed: How often the patches of the first calls per transformer and guidance branch are run.
     """
     models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
     for model in models:
-        model.forward = _Naive(
-            model, patch_rows, warmup, branches, forecast, coarse, references, text_patches, streamed
-        )
+        model.forward = _Naive(model, patch_rows, warmup, branches, forecast, references, text_patches, streamed)
     try:
         yield
     finally:

@@ -76,6 +76,8 @@ def test_a_task_names_the_class_that_diffusers_has_for_it() -> None:
         ({"pipeline": "StableDiffusionPipeline"}, "StableDiffusionPipeline has no transformer"),
         ({"pipeline": "FluxControlNetPipeline"}, "FluxControlNetPipeline also needs controlnet"),
         ({"pipeline": "torch"}, "no pipeline class 'torch'"),
+        ({"pipeline": "FluxModularPipeline"}, r"FluxModularPipeline is modular, .*update_components"),
+        ({"pipeline": "FluxAutoBlocks"}, "FluxAutoBlocks is modular"),
         ({"task": "upscaling"}, "'upscaling' is none of text-to-image, image-to-image, inpainting"),
         ({"task": "inpainting", "pipeline": "FluxPipeline"}, "both name a class: leave one of them out"),
     ],

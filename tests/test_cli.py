@@ -9,14 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageSequence
 
+import patchpipe
 from patchpipe.cli import app, options, pictures
 from patchpipe.cli.job import call_arguments
+from patchpipe.clips import clips_of
 from patchpipe.config import ParallelConfig
 from patchpipe.loading.dtypes import dtype_name
 from tests import tiny
@@ -99,6 +106,55 @@ def test_pictures_in_flight_are_painted_in_sets(model: str, tmp_path: Path, caps
     assert json.loads((tmp_path / "run-1.json").read_text())["otherData"]["requests"] == 2
 
 
+# Options by their names as diffusers has them; of a family that guides by two calls, its two branches on two devices.
+FAMILIES: dict[str, dict[str, object]] = {
+    "flux": {"true_cfg_scale": 3.0, "negative_prompt": "owl"},
+    "sd3": {"guidance_scale": 4.0},
+    "qwen": {"true_cfg_scale": 3.0, "negative_prompt": "owl", "max_sequence_length": 16},
+    "wan": {"guidance_scale": 3.0, "num_frames": 13},
+    "zimage": {"guidance_scale": 3.0, "max_sequence_length": 40},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "exact": {"pipefusion": 2, "warmup": "all"},
+    "streams": {"pipefusion": 2, "patches": 2, "warmup": 1, "split_batch": False},
+    "branches": {"cfg": 2, "warmup": "all"},
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models on disk, made when they are first asked for."""
+    return cache(lambda name: tiny.save(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.mark.some
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in FAMILIES for layout in ("exact", "streams")]
+    + [("flux", "branches"), ("wan", "branches")],
+)
+def test_five_families_from_disk_paint_what_diffusers_paints(
+    name: str, layout: str, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The file has the picture, or the clip, of plain diffusers; where patches stream, that of one process."""
+    folder, out = families(name), tmp_path / "out.png"
+    given = {**TINY_CALL, **FAMILIES[name]}
+    options = ["--no-split-batch" if value is False else f"--{key}={value}" for key, value in LAYOUTS[layout].items()]
+    settings = [word for key, value in given.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    files = ["--devices", "cpu", "--threads", "1", "-o", str(out)]
+    assert app(args=["generate", "red apple", "--model", str(folder), *options, *settings, "--seed", "3", *files]) == 0
+    pipe = tiny.kind_of(name).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if layout == "streams":
+        patchpipe.parallelize(pipe, ParallelConfig(**{**LAYOUTS[layout], "pipefusion": 1}))
+    made = tiny.painted(pipe(prompt="red apple", generator=torch.Generator().manual_seed(3), **given))
+    expected = clips_of(made)[0] if name == "wan" else made
+    with Image.open(out) as file:
+        found = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
+    assert len(found) == len(expected)
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_killed_worker_ends_the_command_with_one_line(model: str, tmp_path: Path) -> None:
     out = tmp_path / "never.png"
     args = ["generate", "owl", "--model", model, "--pipefusion", "2", "--steps", "900", "--devices", "cpu"]
@@ -140,7 +196,7 @@ def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
         (["generate", "x", "y", "--in-flight", "2", "--data", "2"], "leave out --in-flight, or --data"),
         (["generate", "x", "--in-flight", "2", "--cfg", "2", "--ulysses", "2"], "nearest that is tested is"),
         (["generate", "x", "--pipefusion", "0"], "pipefusion=0 must be a whole number"),
-        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, "all", "coarse" or "auto"'),
+        (["generate", "x", "--warmup", "some"], 'a whole number of 0 or more, "all", "streamed" or "auto"'),
         (["generate", "x", "--patch-rows", "1;2"], "--patch-rows 1;2 must be whole numbers"),
         (["generate", "x", "--backend", "mpi"], "--backend"),
         (["generate", "x", "--dtype", "int3"], "dtype='int3' is unknown: use bf16, fp16 or fp32"),

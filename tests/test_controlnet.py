@@ -17,6 +17,7 @@ from diffusers.models.controlnets.controlnet_flux import FluxMultiControlNetMode
 from torch import Tensor
 
 import patchpipe
+from patchpipe.config import PASSES
 from patchpipe.models.blocks import of
 from patchpipe.stage.seam import Nothing, Passage, Residuals
 from tests import tiny
@@ -152,9 +153,9 @@ def test_other_methods_give_their_ranks_their_rows(title: str, options: dict[str
     assert relative(found, exact) < TOLERANCE
 
 
-# Beside one synchronous step: text spread over patches, a start on fewer tokens, a block of two stages.
+# Beside one synchronous step: text spread over patches, a warm-up that streams, a block of two stages.
 SCHEDULES = {
-    "FLUX": {"text_patches": 2, "warmup": 1}, "SD3": {"warmup": "coarse"},
+    "FLUX": {"text_patches": 2, "warmup": 1}, "SD3": {"warmup": "streamed"},
     "Qwen-Image": {"stage_blocks": (1.5, 2.5), "warmup": 1},
 }  # fmt: skip
 
@@ -165,9 +166,9 @@ def test_other_schedules_stream_as_they_should(title: str) -> None:
     alone = {key: value for key, value in options.items() if key != "stage_blocks"}
     found = run_threads(2, partial(painted, **options), title)[0][0]
     assert np.array_equal(found, run_threads(1, partial(painted, **alone), title)[0][0])
-    plain, coarse = made(title), options["warmup"] == "coarse"
-    told = {"coarse": coarse, "branches": 1 + (title != "SD3"), "text_patches": options.get("text_patches", 1)}
-    with naive_pipefusion(plain, (2, 2), 0 if coarse else 1, **told):
+    plain, streamed = made(title), PASSES[True] if options["warmup"] == "streamed" else ()
+    told = {"streamed": streamed, "branches": 1 + (title != "SD3"), "text_patches": options.get("text_patches", 1)}
+    with naive_pipefusion(plain, (2, 2), 0 if streamed else 1, **told):
         assert relative(found, latents(plain, title)) < TOLERANCE
 
 

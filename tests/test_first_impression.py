@@ -13,7 +13,7 @@ from PIL import Image
 
 from patchpipe.cli import app
 from patchpipe.cli.commands import demo
-from patchpipe.cli.job import check_negative
+from patchpipe.cli.job import check_negative, with_strength
 from patchpipe.cli.view import View
 from patchpipe.config import ParallelConfig
 from patchpipe.errors import did_you_mean
@@ -202,6 +202,22 @@ def test_a_negative_prompt_without_effect_is_told(arguments: dict[str, Any], wor
     )
     with nullcontext() if words is None else pytest.raises(ValueError, match=words):
         check_negative(arguments, engine)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "given", "expected"),
+    [
+        ({"true_cfg_scale": 4.0}, {"guidance_scale": 3.0}, {"true_cfg_scale": 3.0}),  # as Qwen-Image
+        ({"true_cfg_scale": 4.0}, {"guidance_scale": 3.0, "true_cfg_scale": 2.0}, {"true_cfg_scale": 2.0}),
+        ({"true_cfg_scale": 1.0, "guidance_scale": 3.5}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0}),  # as FLUX
+        ({"true_cfg_scale": 4.0}, {}, {}),
+    ],
+)
+def test_guidance_goes_by_the_name_that_the_pipeline_looks_at(
+    defaults: dict[str, float], given: dict[str, float], expected: dict[str, float]
+) -> None:
+    engine: Any = SimpleNamespace(arguments=("true_cfg_scale", "guidance_scale"), defaults=defaults)
+    assert with_strength(given, engine) == expected
 
 
 # -- the demo ------------------------------------------------------------------------------------

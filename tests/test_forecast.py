@@ -109,15 +109,6 @@ def test_rows_that_jump_about_are_shown_as_they_were() -> None:
     assert (shown[:, :, 4:] - moving(3, 50.0)[:, :, 4:]).abs().max() < 1e-3
 
 
-def test_after_a_coarse_start_the_first_forecast_is_shown_whatever_came() -> None:
-    """The change before is that from coarse keys to true ones too, and the first patch is no judge of it."""
-    expected = 2 * moving(1, 50.0) - moving(0, 50.0)
-    _, shown = store_after(2, noise=50.0, coarse=True)
-    assert (shown - expected)[:, :, 4:].abs().max() < 0.01 * expected.abs().max()
-    _, shown = store_after(3, noise=50.0, coarse=True)
-    assert (shown - moving(2, 50.0))[:, :, 4:].abs().max() < 0.01 * expected.abs().max()
-
-
 def test_the_error_of_a_forecast_is_told_where_it_is_asked_for() -> None:
     assert store_after(4)[0].error == 0, "nobody asked"
     assert store_after(1, watched=True)[0].error == 0, "there was no forecast"

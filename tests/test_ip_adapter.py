@@ -24,6 +24,7 @@ from transformers import (
 
 import patchpipe
 from patchpipe import OffloadConfig, ParallelConfig
+from patchpipe.config import PASSES
 from patchpipe.models.adapters import processors_of
 from patchpipe.recipes.checks import check_recipes
 from tests import ip_adapters, tiny
@@ -160,7 +161,7 @@ def test_requests_in_flight_together_each_see_their_own_picture(title: str) -> N
 SCHEDULES: dict[str, dict[str, Any]] = {
     "a block that two stages share": {"stage_blocks": (1.5, 2.5)},
     "text over two patches": {"text_patches": 2},
-    "a start on fewer tokens": {"warmup": "coarse", "patch_rows": (2, 2)},
+    "a warm-up that streams": {"warmup": "streamed", "patch_rows": (2, 2)},
     "a forecast": {"forecast": True, "warmup": 1},
     "weights that come and go": {"offload": OffloadConfig(resident=0.4, chunk=0.004, depth=3, gate="on")},
 }
@@ -173,11 +174,9 @@ def test_other_schedules_stream_as_they_should(title: str, schedule: str) -> Non
     alone = {key: value for key, value in options.items() if key not in ("stage_blocks", "offload")}
     found = run_threads(2, partial(painted, **options), title)[0][0]
     assert np.array_equal(found, run_threads(1, partial(painted, **alone), title)[0][0])
-    plain, coarse = made(title), options["warmup"] == "coarse"
-    if coarse and title == "FLUX":  # whose keys are turned to their neighbours' places, which the oracle does not know
-        return
-    told = {"coarse": coarse, "forecast": "forecast" in options, "text_patches": options.get("text_patches", 1)}
-    with naive_pipefusion(plain, options["patch_rows"], 0 if coarse else 1, branches=1 + (title == "FLUX"), **told):
+    plain, streamed = made(title), PASSES[True] if options["warmup"] == "streamed" else ()
+    told = {"streamed": streamed, "forecast": "forecast" in options, "text_patches": options.get("text_patches", 1)}
+    with naive_pipefusion(plain, options["patch_rows"], 0 if streamed else 1, branches=1 + (title == "FLUX"), **told):
         assert relative(found, latents(plain, title)) < (ROUNDED if "forecast" in options else TOLERANCE)
 
 

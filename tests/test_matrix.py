@@ -35,8 +35,8 @@ def test_every_class_has_every_column_and_every_test_its_names() -> None:
 def test_what_no_test_runs_is_refused_and_unknown_classes_are_not() -> None:
     config = ParallelConfig(pipefusion=2, patches=2, forecast=True)
     check_special(plan_for("FluxTransformer2DModel"), config)
-    with pytest.raises(ValueError, match=r"has not been tested with DiTTransformer2DModel .* use forecast=False"):
-        check_special(plan_for("DiTTransformer2DModel"), config)
+    with pytest.raises(ValueError, match=r"has not been tested with SanaTransformer2DModel .* use forecast=False"):
+        check_special(plan_for("SanaTransformer2DModel"), config)
     check_tested("OneOfTheUsersOwn", "forecast", "forecast=True", "use forecast=False")
 
 

@@ -22,7 +22,7 @@ MADE_UP = Workload(
     "made up", (crossed(1536),) * 8, heads=24, rows=Raster(64, 64, 1), text=64, joint=False, steps=20, branches=1
 )
 DECIBELS: dict[tuple[Any, bool], dict[int, float]] = {
-    (1, False): {8: 37.0, 16: 35.0}, (1, True): {8: 52.0, 16: 50.0}, ("coarse", True): {8: 45.0, 16: 43.0},
+    (1, False): {8: 37.0, 16: 35.0}, (1, True): {8: 52.0, 16: 50.0}, ("streamed", True): {8: 45.0, 16: 43.0},
 }  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def chosen(folder: Path, least: float) -> Choice:
 
 
 def test_the_quickest_of_those_near_enough_wins(tmp_path: Path) -> None:
-    """A coarse start is the quickest, a warm-up with forecast the nearest; nothing is known of seventeen patches."""
-    for least, way in ((40, ("coarse", True)), (44, ("coarse", True)), (48, (1, True))):
+    """A warm-up that streams is the quickest, one with forecast the nearest; nothing is known of seventeen patches."""
+    for least, way in ((40, ("streamed", True)), (44, ("streamed", True)), (48, (1, True))):
         choice = chosen(tmp_path, least)
         best = choice.best
         assert (best.config.warmup, best.config.forecast) == way, least

@@ -12,6 +12,7 @@ import torch
 
 import patchpipe
 from patchpipe import OffloadConfig, ParallelConfig
+from patchpipe.config import PASSES
 from patchpipe.stage import compiling
 from tests import tiny
 from tests.oracle import naive_pipefusion
@@ -127,7 +128,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "another one is": ({"stage_blocks": (1.5, 2.5)}, [2]),
     "shared, with synchronous steps alone": ({"stage_blocks": (1.5, 2.5), "warmup": 4}, [1]),
     "text over two patches": ({"text_patches": 2}, [0, 3]),
-    "a start on fewer tokens": ({"warmup": "coarse", "patch_rows": (2, 2)}, [0, 3]),
+    "a warm-up that streams": ({"warmup": "streamed", "patch_rows": (2, 2)}, [0, 3]),
     "a forecast": ({"forecast": True, "warmup": None}, [0, 3]),
     "a watched warm-up": ({"forecast": True, "warmup": "auto"}, [0, 3]),
 }
@@ -142,10 +143,10 @@ def test_other_schedules_stream_as_they_should(title: str) -> None:
     assert np.array_equal(found, run_threads(1, partial(painted, **alone), blocks, {})[0][0])
     if options["warmup"] == "auto":
         return
-    plain, coarse = made(), options["warmup"] == "coarse"
-    warmup = {"coarse": 0, None: 2}.get(options["warmup"], options["warmup"])
+    plain, streamed = made(), PASSES[True] if options["warmup"] == "streamed" else ()
+    warmup = {"streamed": 0, None: 2}.get(options["warmup"], options["warmup"])
     told = {
-        "coarse": coarse,
+        "streamed": streamed,
         "forecast": options.get("forecast", False),
         "text_patches": options.get("text_patches", 1),
     }

@@ -172,6 +172,14 @@ def auto_layout(arguments: dict[str, Any], pictures: int, *, together: int, trac
     )
 
 
+def with_strength(arguments: dict[str, Any], engine: Engine) -> dict[str, Any]:
+    """The arguments with ``--guidance`` under the name that the pipeline looks at; what is set by name wins."""
+    from patchpipe.engine.requests import guidance_name
+
+    name, rest = guidance_name(engine.arguments, engine.defaults), dict(arguments)
+    return {name: rest.pop("guidance_scale"), **rest} if "guidance_scale" in rest else rest
+
+
 def check_negative(arguments: dict[str, Any], engine: Engine) -> None:
     """Refuses a negative prompt that the pipeline would not look at.
 
@@ -199,7 +207,7 @@ def run(job: Job) -> None:
     with view.warnings(), _start(job, view) as engine:
         if clips.makes(engine):
             job = _check_targets(asked, True)
-        job = dataclasses.replace(job, config=engine.config)
+        job = dataclasses.replace(job, config=engine.config, arguments=with_strength(job.arguments, engine))
         check_negative(job.arguments, engine)
         view.header(engine, job.model)
         if job.compare:

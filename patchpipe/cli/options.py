@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from patchpipe.config import ALL_STEPS, COARSE, PLAIN, SPREAD, STREAMED, WATCHED, AutoLayout, ParallelConfig, WarmupKind
+from patchpipe.config import ALL_STEPS, PLAIN, SPREAD, STREAMED, WATCHED, AutoLayout, ParallelConfig, WarmupKind
 from patchpipe.layout.offloading import OffloadConfig
 
 _LAYOUT = "Layout"
@@ -135,9 +135,9 @@ Warmup = Annotated[
     _option(
         _LAYOUT,
         'Synchronous steps before patches stream; "all" for a bit-exact run, "streamed" to stream the first step three '
-        'times so that no stage waits, "coarse" to start on fewer tokens, "auto" '
+        'times so that no stage waits, "auto" '
         "to go by the forecast's error. [dim]Default: 1; 2 with a forecast and guidance.[/]",
-        metavar="W|all|streamed|coarse|auto",
+        metavar="W|all|streamed|auto",
     ),
 ]
 PatchRows = Annotated[str | None, _option(_DETAIL, "Token rows of each patch, for uneven cuts.", metavar="1,2,…")]
@@ -202,7 +202,7 @@ Fps = Annotated[
 Seed = Annotated[int, _option(_PICTURE, "Seed of the first picture; the next one has the next number.", default=True)]
 Guidance = Annotated[
     float | None,
-    _option(_PICTURE, "Guidance strength (true_cfg_scale where the model's call.json has it)."),
+    _option(_PICTURE, "Guidance strength (true_cfg_scale where the pipeline or the model's call.json has it so)."),
 ]
 Negative = Annotated[str | None, _option(_PICTURE, "What the picture should not show.")]
 Loras = Annotated[
@@ -267,20 +267,18 @@ Debug = Annotated[bool, _option(_OUTPUT, "Show the traceback of an error.", "--d
 
 
 def read_warmup(text: str) -> WarmupKind:
-    """Reads a number of steps, ``all``, ``streamed``, ``coarse`` or ``auto``.
+    """Reads a number of steps, ``all``, ``streamed`` or ``auto``.
 
     Raises:
         ValueError: It is none of these.
     """
-    for word in (ALL_STEPS, STREAMED, COARSE, WATCHED):
+    for word in (ALL_STEPS, STREAMED, WATCHED):
         if text.strip().lower() == word:
             return word
     try:
         return int(text)
     except ValueError:
-        raise ValueError(
-            f'--warmup {text} must be a whole number of 0 or more, "all", "streamed", "coarse" or "auto"'
-        ) from None
+        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all", "streamed" or "auto"') from None
 
 
 def read_text_rank(text: str | None) -> int | Literal["spread"] | None:

@@ -150,10 +150,11 @@ def _describe_rank(rank: RankInfo) -> str:
 def _describe_stats(stats: Any) -> list[str]:
     if not stats:
         return []
-    times = stats.get("materialisations", 0)
+    times, patches, drafts = (stats.get(name, 0) for name in ("materialisations", "patches", "drafts"))
+    calls = f"{stats.get('steps_synchronous', 0)} synchronous and {stats.get('steps_patched', 0)} patched calls"
     return [
-        f"{stats.get('patches', 1)} patches",
-        f"{stats.get('steps_synchronous', 0)} synchronous and {stats.get('steps_patched', 0)} patched calls",
+        f"{patches} patch{'es' if patches != 1 else ''}",
+        f"{calls}, {drafts} draft{'s' if drafts > 1 else ''}" if drafts else calls,
         f"materialised {'once' if times == 1 else f'{times} times'}",
     ]
 

@@ -5,23 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from patchpipe.config.auto import AutoLayout
-from patchpipe.config.parallel import (
-    ALL_STEPS,
-    COARSE,
-    PASSES,
-    SPREAD,
-    STREAMED,
-    WATCHED,
-    Backend,
-    ParallelConfig,
-    WarmupKind,
-)
+from patchpipe.config.parallel import SPREAD, Backend, ParallelConfig
+from patchpipe.config.warmup import ALL_STEPS, PASSES, STREAMED, WATCHED, WarmupKind
 
 PLAIN: Literal["plain"] = "plain"  # in place of a layout: diffusers as it is, on one device
 
 __all__ = [
     "ALL_STEPS",
-    "COARSE",
     "PASSES",
     "PLAIN",
     "SPREAD",

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from patchpipe.config.parallel import Backend, ParallelConfig, WarmupKind
+from patchpipe.config.parallel import Backend, ParallelConfig
+from patchpipe.config.warmup import WarmupKind
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchpipe.config.holdings import SPREAD, holdings
+from patchpipe.config.warmup import (
+    ALL_STEPS,
+    STREAMED,
+    WATCHED,
+    WarmupKind,
+    check_warmup,
+    passes,
+    synchronous_steps,
+    told,
+)  # fmt: skip
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.checks import check_at_least, check_patch_rows, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
@@ -21,14 +31,6 @@ if TYPE_CHECKING:
     from patchpipe.planner.machine.profiles import Profile
 
 Backend = Literal["auto", "nccl", "gloo"]
-ALL_STEPS: Literal["all"] = "all"
-COARSE: Literal["coarse"] = "coarse"
-STREAMED: Literal["streamed"] = "streamed"
-WATCHED: Literal["auto"] = "auto"
-# How often the patches of the first steps stream in place of a synchronous one. The latter with guidance, which
-# amplifies the errors of the first stale steps.
-PASSES = ((3,), (3, 2, 2, 2))
-WarmupKind = int | Literal["all", "coarse", "streamed", "auto"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,11 @@ class ParallelConfig:
             shorter and ``split_batch`` does not already even out the stages.
         warmup: Synchronous steps W before patches stream across step boundaries, counted per guidance branch in calls
             of the transformer. ``"all"`` makes every step synchronous; the picture is then bit-equal to one device.
-            ``"coarse"`` uses no synchronous step: a sample of a quarter of the tokens goes through the stages first and
-            stands for all tokens, so no stage waits. ``"streamed"`` uses none either: the patches of the first step
-            stream three times, each time beside the keys and values of the time before; with guidance, those of the
-            next three steps stream twice.
-            ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which keys and values did not
-            go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which amplifies the error of the first
-            stale step.
+            ``"streamed"`` uses no synchronous step, so no stage waits: the patches of the first step stream three
+            times, each time beside the keys and values of the time before; with guidance, those of the next three
+            steps stream twice. ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which
+            keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which
+            amplifies the error of the first stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
             values in 16 bits.
@@ -164,10 +164,10 @@ class ParallelConfig:
             names = ("patch_rows", "values_first", "compile", "split_batch", "share_blocks")
             others = [name for name in names if getattr(self, name)]
             others += [name for name in ("patches", "text_patches") if getattr(self, name) not in (None, 1)]
-            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, COARSE, STREAMED, WATCHED) else []
+            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, STREAMED, WATCHED) else []
             check_changed_tokens(self.changed_tokens, self.methods, others)
         if self.compress is not None:
-            others = [f"warmup={self.warmup!r}"] if self.warmup in (COARSE, STREAMED, WATCHED) else []
+            others = [f"warmup={self.warmup!r}"] if self.warmup in (STREAMED, WATCHED) else []
             check_compressed(
                 self.compress, self.methods, [*others, *(["compile"] if self.compile else [])], self.synchronous
             )
@@ -177,17 +177,11 @@ class ParallelConfig:
             check_offloaded(self.tensor, self.compile, self.offload.tier)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
-        if self.warmup not in (None, ALL_STEPS, COARSE, STREAMED, WATCHED):
-            hint = 'or "all" to run every step synchronously, or "streamed", "coarse" or "auto"'
-            check_at_least("warmup", self.warmup, 0, hint=hint)
+        check_warmup(self.warmup)
         if self.warmup == WATCHED:
             check_watched(self.methods, self.compile, self.forecast)
-        if self.warmup in (COARSE, STREAMED) and self.distrifusion > 1:
+        if self.warmup == STREAMED and self.distrifusion > 1:
             raise ValueError(f'warmup="{self.warmup}" is for patches that stream; distrifusion has none: use warmup=1')
-        if self.warmup == COARSE and (self.compile or self.ulysses > 1 or self.ring > 1):
-            raise ValueError(
-                'warmup="coarse" is not supported with compile=True, ulysses or ring: leave them out, or use warmup=1'
-            )
         if self.text_patches is not None:
             check_at_least("text_patches", self.text_patches, 1)
             if self.text_patches > 1 and self.distrifusion > 1:
@@ -294,9 +288,7 @@ class ParallelConfig:
         Args:
             guided: Whether the request has two guidance branches.
         """
-        if self.warmup in (None, WATCHED):
-            return 2 if guided and self.forecast else 1
-        return self.warmup if isinstance(self.warmup, int) else 0
+        return synchronous_steps(self.warmup, guided=guided, forecast=self.forecast)
 
     def passes(self, call: int, *, guided: bool) -> int:
         """How often the patches of a call that streams go through the stages.
@@ -305,21 +297,12 @@ class ParallelConfig:
             call: The call's number in its guidance branch, from 0.
             guided: Whether the request has two guidance branches.
         """
-        passes = PASSES[guided] if self.warmup == STREAMED else ()
-        return passes[call] if call < len(passes) else 1
-
-    @property
-    def _warmup_told(self) -> str:
-        if self.warmup not in (None, WATCHED):
-            return str(self.warmup)
-        steps = " or ".join(dict.fromkeys(str(self.warmup_steps(guided=guided)) for guided in (False, True)))
-        steps += " with guidance" if "or" in steps else ""
-        return steps if self.warmup is None else f"{steps}, and where a forecast fails"
+        return passes(self.warmup, call, guided=guided)
 
     @property
     def may_share(self) -> bool | None:
         """Whether neighbouring stages may share a block by patches; ``None`` where it makes stages enough cheaper."""
-        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, COARSE, STREAMED) and self.patches != 1
+        streams = self.pipefusion > 1 and self.warmup not in (0, ALL_STEPS, STREAMED) and self.patches != 1
         return self.share_blocks if streams and self.stage_blocks is None and not self.split_batch else False
 
     def patches_for(self, rows: int, tokens: int, costs: PatchCosts, halves: int = 1) -> int:
@@ -351,7 +334,7 @@ class ParallelConfig:
         patches = "auto" if self.patches is None else str(self.patches)
         if self.patch_rows is not None:
             patches = f"{len(self.patch_rows)} {self.patch_rows}"
-        steps = "every step synchronous" if self.synchronous else f"warm-up {self._warmup_told}"
+        steps = "every step synchronous" if self.synchronous else f"warm-up {told(self.warmup, forecast=self.forecast)}"
         degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
         if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
             degrees.append(f"patches {patches}")
@@ -392,7 +375,7 @@ class ParallelConfig:
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:
             raise ValueError(f"{asked} shares blocks by patches, split_batch=True by halves: leave one of them out")
-        if self.warmup in (0, COARSE, STREAMED):
+        if self.warmup in (0, STREAMED):
             raise ValueError(f"{asked} needs a synchronous step to begin with: use warmup=1 or more")
 
     def _check_rank(self, name: str, rank: Any, hint: str = "") -> None:

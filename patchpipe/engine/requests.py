@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -218,3 +218,16 @@ def _map(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {name: _map(item, leaf) for name, item in value.items()}
     return leaf(value)
+
+
+def guidance_name(arguments: Collection[str], defaults: Mapping[str, Any]) -> str:
+    """Which argument of a pipeline says how strong its guidance is.
+
+    One that takes ``true_cfg_scale`` and has no usual ``guidance_scale``, such as Qwen-Image's, looks at the latter
+    with a distilled model only.
+
+    Args:
+        arguments: Names of the arguments that its call takes.
+        defaults: Their defaults, of those that have any beside ``None``.
+    """
+    return "true_cfg_scale" if "true_cfg_scale" in arguments and "guidance_scale" not in defaults else "guidance_scale"

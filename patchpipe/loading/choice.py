@@ -54,6 +54,7 @@ def choose_class(
     elif pipeline is None:
         return saved
     else:
+        _refuse_modular(pipeline)
         kind = pipeline if isinstance(pipeline, type) else _class_named(pipeline, saved)
     if kind is not saved:
         _check_fits(kind, index, set(given))
@@ -96,6 +97,26 @@ def _saved_class(index: Mapping[str, Any]) -> type[Any]:
             f"this diffusers ({diffusers.__version__}) has no pipeline class {index['_class_name']}: upgrade it"
         )
     return found
+
+
+def _refuse_modular(pipeline: str | type) -> None:
+    """Refuses a modular pipeline, or blocks of one: a folder is loaded as an ordinary pipeline.
+
+    Raises:
+        ValueError: It is one; says how it comes to the parts of a parallel pipeline.
+    """
+    import diffusers
+
+    name = _name(pipeline)
+    with quietly():
+        found = getattr(diffusers, name, None) if isinstance(pipeline, str) else pipeline
+    kinds = (diffusers.ModularPipeline, diffusers.ModularPipelineBlocks)
+    if isinstance(found, type) and issubclass(found, kinds):
+        raise ValueError(
+            f"{name} is modular, and a folder is loaded as an ordinary pipeline: under torchrun, load that one with "
+            f"pipe = patchpipe.from_pretrained(path, config), and give its parts to a modular one with "
+            f"modular.update_components(**pipe.components); it is then parallel too"
+        )
 
 
 def _class_named(name: str, saved: type[Any]) -> type[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
+MODULAR_INDEX = "modular_model_index.json"
 _CONNECT_SECONDS = 5.0
 _INDEX_OPTIONS = ("revision", "token", "cache_dir", "force_download")  # those that the hub's own client takes
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -101,6 +102,12 @@ def read_index(folder: Path) -> dict[str, Any]:
         ValueError: It is missing, broken, or does not describe a pipeline.
     """
     file = folder / INDEX
+    if not file.is_file() and (folder / MODULAR_INDEX).is_file():
+        raise ValueError(
+            f"{folder} was saved as a modular pipeline, without a {INDEX}: under torchrun, load it on every rank with "
+            f"pipe = diffusers.ModularPipeline.from_pretrained(path) and pipe.load_components(), then "
+            f"patchpipe.parallelize(pipe, config)"
+        )
     if not file.is_file():
         raise ValueError(f"{folder} has no {INDEX}: it does not hold a diffusers pipeline")
     try:

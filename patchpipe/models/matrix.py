@@ -22,7 +22,7 @@ COLUMNS: Mapping[str, str] = {
     "data": "pictures on ranks of their own",
     "distrifusion": "ranks see each other's rows one step late",
     "forecast": "stale rows are continued",
-    "coarse": "a start on fewer tokens",
+    "streamed": "a warm-up that streams",
     "text_patches": "text spread over patches",
     "references": "pictures that follow the painted one in the latent",
     "compile": "compiled blocks",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
-from patchpipe.config import COARSE, WATCHED, ParallelConfig
+from patchpipe.config import WATCHED, ParallelConfig
 from patchpipe.models.matrix import check_tested
 from patchpipe.models.plan import ModelPlan
 
@@ -17,7 +17,7 @@ def no_guidance(plan: ModelPlan) -> ValueError:
     remedy = "true_cfg_scale above 1 and a negative_prompt" if plan.guidance == "calls" else "guidance_scale above 1"
     return ValueError(
         f"cfg=2 gives the second branch of guidance ranks of its own, but this request has one branch only: set "
-        f"{remedy}, or cfg=1; idle_branch=True lets those ranks wait"
+        f"{remedy} (of a modular pipeline its guider's), or cfg=1; idle_branch=True lets those ranks wait"
     )
 
 
@@ -118,7 +118,7 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
             f"text_patches={config.text_patches} has not been tested with {plan.model}: leave it out, so that all "
             f"text goes with the first patch"
         )
-    if config.warmup in (COARSE, WATCHED) and not plan.plain:
+    if config.warmup == WATCHED and not plan.plain:
         raise ValueError(f'warmup="{config.warmup}" has not been tested with {plan.model}: use warmup=1')
     if config.compile and any(listing.drops_masked for listing in plan.blocks):
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
@@ -132,7 +132,6 @@ def _check_tested(plan: ModelPlan, config: ParallelConfig) -> None:
     degree, data = config.distrifusion, config.data
     for asked, column, what, instead in (
         (config.forecast, "forecast", "forecast=True", "use forecast=False"),
-        (config.warmup == COARSE, "coarse", 'warmup="coarse"', "use warmup=1"),
         (degree > 1, "distrifusion", f"distrifusion={degree}", f"use pipefusion={degree}, ulysses or ring"),
         (data > 1, "data", f"data={data}", "use data=1, and paint one picture after the other"),
         (config.offload is not None, "offload", "offload", "leave it out"),

@@ -24,6 +24,7 @@ from patchpipe.offload.weights import Stored
 from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
+from patchpipe.pipeline.modular.steps import is_modular
 from patchpipe.recipes.checks import check_recipes
 from patchpipe.stage.balance import split_blocks
 
@@ -52,7 +53,10 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
     if held is not None and getattr(pipe, "transformer", None) in held.runner.models:
         raise ValueError("the pipeline is already parallel: call patchpipe.restore(pipe) first")
     if getattr(pipe, "transformer", None) is None:
-        raise ValueError(f"{type(pipe).__name__} has no transformer: patchpipe spreads diffusion transformers only")
+        why = "patchpipe spreads diffusion transformers only"
+        if is_modular(pipe):
+            why = "load its components first, with pipe.load_components() or pipe.update_components(transformer=…)"
+        raise ValueError(f"{type(pipe).__name__} has no transformer: {why}")
     check_served(pipe)
     if held is not None:
         held.release()  # it only shares an encoder or the VAE with another

@@ -28,6 +28,7 @@ from patchpipe.parallel.blocks import Blocks
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
+from patchpipe.pipeline.modular.steps import SHARE, is_modular
 from patchpipe.pipeline.parts import Hooks, Parts, hook_transformer, quieten
 from patchpipe.pipeline.preview import Previews, Show
 from patchpipe.pipeline.relatives import mark, pipelines_with
@@ -141,6 +142,10 @@ class Attachment:
             ValueError: ``every`` is no number of steps.
         """
         first = self._first
+        if is_modular(self._pipe):
+            raise ValueError(
+                f"previews of a {type(self._pipe).__name__} have not been tested: use an ordinary pipeline"
+            )
         outer, first._previews = (
             first._previews,
             Previews(every, show, first=self.group.rank == 0, output=self.group.output),
@@ -248,7 +253,7 @@ class Attachment:
         view = copy.copy(self._first)
         view._pipe, view._hooks, view._encode = pipe, Hooks(), None
         if held is not None:  # a copy of a parallel pipeline, with what was set on that one
-            for name in ("encode_prompt", "patchpipe"):
+            for name in ("encode_prompt", "patchpipe", SHARE):
                 vars(pipe).pop(name, None)
         view._serve()
         others = self._first._others
@@ -270,9 +275,7 @@ class Attachment:
     def _serve(self) -> None:
         """Hooks what a pipeline has for itself: its call, its progress bar and its text encoding."""
         pipe, kind = self._pipe, original_class(self._pipe)
-        if self.config.text_rank != SPREAD and hasattr(pipe, "encode_prompt"):
-            self._encode = pipe.encode_prompt
-            self._hooks.set(pipe, "encode_prompt", self._parts.share_text(self._encode))
+        self._encode = self._parts.hook_text(pipe, self._hooks)
         if not self.group.output:
             quieten(pipe, self._hooks)
         pipe.__class__ = served_class(kind)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any
 
 from torch import nn
 
-from patchpipe.config import ParallelConfig
+from patchpipe.config import SPREAD, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.pipeline.callbacks import Callbacks
+from patchpipe.pipeline.modular.steps import SHARE, hook_steps, is_modular, with_bars
 from patchpipe.recipes.adapters import modules_of
 from patchpipe.schedule.runner import Runner
 from patchpipe.stage.stage import Stage
@@ -47,9 +49,10 @@ class Hooks:
 
 def quieten(pipe: Any, hooks: Hooks) -> None:
     """One progress bar is enough."""
-    kept = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**kept, "disable": True})
-    hooks.undone_by(lambda: pipe.set_progress_bar_config(**kept))
+    for shows in with_bars(pipe):
+        kept = dict(getattr(shows, "_progress_bar_config", {}))
+        shows.set_progress_bar_config(**{**kept, "disable": True})
+        hooks.undone_by(partial(shows.set_progress_bar_config, **kept))
 
 
 def hook_transformer(stage: Stage, runner: Runner, methods: Mapping[str, Any], hooks: Hooks) -> None:
@@ -62,7 +65,9 @@ def hook_transformer(stage: Stage, runner: Runner, methods: Mapping[str, Any], h
         hooks: Puts them back.
     """
     model: Any = stage.model
-    hooks.set(model, "forward", partial(runner.forward, stage))
+    forward: Any = partial(runner.forward, stage)
+    forward.__signature__ = inspect.signature(model.forward)  # some pipelines pass on only what they find there
+    hooks.set(model, "forward", forward)
     for name, method in methods.items():
         hooks.set(model, name, method)
     if hasattr(model, "cache_context"):
@@ -100,8 +105,26 @@ class Parts:
             if name.startswith("text_encoder"):
                 hooks.set(part, "forward", self.on_owner(part.forward, self._config.encoder_rank(name), "text"))
 
+    def hook_text(self, pipe: Any, hooks: Hooks) -> Callable[..., Any] | None:
+        """One rank encodes a pipeline's text for all, by its method or in its steps.
+
+        Returns:
+            The method; ``None`` if there is none, or each text encoder has a rank of its own.
+        """
+        shared = self._config.text_rank != SPREAD
+        if is_modular(pipe):
+            for undo in hook_steps(pipe):
+                hooks.undone_by(undo)
+            if shared:
+                hooks.set(pipe, SHARE, self.share_text)
+        if not shared or not hasattr(pipe, "encode_prompt"):
+            return None
+        encode: Callable[..., Any] = pipe.encode_prompt
+        hooks.set(pipe, "encode_prompt", self.share_text(encode))
+        return encode
+
     def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
+        """What encodes a pipeline's text, run on the rank of its text encoders for all."""
         return self.on_owner(encode, self._config.encoder_rank(), "text")
 
     def hook_vae(self, vae: nn.Module, hooks: Hooks, *, strips: bool = False) -> None:

@@ -14,11 +14,12 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 Serve = Callable[[Any], object]
 
+KINDS = (DiffusionPipeline, ModularPipeline)  # neither derives from the other
 _MARK = "_patchpipe_serve"
 _USERS = "patchpipe_users"
 _LOCK = threading.Lock()
@@ -47,24 +48,34 @@ def pipelines_with(modules: Iterable[nn.Module]) -> list[Any]:
     holders = gc.get_referrers(*wanted.values())
     held = [holder for holder in holders if type(holder) is dict]
     owners = {id(owner): owner for owner in (*holders, *(gc.get_referrers(*held) if held else ()))}
-    pipes = [owner for owner in owners.values() if issubclass(type(owner), DiffusionPipeline)]
+    pipes = [owner for owner in owners.values() if issubclass(type(owner), KINDS)]
     return [pipe for pipe in pipes if any(id(value) in wanted for value in list(vars(pipe).values()))]
 
 
 def _watch() -> Callable[[], None]:
     """Replaces how pipelines set attributes, for all pipelines of this process, as long as anybody needs it."""
     with _LOCK:
-        current: Any = DiffusionPipeline.__setattr__
-        if not hasattr(current, _USERS):
-            current = _told(current)
-            DiffusionPipeline.__setattr__ = current
-        setattr(current, _USERS, getattr(current, _USERS) + 1)
+        unwatch = [_watch_kind(kind) for kind in KINDS]
 
     def undo() -> None:
         with _LOCK:
-            setattr(current, _USERS, getattr(current, _USERS) - 1)
-            if getattr(current, _USERS) == 0 and DiffusionPipeline.__setattr__ is current:
-                DiffusionPipeline.__setattr__ = current.__wrapped__
+            for each in unwatch:
+                each()
+
+    return undo
+
+
+def _watch_kind(kind: Any) -> Callable[[], None]:
+    current = kind.__setattr__
+    if not hasattr(current, _USERS):
+        current = _told(current)
+        kind.__setattr__ = current
+    setattr(current, _USERS, getattr(current, _USERS) + 1)
+
+    def undo() -> None:
+        setattr(current, _USERS, getattr(current, _USERS) - 1)
+        if getattr(current, _USERS) == 0 and kind.__setattr__ is current:
+            kind.__setattr__ = current.__wrapped__
 
     return undo
 

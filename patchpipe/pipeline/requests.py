@@ -22,6 +22,7 @@ from patchpipe.models.matrix import check_tested
 from patchpipe.parallel.refusals import check_calls, check_guidance
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.extent import Extent
+from patchpipe.pipeline.modular.steps import own_state, with_bars
 from patchpipe.pipeline.parts import OutputElsewhere
 from patchpipe.recipes.checks import check_surroundings
 from patchpipe.schedule.flights import Flights, Refused
@@ -216,9 +217,11 @@ def copy_for(
         own[name] = _bound_to(copied, value, pipe)
     if "scheduler" in own:
         own["scheduler"] = copy.deepcopy(own["scheduler"])
-    own["_progress_bar_config"] = {**own.get("_progress_bar_config", {}), "position": number}
-    if bar is not None:
-        own["progress_bar"] = bar
+    own_state(copied)
+    for shows in (vars(each) for each in with_bars(copied)):
+        shows["_progress_bar_config"] = {**shows.get("_progress_bar_config", {}), "position": number}
+        if bar is not None:
+            shows["progress_bar"] = bar
     return copied, None if encode is None else _bound_to(copied, encode, pipe)
 
 

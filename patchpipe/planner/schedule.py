@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-from patchpipe.config import COARSE, PASSES, STREAMED
+from patchpipe.config import PASSES, STREAMED
 from patchpipe.layout.split import shared_blocks
 from patchpipe.offload.choice import Chosen
 from patchpipe.planner.cost import OUTSIDE_OPERATIONS, BlockSeconds, Tokens, block_parts, operations
@@ -20,7 +20,6 @@ MERGE_OPERATIONS = 8
 EXCHANGE_OPERATIONS = 16  # an exchange among ranks, for the host: copies, views and the collective itself
 HOP_OPERATIONS = 12  # a hop of Ring: keys and values sent, received and waited for, without copies
 COMPILED = 0.25  # of the operations of an eager block, as the host counts them, are left in a compiled one
-SAMPLED = 4  # tokens for which one stands at a coarse start
 STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
 
 
@@ -102,8 +101,7 @@ def total(
         steps: All steps.
         calls: Calls in a step, one after the other; a step's patch begins when it is done in every call of the last.
         halves: Units of each patch, all of which must be done as well.
-        ahead: What each call has ahead of its patches, in the first step, the second and so on: the same patches, or
-            another unit.
+        ahead: What each call has ahead of its patches, in the first step, the second and so on: of the same patches.
     """
     count = len(steady[0].stages)
     once = max(play(synchronous * calls, [0.0] * count, [0.0] * len(synchronous) * calls))
@@ -197,13 +195,7 @@ class Schedule:
         """What the first steps have ahead of their patches."""
         if self.config.warmup == STREAMED:
             return [steady * (passes - 1) for passes in PASSES[guided]]
-        return [self._sample()] if self.config.warmup == COARSE else []
-
-    def _sample(self) -> list[Unit]:
-        """The sample of all tokens that a request begins with: a quarter of them, and all text."""
-        whole, halves = self.layout.piece(None), self.layout.halves
-        image, keys = (-(-count // SAMPLED) for count in (whole.image, whole.keys))
-        return [self._unit(replace(whole, image=image, keys=keys), half) for half in range(halves)]
+        return []
 
     def _synchronous(self) -> list[Unit]:
         """One synchronous call: the batch at once, or its entries one after the other where stages can overlap."""

@@ -9,7 +9,7 @@ from itertools import product
 from math import prod
 from typing import Any, cast
 
-from patchpipe.config import ALL_STEPS, COARSE, STREAMED, ParallelConfig, WarmupKind
+from patchpipe.config import ALL_STEPS, STREAMED, ParallelConfig, WarmupKind
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
@@ -46,7 +46,7 @@ class Wishes:
         exact: Only methods whose picture is that of one device, up to the order of sums.
         fresh: Least mean share of fresh keys of a layout that may win; others are listed after those that may.
         memory: Bytes a device may hold; ``None`` takes what it has, less a little for gaps.
-        warmup: Synchronous steps, ``"all"``, ``"coarse"`` or ``"streamed"``; ``None`` as in ``ParallelConfig``.
+        warmup: Synchronous steps, ``"all"`` or ``"streamed"``; ``None`` as in ``ParallelConfig``.
         methods: Methods that may be used; ``None`` allows all.
         compile: Whether blocks are compiled.
         offload: Whether weights may come and go where a layout does not fit otherwise.
@@ -286,8 +286,7 @@ def _on_one_level(
     if degrees["pipefusion"] == 1 or wishes.exact or wishes.warmup == ALL_STEPS:
         yield from _at_once(workload, degrees, profile, wishes)
         return
-    coarse = not wishes.compile and degrees["ulysses"] == degrees["ring"] == 1
-    ways = [way for way in wishes.ways if way[0] != COARSE or coarse]
+    ways = wishes.ways
     if wishes.quality is not None:  # the planner's own choice
         ways = [way for way in ways if _tested(workload, way)]
     ways = ways or [(None, False)]
@@ -296,15 +295,14 @@ def _on_one_level(
 
 
 def _tested(workload: Workload, way: Way) -> bool:
-    used = [column for column, asked in (("coarse", way[0] == COARSE), ("forecast", way[1])) if asked]
-    return not any(untested(workload.transformer, column) for column in used)
+    return not (way[1] and untested(workload.transformer, "forecast"))
 
 
 def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:
     """Layouts in which no patches stream: without stages, or with every step synchronous."""
     stages, given = degrees["pipefusion"], cast("dict[str, Any]", {**degrees, "compile": wishes.compile})
     if stages == 1:
-        yield ParallelConfig(**given, warmup=None if wishes.warmup in (COARSE, STREAMED) else wishes.warmup)
+        yield ParallelConfig(**given, warmup=None if wishes.warmup == STREAMED else wishes.warmup)
         return
     yield ParallelConfig(**given, patches=stages, warmup=ALL_STEPS, stage_blocks=_uneven(workload, degrees, profile))
 
@@ -321,9 +319,7 @@ def _streaming(
         split = True if halves == 2 else None if as_it_comes.halves == 1 else False
         for patches in _patch_counts(workload, degrees, halves):
             yield ParallelConfig(**whole, patches=patches, split_batch=split)
-    shared = Layout(
-        workload, ParallelConfig(**given, share_blocks=wishes.warmup not in (0, COARSE, STREAMED)), profile
-    ).stages
+    shared = Layout(workload, ParallelConfig(**given, share_blocks=wishes.warmup not in (0, STREAMED)), profile).stages
     if shared_blocks(shared):
         for patches in _patch_counts(workload, degrees, 1):
             yield ParallelConfig(**given, patches=patches, stage_blocks=sizes_of(shared))

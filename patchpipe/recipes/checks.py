@@ -18,6 +18,7 @@ from patchpipe.config import ParallelConfig
 from patchpipe.models import plan_for
 from patchpipe.models.adapters import PROJECTIONS
 from patchpipe.models.dtypes import matrix_dtype
+from patchpipe.recipes.guiders import check_guiders
 from patchpipe.schedule.runner import Runner
 
 NATIVE_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
@@ -177,7 +178,7 @@ RECIPES: tuple[Recipe, ...] = (
         f"leave it out and {_COMPILE}",
     ),
     Recipe(
-        "enable_model_cpu_offload() or enable_sequential_cpu_offload()",
+        "enable_model_cpu_offload(), enable_sequential_cpu_offload() or enable_auto_cpu_offload()",
         _accelerated,
         never,
         "moves whole models to and from the device, as does a pipeline loaded with device_map",
@@ -273,6 +274,7 @@ def check_recipes(pipe: Any, config: ParallelConfig, model: nn.Module | None = N
         ValueError: Names the recipe and what to do instead.
     """
     seen = Seen.at(pipe, model)
+    check_guiders(pipe, seen.model, config)
     for recipe in RECIPES:
         if recipe.found(seen) and not recipe.fits(config):
             layout = "" if recipe.fits is never else f", which is not right with {config.describe()}"

@@ -19,7 +19,6 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
-from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
@@ -31,21 +30,17 @@ from patchpipe.tracing.recorder import Where
 
 @dataclass(frozen=True)
 class Passing:
-    """A patch, the whole latent or a sample of it, on its way through the stages.
+    """A patch, or the whole latent, on its way through the stages.
 
     Attributes:
-        cut: What it is a part of.
         patch: What it is.
         pace: How its noise level follows the last ones, where stale rows are forecast.
         draft: Whether its keys and values alone are asked for.
-        sample: The tokens that stand for all, if these are its rows.
     """
 
-    cut: Cut
     patch: Patch
     pace: Pace | None
     draft: bool
-    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,6 @@ class Call:
             stale.
         shared: What comes and goes for blocks that two stages share.
         shapes: The shapes inside it.
-        sample: The tokens that go through the stages ahead of the patches and stand for all, if any do.
         paces: How the noise level of each pass of the patches follows the last ones; ``None`` where stale rows are not
             forecast. All passes but the last are drafts: their keys and values count, their prediction does not.
         where: Which call it is, for the timeline.
@@ -76,7 +70,6 @@ class Call:
     stores: tuple[LayerStores, LayerStores] | None
     shared: Sequence[SharedKeys]
     shapes: CallShapes
-    sample: Sample | None
     paces: tuple[Pace | None, ...]
     where: Where
 
@@ -97,14 +90,8 @@ class Call:
     @property
     def passing(self) -> list[Passing]:
         """What goes through the stages, in order."""
-        sample, last = self.sample, len(self.paces) - 1
-        ahead = [] if sample is None else [Passing(sample.cut, sample.cut.whole, self.paces[0], True, sample)]
-        patches = [
-            Passing(self.cut, patch, pace, number < last)
-            for number, pace in enumerate(self.paces)
-            for patch in self.patches
-        ]
-        return ahead + patches
+        last = len(self.paces) - 1
+        return [Passing(patch, pace, number < last) for number, pace in enumerate(self.paces) for patch in self.patches]
 
 
 class Answers:

@@ -34,7 +34,7 @@ class Branch:
 
     Attributes:
         index: Its place among the request's branches.
-        left_out: Blocks that its calls leave out, by their place among all.
+        left_out: What its calls leave out; see ``Stage.left_out``.
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
@@ -48,7 +48,7 @@ class Branch:
     """
 
     index: int = 0
-    left_out: frozenset[int] = frozenset()
+    left_out: frozenset[int | str] = frozenset()
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: Layers = field(default_factory=list)

@@ -13,7 +13,6 @@ from patchpipe.parallel.batches import BatchShare, ragged, slice_inputs
 from patchpipe.schedule.answers import Call
 from patchpipe.schedule.hops import Crossing, Shapes
 from patchpipe.schedule.request import Request
-from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.context import Streams
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Patch
@@ -34,7 +33,6 @@ class Part:
         memo: Results shared by the patches of those entries.
         completes: Whether the patch's other entries have run before.
         turn: Which turn it is, of how many, where stages share blocks; see ``balance.Boundary``.
-        sample: The tokens that stand for all, if these are the rows.
         pace: How its noise level follows the last ones, where stale rows are forecast.
         draft: Whether its keys and values alone are asked for, and no prediction.
     """
@@ -48,9 +46,8 @@ class Part:
     memo: dict[str, Any]
     completes: bool
     turn: tuple[int, int] | None
-    sample: Sample | None = None
-    pace: Pace | None = None
-    draft: bool = False
+    pace: Pace | None
+    draft: bool
 
     def crossing(self, call: Call, group: Group) -> Crossing:
         """What it is as it enters and as it leaves this rank's stage."""
@@ -61,8 +58,7 @@ class Part:
         return Crossing(entering, leaving, large=self.patch.whole)
 
     def _hop(self, call: Call, index: int) -> Shapes:
-        shapes = self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
-        return shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
+        return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
 
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.
@@ -105,12 +101,12 @@ def parts_of(call: Call, share: BatchShare, request: Request, group: Group, *, h
     shapes = request.shapes_of(inputs[0]) if ragged(call.inputs) else call.shapes
     parts = []
     for passing in call.passing:
-        patch, pieces = passing.patch, passing.cut.split(passing.patch, mesh.parts)
+        patch, pieces = passing.patch, call.pieces(passing.patch, mesh.parts)
         for entries, own_inputs, memo in zip(shares, inputs, memos, strict=True):
             last, own = entries is shares[-1] and not passing.draft, pieces[mesh.part]
             turn = None if patch.whole else (patch.index, len(call.patches))
             if halves:
                 turn = entries.half or 0, 2
-            of_it = passing.sample, passing.pace, passing.draft
-            parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, *of_it))
+            how = passing.pace, passing.draft
+            parts.append(Part(entries, patch, pieces, own, own_inputs, shapes, memo, last, turn, *how))
     return parts

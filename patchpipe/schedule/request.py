@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchpipe.config import COARSE, WATCHED, ParallelConfig
+from patchpipe.config import WATCHED, ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
@@ -22,13 +22,12 @@ from patchpipe.schedule.branches import Branch, watch_for
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
-from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-BranchKey = tuple[str | None, int, frozenset[int], int]  # its name, prompt, blocks left out, and order on one latent
+BranchKey = tuple[str | None, int, frozenset[int | str], int]  # its name, prompt, what is left out, order on a latent
 
 
 @dataclass
@@ -290,21 +289,14 @@ class Request:
         Raises:
             ValueError: A patch has fewer rows than ranks, or there are references where nothing tests them.
         """
-        untested = {
-            f"distrifusion={self.config.distrifusion}": self.config.distrifusion > 1,
-            f'warmup="{COARSE}"': self.config.warmup == COARSE,
-        }
-        for method in (name for name, asked in untested.items() if asked and cut.rows.joined):
+        if cut.rows.joined and self.config.distrifusion > 1:
             raise ValueError(
-                f"{method} with pictures joined to the latent as references has not been tested: use pipefusion, "
-                f"ulysses or ring, with warmup=1"
+                f"distrifusion={self.config.distrifusion} with pictures joined to the latent as references has not "
+                f"been tested: use pipefusion, ulysses or ring"
             )
         streams = self.keeps_stores(cut) and self.config.distrifusion == 1
         for patch in (cut.whole, *(cut.patches if streams else ())):
             cut.split(patch, self.group.mesh.parts)
-        if streams and self.config.warmup == COARSE:
-            ahead = Sample(cut.rows).cut
-            ahead.split(ahead.whole, self.group.mesh.parts)
 
     def branch_for(self, inputs: Mapping[str, Any], context: str | None) -> Branch:
         """The guidance branch a call belongs to.
@@ -353,11 +345,6 @@ class Request:
         guided = batch % 2 == 0 if self.plan.guidance == "batch" else len(self._branches) > 1
         return guided or bool(branch.left_out)
 
-    def sample(self, branch: Branch, cut: Cut) -> Sample | None:
-        """The tokens that stand for all in the branch's next call, if it begins on fewer."""
-        begins = self.config.warmup == COARSE and branch.calls == 0 and not branch.cold and self.keeps_stores(cut)
-        return Sample(cut.rows) if begins else None
-
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""
         config = self.config
@@ -381,11 +368,9 @@ class Request:
             branch.move(device)
 
     def _begun(self, branch: Branch) -> Branch:
-        blocks = [block for block in self._shared if block.boundary.block not in branch.left_out]
+        blocks = [block for block in self._shared if self.stage.keeps_keys(block.boundary.block, branch.left_out)]
         branch.shared = [SharedKeys(block, branch.stores[0]) for block in blocks]
-        branch.clock = Clock(
-            coarse=self.config.warmup == COARSE and not branch.cold, watched=self.config.warmup == WATCHED
-        )
+        branch.clock = Clock(watched=self.config.warmup == WATCHED)
         return branch
 
     def finish(self) -> None:

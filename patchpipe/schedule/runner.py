@@ -254,7 +254,6 @@ class Runner:
             stores=branch.stores if stored else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
-            sample=self.request.sample(branch, cut),
             paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecast),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
@@ -347,8 +346,8 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = alone or sharing_for(self.group, patch, part.pieces)
-        context.entries, context.pace, context.sample = part.share.entries, part.pace, part.sample
-        context.draft, context.turn, context.patches = part.draft, part.turn, call.cut.patches
+        context.entries, context.pace, context.draft = part.share.entries, part.pace, part.draft
+        context.turn, context.patches = part.turn, call.cut.patches
         for keys in call.shared:
             if keys.own(patch):
                 context.entering[keys.block] = keys.take
@@ -375,12 +374,9 @@ class Runner:
             return call.stage.run(part.inputs, latent, context)
 
     def _latent_piece(self, call: Call, part: Part) -> Tensor:
-        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done.
-
-        Of a sample's latent it is all, since its tokens are chosen where blocks begin.
-        """
+        """This rank's part of a patch as a plain tensor: here the lazy arithmetic of the last step is done."""
         latent, dim, share = call.inputs[self.plan.latent], self.plan.grid.dim, part.share
-        patch, piece = (part.patch, part.piece) if part.sample is None else (call.cut.whole, call.cut.whole)
+        patch, piece = part.patch, part.piece
         if piece.uncut and not isinstance(latent, PatchTensor):
             rows = latent
         else:

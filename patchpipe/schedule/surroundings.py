@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -72,7 +73,9 @@ def forwards_through(through: Callable[..., Any], models: Iterable[nn.Module]) -
     """In the block, calls of models go through a function, which is given the model's own ``forward`` first."""
     forwards = {model: model.forward for model in models}
     for model, forward in forwards.items():
-        object.__setattr__(model, "forward", partial(through, forward))
+        stands_in: Any = partial(through, forward)
+        stands_in.__signature__ = inspect.signature(forward)
+        object.__setattr__(model, "forward", stands_in)
     try:
         yield
     finally:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from patchpipe.kernels.choice import KernelWatch
-from patchpipe.stage.coarse.beside import Positions
-from patchpipe.stage.coarse.sample import Sample
 from patchpipe.stage.keys.early import Ahead, Part
-from patchpipe.stage.keys.forecast import SEQUENCE, Pace
+from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.masks import as_mask
 from patchpipe.stage.keys.store import Entries, LayerStore, LayerStores
 from patchpipe.stage.patches import Patch
@@ -124,8 +122,6 @@ class Attending:
         entries: Which entries of the batch are at work; ``None`` for all.
         kernels: Looks at what torch's kernels are given; ``None`` where there is but one.
         pace: Of the call, where stale rows are forecast.
-        sample: The tokens that stand for all, if the rows are theirs.
-        at: Gives an argument of the layer for the tokens beside them.
         blanks: Rows of zeros that stand in for segments this rank has no rows of; no key and no query.
         masks_queries: Whether the layer masks queries as it does keys.
         entry: Which entry of what is kept together this is of, where a layer attends to them one by one.
@@ -146,8 +142,6 @@ class Attending:
     entries: Entries | None = None
     kernels: KernelWatch | None = None
     pace: Pace | None = None
-    sample: Sample | None = None
-    at: Positions = lambda value, offset: value
     blanks: tuple[int, ...] = ()
     masks_queries: bool = False
     entry: int = 0
@@ -192,20 +186,14 @@ class Attending:
         """Whether something may hold on to queries, keys or values themselves after the layer is done with them."""
         return self.sharing is not None or (self.store is not None and self.patch.whole)
 
-    def remember(self, patch: Patch, *fresh: Tensor, beside: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    def remember(self, patch: Patch, *fresh: Tensor) -> tuple[Tensor, ...]:
         """Stores a whole patch's fresh keys, values and column, if any; returns those of every row that exists.
 
         Args:
             patch: The patch.
             fresh: What there is to store.
-            beside: Of a sample, its keys at its neighbours' positions.
         """
         if self.store is None:
-            return fresh
-        if self.sample is not None:
-            every = [[fresh[0], *beside], *([rows] for rows in fresh[1:])]
-            full = [self.sample.spread(rows, self.rows, SEQUENCE) for rows in every]
-            self.store.fill(full, entries=self.entries, pace=self.pace)
             return fresh
         if patch.whole:
             return self.store.keep(*fresh, entries=self.entries, pace=self.pace)

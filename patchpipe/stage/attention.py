@@ -14,9 +14,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
+from patchpipe.models.skips import takes_values
 from patchpipe.stage.attending import Attend, Attending
-from patchpipe.stage.coarse.beside import Products, keys_beside
-from patchpipe.stage.coarse.sample import Offset
 from patchpipe.stage.keys.early import Ahead, Early
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
 
@@ -28,9 +27,9 @@ class _StoreMode(TorchFunctionMode):
     thread, so that two models in one process do not meet.
     """
 
-    def __init__(self, attending: Attending, beside: Sequence[Tensor] = ()) -> None:
+    def __init__(self, attending: Attending) -> None:
         super().__init__()
-        self.attending, self.beside = attending, beside
+        self.attending = attending
         self.calls = 0
         self.adapted = 0  # calls of an IP-Adapter, which follow the layer's own
 
@@ -108,7 +107,7 @@ class _StoreMode(TorchFunctionMode):
         attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
-        seen = layer.remember(layer.patch, key, value, *attend.columns, beside=self.beside)
+        seen = layer.remember(layer.patch, key, value, *attend.columns)
         if layer.patch.uncut:  # every key is fresh: the call stands as the model made it
             options = {"enable_gqa": True} if enable_gqa else {}
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
@@ -137,6 +136,16 @@ class _StoreMode(TorchFunctionMode):
                 "pipefusion instead of ulysses, ring or distrifusion"
             )
         return column, table
+
+
+class _ValueMode(_StoreMode):
+    """Has every row see itself alone, as perturbed attention guidance does: nothing is kept or asked of other ranks."""
+
+    def attend(
+        self, func: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        """The values in place of what attention makes of them."""
+        return value
 
 
 class _LookMode(TorchFunctionMode):
@@ -196,7 +205,7 @@ class Attended:
         kernels: KernelWatch | None = None,
         early: Early | None = None,
     ) -> None:
-        self.name = type(layer).__name__
+        self.layer, self.name = layer, type(layer).__name__
         self.compute, self.find, self.kernels, self.early = layer.forward, find, kernels, early
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,8 +213,9 @@ class Attended:
         attending = self.find()
         if attending is None:
             return self._alone(*args, **kwargs)
-        if attending.sample is not None:
-            return self._of_sample(attending, attending.sample.offsets[1:], args, kwargs)
+        if takes_values(self.layer):
+            with _ValueMode(attending):
+                return self.compute(*args, **kwargs)
         ahead = self._ahead(attending)
         sending = self.early.sending(ahead) if self.early and ahead else nullcontext()
         with sending, _StoreMode(replace(attending, ahead=ahead)) as mode:
@@ -218,18 +228,6 @@ class Attended:
         if self.early is None or attending.sharing is None or attending.blanks or attending.each:
             return None
         return attending.sharing.ahead(attending, self.early.parts, self.early.heads)
-
-    def _of_sample(
-        self, attending: Attending, offsets: Sequence[Offset], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """The layer's own forward for tokens that stand for all."""
-        products = Products()
-        beside = keys_beside(self.compute, args, kwargs, offsets, attending.at, products)
-        products.ends = False
-        with products, _StoreMode(attending, beside) as mode:
-            result = self.compute(*args, **kwargs)
-        self.check(mode.calls)
-        return result
 
     def _alone(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, looked at the first time."""

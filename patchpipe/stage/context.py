@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from patchpipe.models.blocks import Holds
 from patchpipe.stage.attending import Sharing
-from patchpipe.stage.coarse.sample import Offset, Sample, Sampler
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch
@@ -36,7 +35,6 @@ class CallContext:
         sharing: The ranks that share the patch, if there are several.
         entries: Which entries of the batch run; ``None`` for all.
         pace: Of the call, where stale rows are forecast.
-        sample: The tokens that stand for all, if it is these that are at work.
         draft: Whether its keys and values alone are asked for, and no prediction.
         turn: Which turn it is, of how many, where the stage shares blocks; see ``balance.Boundary``.
         entering: What to do before a shared block runs, by its place.
@@ -50,7 +48,7 @@ class CallContext:
         entered: Whether a block of this stage has begun.
         streams_are: What the root has in the place of streams since the last block: the patch's ``"rows"``, the
             ``"whole"``, or, where a block of another stage was handed through, ``"nothing"`` that counts.
-        left_out: Blocks that the call leaves out, by their place among all.
+        left_out: What the call leaves out; see ``Stage.left_out``.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
@@ -66,7 +64,6 @@ class CallContext:
     sharing: Sharing | None = None
     entries: Entries | None = None
     pace: Pace | None = None
-    sample: Sample | None = None
     draft: bool = False
     turn: tuple[int, int] | None = None
     entering: dict[int, Callable[[], None]] = field(default_factory=dict)
@@ -80,10 +77,9 @@ class CallContext:
     second: Tensor | None = None
     entered: bool = False
     streams_are: Literal["rows", "whole", "nothing"] = "whole"
-    left_out: frozenset[int] = frozenset()
+    left_out: frozenset[int | str] = frozenset()
     passed: Streams = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
-    _beside: dict[tuple[int, Any, Any], Any] = field(default_factory=dict)
 
     @property
     def keeps(self) -> bool:
@@ -93,16 +89,9 @@ class CallContext:
     @cached_property
     def cutter(self) -> Cutter | None:
         """Cuts whole arguments to the patch; ``None`` where the patch is the whole."""
-        if self.sample is not None:
-            return Sampler(self.patch, self.shapes.raster, self.shapes.sizes, self.sample)
         if self.patch.uncut:
             return None
         return Cutter(self.patch, self.shapes.raster, self.shapes.sizes)
-
-    @cached_property
-    def seen(self) -> CallShapes:
-        """What the blocks see of it."""
-        return self.shapes if self.sample is None else self.shapes.with_raster(self.sample.raster)
 
     def narrowed(self, value: Any, held: Holds | tuple[Holds | None, ...] | None) -> Any:
         """The patch's rows of an argument that many blocks are given; cut once."""
@@ -114,28 +103,6 @@ class CallContext:
         if key not in self._narrowed:  # the argument is kept too, lest another one takes its id
             self._narrowed[key] = (value, self.cutter.narrow(value, held))
         return self._narrowed[key][1]
-
-    def beside(self, value: Any, offset: Offset) -> Any:
-        """What a layer is given for the tokens beside a sample's, in place of a narrowed argument or of its parts.
-
-        Args:
-            value: What it is given for the sample.
-            offset: How far they are.
-        """
-        if isinstance(value, (tuple, list)):
-            moved = [self.beside(part, offset) for part in value]
-            return value if all(own is part for own, part in zip(moved, value, strict=True)) else type(value)(moved)
-        for (_, held), (whole, own) in self._narrowed.items():
-            if own is value:
-                return self._moved(whole, held, offset)
-        return value
-
-    def _moved(self, whole: Any, held: Holds | None, offset: Offset) -> Any:
-        key = (id(whole), held, offset)
-        if key not in self._beside:
-            assert isinstance(self.cutter, Sampler)
-            self._beside[key] = replace(self.cutter, offset=offset).narrow(whole, held)
-        return self._beside[key]
 
     def before(self, index: int) -> None:
         """Does what is asked for before a block."""

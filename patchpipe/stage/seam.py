@@ -129,17 +129,17 @@ class Seam:
         some = next(iter(context.received.values()))
         context.passed = {name: context.received[name] for name in self.listing.passes}
         for name in self.listing.streams:
-            if name not in context.seen.streams[self.listing.path]:
+            if name not in context.shapes.streams[self.listing.path]:
                 continue
             blank = context.received.get(name)
-            arguments[name] = context.seen.blank(self.listing, name, some) if blank is None else blank
+            arguments[name] = context.shapes.blank(self.listing, name, some) if blank is None else blank
 
     def _leave(self, arguments: dict[str, Any], context: CallContext) -> None:
         """Ends the stage; the next one is not kept waiting for a block that both run in a synchronous step."""
         if self.passage.trails and self.index not in context.left_out:
             context.trailing = partial(self._run, arguments, context)
         streams = {name: arguments[name] for name in self.listing.streams if arguments.get(name) is not None}
-        along = {name: context.results[name] for name in context.seen.along(self.index)}
+        along = {name: context.results[name] for name in context.shapes.along(self.index)}
         raise StageDone({**streams, **self._passed(arguments, context), **along})
 
     def _passed(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Tensor]:

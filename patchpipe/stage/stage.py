@@ -21,6 +21,7 @@ from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockPlace, part_of
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import ModelPlan
+from patchpipe.models.skips import changed, layers_of, left_out, note_skips
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.context import CallContext, Streams
@@ -86,6 +87,7 @@ class Stage:
         self.passage = Passage(owned, first)
         self._tail = plan.tail_of(model)
         self.places = plan.blocks_of(model)
+        self._layers = [layers_of(place.block) for place in self.places]  # those that a call may leave out
         self._kept: Kept | None = None
         self._undo: list[Callable[[], None]] = []
         self._seams: list[Callable[[], None]] = []
@@ -97,9 +99,20 @@ class Stage:
         """The blocks this stage owns, in running order."""
         return [self.places[index] for index in self.owned.held]
 
-    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int]:
-        """The blocks that a call leaves out, by their place among all."""
-        return frozenset(index for index, place in enumerate(self.places) if place.left_out(inputs))
+    def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int | str]:
+        """What a call leaves out: blocks by their place among all, layers of other blocks by their names."""
+        found: set[int | str] = set()
+        for index, place in enumerate(self.places):
+            if place.left_out(inputs) or left_out(place.block):
+                found.add(index)
+            else:
+                found.update(place.layer(name) for name, layer in self._layers[index] if changed(layer))
+        return frozenset(found)
+
+    def keeps_keys(self, index: int, left_out: frozenset[int | str]) -> bool:
+        """Whether a block has self-attention in calls that leave this out."""
+        place = self.places[index]
+        return index not in left_out and any(place.layer(path) not in left_out for path in place.self_attention)
 
     def attach(self) -> None:
         """Hooks the stage into the layers of its blocks and into what surrounds them."""
@@ -125,10 +138,12 @@ class Stage:
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
+        self._layers = [layers_of(place.block) for place in self.places]
         for index, place in enumerate(self.places):
             ends = index + 1 == len(self.places)
             last = ends or self.places[index + 1].listing is not place.listing
             self._seams.append(override(place.block, Seam(self.passage, place, index, last=last, ends=ends)))
+            self._seams.append(note_skips(place.block))
         if self._tail and self.last:
             self._seams.append(self._widen_after(self._tail))
 
@@ -146,11 +161,11 @@ class Stage:
     # -- one patch -------------------------------------------------------------------------------
 
     def run(self, inputs: Mapping[str, Any], latent: Tensor | None, context: CallContext) -> Streams | Tensor:
-        """Runs one patch, or a sample of all tokens.
+        """Runs one patch.
 
         Args:
             inputs: The arguments of the transformer call, uncut.
-            latent: The patch of the latent, all of it for a sample; ``None`` on every stage but the first.
+            latent: The patch of the latent; ``None`` on every stage but the first.
             context: What the hooks are to know.
 
         Returns:
@@ -226,7 +241,7 @@ class Stage:
         """The latent uncut, with zeros wherever this stage does not know it."""
         if latent is None:
             return torch.zeros((), dtype=shape.dtype, device=shape.device).expand(shape.shape)
-        if context.patch.uncut or context.sample is not None:
+        if context.patch.uncut:
             return latent
         whole, dim = latent.new_zeros(shape.shape), self.plan.grid.dim
         targets = spans_of(whole, dim, context.patch)
@@ -320,11 +335,11 @@ class Stage:
         context, listing = self.passage.at_work, place.listing
         if not context.keeps:
             return None
-        seen = context.seen
+        seen = context.shapes
         rows = Rows.of(segments, seen.sizes, seen.raster)
         attending = Attending(
             context.patch, None, context.sharing, rows, context.masked and len(segments) > 1, context.entries,
-            self.kernels, context.pace, context.sample, context.beside,
+            self.kernels, context.pace,
             rows.empty(context.patch, listing.segments_never_empty), listing.masks_queries,
             queries=Rows.of(listing.asking.get(path, segments), seen.sizes, seen.raster),
         )  # fmt: skip
@@ -347,7 +362,7 @@ class Stage:
         segments = self.plan.adapters.get(type(getattr(layer, "processor", None)).__name__)
         if not segments:
             return attending if segments is None else replace(attending, adapted=True)
-        seen = self.passage.at_work.seen
+        seen = self.passage.at_work.shapes
         rows = Rows.of(segments, seen.sizes, seen.raster)
         again = replace(attending, rows=rows, queries=None, masked=False, blanks=(), store=None)
         return replace(attending, adapted=True, again=self._stored(again, again_of(name), segments))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,16 +64,6 @@ class CallShapes:
     dtype: torch.dtype
     carried: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     second: torch.Size | None = None
-
-    def with_raster(self, raster: Raster) -> CallShapes:
-        """The same of another number of image tokens, but for the prediction."""
-        sizes = {**self.sizes, IMAGE: raster.total}
-
-        def changed(kind: StreamKind) -> StreamKind:
-            return replace(kind, rows=Rows.of(kind.rows.segments, sizes, raster))
-
-        streams = {path: {name: changed(kind) for name, kind in some.items()} for path, some in self.streams.items()}
-        return replace(self, raster=raster, sizes=sizes, streams=streams)
 
     @property
     def riders(self) -> int:

@@ -52,7 +52,7 @@ EPILOG = """
 
   Near enough to one device's picture, by what was measured of your model:
 
-  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --patches 4,8,16 --warmup 1,2,coarse -o flux.html
+  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --patches 4,8,16 --warmup 1,2,streamed -o flux.html
 
   [green]patchpipe plan[/] --model ./FLUX.1-dev --devices 8 --device l40 --quality flux.json --min-psnr 40
 

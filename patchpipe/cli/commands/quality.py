@@ -23,7 +23,7 @@ EPILOG = """
 
   [green]patchpipe quality[/]                                    the bundled model
 
-  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2,coarse
+  [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2,streamed
 
   [green]patchpipe quality[/] --patches 8 --forecast on -o forecast.html
 """
@@ -37,7 +37,7 @@ Prompts = Annotated[
 Patches = Annotated[str, options.option(_PANEL, "Numbers of patches.", "--patches", metavar="M,…", default=True)]
 Warmups = Annotated[
     str,
-    options.option(_PANEL, "Synchronous steps, streamed, coarse or auto.", "--warmup", metavar="W,…", default=True),
+    options.option(_PANEL, "Synchronous steps, streamed or auto.", "--warmup", metavar="W,…", default=True),
 ]
 Forecasts = Annotated[
     str,

@@ -25,7 +25,7 @@ class Setting:
 
     Attributes:
         patches: Patches of the latent.
-        warmup: Synchronous steps, ``"streamed"`` or ``"coarse"``.
+        warmup: Synchronous steps, ``"streamed"`` or ``"auto"``.
         forecast: Whether stale keys and values are forecast.
     """
 

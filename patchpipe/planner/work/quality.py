@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from patchpipe.config import COARSE, STREAMED, ParallelConfig, WarmupKind
+from patchpipe.config import STREAMED, ParallelConfig, WarmupKind
 
 Way = tuple[WarmupKind | None, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
 
@@ -102,7 +102,7 @@ class Quality:
 
 def _way(one: dict[str, Any]) -> Way:
     warmup = one["warmup"]
-    if warmup not in (COARSE, STREAMED) and not isinstance(warmup, int):
+    if warmup != STREAMED and not isinstance(warmup, int):
         raise ValueError(f"warm-up {warmup!r}")
     return warmup, bool(one["forecast"])
 

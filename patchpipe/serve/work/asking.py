@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from patchpipe.engine.requests import guidance_name
 from patchpipe.errors import did_you_mean
 from patchpipe.serve.refusals import Refusal, bad
 from patchpipe.serve.settings import Limits
@@ -196,8 +197,9 @@ def _prompt(text: Any, name: str, limits: Limits) -> str:
 
 
 def _guidance(asked: Mapping[str, Any], facts: Facts) -> dict[str, float]:
-    """The guidance strength, under the name that the model's folder advises."""
-    name = "true_cfg_scale" if "true_cfg_scale" in facts.advised else "guidance_scale"
+    """The guidance strength, under the name that the model's folder advises or the pipeline looks at."""
+    advised = "true_cfg_scale" in facts.advised
+    name = "true_cfg_scale" if advised else guidance_name(facts.arguments, facts.defaults)
     found = {} if asked.get("guidance_scale") is None else {name: float(asked["guidance_scale"])}
     if asked.get("true_cfg_scale") is not None:
         found["true_cfg_scale"] = float(asked["true_cfg_scale"])

@@ -8,10 +8,6 @@ found again as ``shown - r·D``; so nothing is kept twice.
 Where a scheduler adds fresh noise between two calls, the last change says nothing of the next one. The rows of the
 first patch tell: they have just been recomputed, so what would have been forecast for them can be compared with what
 came. Where it does not help, rows are shown as they were.
-
-After a start on fewer tokens the first change is not only the noise level's, but that from coarse keys to true ones
-too. The first patch, which attends to most of the coarse ones, cannot tell whether it goes on. So the first forecast
-is always shown.
 """
 
 from __future__ import annotations
@@ -37,13 +33,11 @@ class Pace:
     Attributes:
         ahead: The step to this call's noise level, in steps that led to the last one; 0 where there were no two.
         again: 1 where this call's level is the last one's once more, as of second-order schedulers, else 0.
-        sure: 1 where a forecast is shown whatever the first patch tells, else 0.
         watched: Whether the error of forecasts is asked for.
     """
 
     ahead: Tensor
     again: Tensor
-    sure: Tensor
     watched: bool = False
 
 
@@ -51,15 +45,13 @@ class Clock:
     """The noise levels of one guidance branch's calls.
 
     Args:
-        coarse: Whether they begin on fewer tokens.
         watched: Whether the error of forecasts is asked for.
     """
 
-    def __init__(self, *, coarse: bool = False, watched: bool = False) -> None:
+    def __init__(self, *, watched: bool = False) -> None:
         self._watched = watched
         self._level: Tensor | None = None
         self._step: Tensor | None = None
-        self._coarse: float | Tensor = float(coarse)  # whether no forecast has been made since
 
     def tick(self, time: Tensor | float) -> Pace:
         """Takes the next call's time, or time step: what falls with the noise level.
@@ -71,15 +63,13 @@ class Clock:
         if self._level is None or self._step is None:
             self._level, self._step = level, torch.zeros_like(level)
             nothing = torch.zeros_like(level)
-            return Pace(nothing, nothing, nothing, self._watched)
+            return Pace(nothing, nothing, self._watched)
         change, before = level - self._level, self._step
         again = change == 0
         ahead = torch.where(before == 0, 0.0, change / before.masked_fill(before == 0, 1.0))
         self._level, self._step = level, torch.where(again, before, change)
         ahead = ahead.clamp(0.0, FURTHEST)
-        sure = (ahead > 0) * self._coarse
-        self._coarse = self._coarse * (1 - sure)
-        return Pace(ahead, again.double(), sure, self._watched)
+        return Pace(ahead, again.double(), self._watched)
 
 
 class Trend:
@@ -166,8 +156,7 @@ class Trend:
         """
         size = _dot(before, before)
         met = _dot(changes, before) - size * pace.again  # of which the change is a part
-        worth = (met > WORTH * pace.ahead * size) | (pace.sure > 0)
-        return torch.where(worth, pace.ahead, 0.0).to(self._ahead.dtype)
+        return torch.where(met > WORTH * pace.ahead * size, pace.ahead, 0.0).to(self._ahead.dtype)
 
     def _show(self, taken: Sequence[Range], ahead: Tensor) -> None:
         """Moves the rows outside some ranges on."""

@@ -46,17 +46,7 @@ class LayerStore:
             entries: Which entries of the batch they belong to; ``None`` for all.
             pace: Of the call, where stale rows are to be forecast.
         """
-        self.fill([self.rows.by_cut(rows, SEQUENCE) for rows in fresh], entries=entries, pace=pace)
-        return fresh
-
-    def fill(self, ordered: Sequence[Tensor], *, entries: Entries | None = None, pace: Pace | None = None) -> None:
-        """Takes over rows of the whole sequence.
-
-        Args:
-            ordered: As ``keep`` takes them, but in the order of the axis that is cut.
-            entries: Likewise.
-            pace: Likewise.
-        """
+        ordered = [self.rows.by_cut(rows, SEQUENCE) for rows in fresh]
         start, stop, total = entries or (0, ordered[0].shape[0], ordered[0].shape[0])
         known, everything = self._whole and self._kept[0].shape[0] == total, (start, stop) == (0, total)
         taken_over = everything and not (known and pace is not None)  # else there are rows whose change is to be kept
@@ -68,6 +58,7 @@ class LayerStore:
         if not taken_over:
             self._renew([(0, self.rows.total)], ordered, pace, entries=(start, stop), begins=True, known=known)
         self._whole = self._whole or stop == total
+        return fresh
 
     def write(self, patch: Patch, *fresh: Tensor, pace: Pace | None = None) -> tuple[Tensor, ...]:
         """Puts a patch's fresh rows in their place.
