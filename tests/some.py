@@ -3,7 +3,8 @@
 A table of families and layouts has a row for each pair, and most rows tell nothing that others do not: what is special
 to a family is how its rows are cut, and what is special to a method is how it shares them. So a test marked ``some``
 runs as few rows as show every value of every parameter once. Marked ``some(of=2, first=1)`` it runs every second row
-from the second on: another test of the same table then takes those that it leaves out. Tests that are named, with
+from the second on: another test of the same table then takes those that it leaves out. A dear test
+without rows that is marked so runs with ``--every`` alone. Tests that are named, with
 ``-k`` or as ``file::test``, run every row.
 """
 

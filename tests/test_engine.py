@@ -164,6 +164,7 @@ def test_wrong_request_leaves_the_engine_usable(
 # -- failures ------------------------------------------------------------------------------------
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_is_named_in_seconds_and_nothing_is_left(model: Path, rank: int) -> None:
     struck: list[float] = []
@@ -204,6 +205,7 @@ def test_a_size_nobody_has_memory_for_leaves_the_engine_usable(engine: Engine) -
     assert not engine.closed
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", [TWO, "plain"], ids=["two ranks", "plain"])
 def test_previews_reach_the_caller_and_change_nothing(model: Path, layout: Any) -> None:
@@ -251,6 +253,7 @@ def test_an_interrupt_or_a_raising_on_progress_leaves_the_engine_usable(
     assert pixels(engine(seed=1, **CALL)) == before
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", [TWO, "plain", ParallelConfig(patches=2)], ids=["two ranks", "plain", "one rank"])
 def test_cancel_from_another_thread(model: Path, layout: Any) -> None:

@@ -334,6 +334,7 @@ def test_the_engine_takes_folders_of_any_name_in_any_locale(named: tuple[Path, P
     assert sorted(file.name for file in named[1].iterdir()) == ["picture.png", "trace.json"]
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize(
     ("locale", "prompt"),
     [({"LANG": "C", "LC_ALL": "POSIX"}, "größer Apfel"), (ASCII, "an apple")],
@@ -350,6 +351,7 @@ def test_the_command_line_takes_folders_of_any_name_in_any_locale(
     assert sorted(file.name for file in out.iterdir()) == ["ä.png", "ö.json"]
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("python_path", [f"{ROOT}{os.pathsep}", f".{os.pathsep}{ROOT}"], ids=["empty", "dot"])
 def test_workers_import_nothing_from_the_current_folder(saved: Path, tmp_path: Path, python_path: str) -> None:
     here = tmp_path / "here"
