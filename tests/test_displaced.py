@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 import patchpipe
 from patchpipe import ParallelConfig, PatchpipeError
 from patchpipe.models.latent import Raster
-from patchpipe.parallel.displaced import Displaced, Layers, displaced_for
+from patchpipe.parallel.displaced import Displaced, displaced_for
+from patchpipe.schedule.branches import Branch
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.patches import Cut
 from tests import tiny
@@ -331,14 +332,14 @@ def test_a_forecast_of_the_others_rows_is_the_same_where_branches_run_apart() ->
 def attend_three_times(place: Place) -> list[float]:
     """Seconds of each call of a layer, while the other rank comes a second late to the second call."""
     config = ParallelConfig(distrifusion=2, timeout=30)
-    group, layers, seconds = place.join(config), Layers(), []
+    group, kept, seconds = place.join(config), Branch(), []
     cut = Cut.of(Raster(4, 1, 1), config)
     rows = torch.full((1, 1, 2, 8), float(place.rank))
     layer = Attending(cut.split(cut.whole, 2)[place.rank], None, None, sequence_of(cut.rows))
     for call in range(3):
         if call == 1 and place.rank == 1:
             time.sleep(1.5)
-        sharing = displaced_for(group, cut, layers, synchronous=call == 0)
+        sharing = displaced_for(group, cut, kept, synchronous=call == 0)
         assert isinstance(sharing, Displaced)
         started = time.perf_counter()
         sharing.attend(Attend(scaled_dot_product_attention), rows, rows, rows, layer)

@@ -20,6 +20,8 @@ from patchpipe.layout.split import shared_blocks, stages_of
 from patchpipe.models.latent import Raster
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.layout import balanced_stages
+from patchpipe.planner.machine.draw import draw_map, told
+from patchpipe.planner.machine.links import link_named
 from patchpipe.planner.report import command, layout_words, reasons
 from patchpipe.planner.search import Choice, Wishes, search
 from patchpipe.planner.work.named import Asked, workload_for
@@ -315,10 +317,28 @@ def test_plan_refuses_in_one_line(args: list[str], text: str, capsys: pytest.Cap
     assert error.count("\n") == 1
 
 
+def test_domains_are_told_with_the_option_for_them(tmp_path: Path) -> None:
+    """Two sockets of four; six ranks make no two levels; more domains than fit are said to be alike."""
+    assert told(link_named("pcie4"), 8).endswith("--ulysses 8 --ulysses-inner 4")
+    assert told(link_named("pcie4"), 8).startswith("2 of 4 neighbours · 18 GB/s inside, 27 GB/s between")
+    assert "--ulysses" not in told(link_named("pcie4"), 6)
+    assert "no use" in told(link_named("pcie4"), 4)
+    draw_map("H100", link_named("nvlink4"), 64, tmp_path / "map.svg")
+    drawn = (tmp_path / "map.svg").read_text()
+    assert "4 further domains alike" in drawn
+    assert "48 GB/s between domains" in drawn
+    with pytest.raises(ValueError, match="must end in a format of pictures"):
+        draw_map("H100", link_named("nvlink4"), 64, tmp_path / "map.txt")
+
+
 def test_profile_measures_and_plan_reads_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    assert app(args=["profile", "--device", "cpu", "--threads", "1", "-o", str(file)]) == 0
-    assert "GB/s" in capsys.readouterr().out
+    drawn = tmp_path / "map.png"
+    assert app(args=["profile", "--device", "cpu", "--threads", "1", "-o", str(file), "--map", str(drawn)]) == 0
+    told = capsys.readouterr().out
+    assert "GB/s" in told
+    assert "one of 2 ranks that reach each other alike" in " ".join(told.split())
+    assert drawn.stat().st_size > 10_000
     found = Profile.load(file)
     assert found.dtype == "fp32"
     assert found.device.rate > 1e8

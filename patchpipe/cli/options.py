@@ -72,6 +72,25 @@ UlyssesInner = Annotated[
 ValuesFirst = Annotated[
     bool, _option(_DETAIL, "With --ulysses: send values while queries and keys are computed.", "--values-first")
 ]
+ChangedTokens = Annotated[
+    float | None,
+    _option(
+        _DETAIL,
+        "With --ulysses: the share of tokens to exchange, those that have changed most; best with --forecast. "
+        "[dim]Default: all, and the picture of one device.[/]",
+        "--changed-tokens",
+        metavar="SHARE",
+    ),
+]
+Compress = Annotated[
+    Literal["int8"] | None,
+    _option(
+        _DETAIL,
+        "Send changes since the last step in eight bits: with --pipefusion or --distrifusion. [dim]Default: no.[/]",
+        "--compress",
+        metavar="int8",
+    ),
+]
 Ring = Annotated[int, _degree("Ranks that share a stage by tokens, keys and values in a ring.")]
 Tensor = Annotated[int, _degree("Ranks that share a stage by slices of its matrices.")]
 Distrifusion = Annotated[int, _degree("Ranks with the whole model and a part of the picture each, instead of stages.")]
@@ -259,13 +278,8 @@ def read_warmup(text: str) -> WarmupKind:
     Raises:
         ValueError: It is none of these.
     """
-    for word in (ALL_STEPS, STREAMED, WATCHED):
-        if text.strip().lower() == word:
-            return word
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f'--warmup {text} must be a whole number of 0 or more, "all", "streamed" or "auto"') from None
+    told = 'a whole number of 0 or more, "all", "streamed" or "auto"'
+    return _word_or_number("--warmup", text, (ALL_STEPS, STREAMED, WATCHED), told)
 
 
 def read_text_rank(text: str | None) -> TextPlace:
@@ -274,13 +288,17 @@ def read_text_rank(text: str | None) -> TextPlace:
     Raises:
         ValueError: It is neither.
     """
-    for way in WAYS:
-        if text is not None and text.strip().lower() == way:
-            return way
+    return None if text is None else _word_or_number("--text-rank", text, WAYS, f"a rank, or {WAYS_TOLD}")
+
+
+def _word_or_number(option: str, text: str, words: tuple[Any, ...], told: str) -> Any:
+    """One of the words, or a whole number."""
+    if (word := text.strip().lower()) in words:
+        return word
     try:
-        return None if text is None else int(text)
+        return int(text)
     except ValueError:
-        raise ValueError(f"--text-rank {text} must be a rank, or {WAYS_TOLD}") from None
+        raise ValueError(f"{option} {text} must be {told}") from None
 
 
 def read_numbers(name: str, text: str | None, *, fractions: bool = False) -> tuple[float, ...] | None:

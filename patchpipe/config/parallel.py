@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchpipe.config.holdings import holdings
 from patchpipe.config.warmup import (
     ALL_STEPS,
     STREAMED,
@@ -18,13 +19,13 @@ from patchpipe.config.warmup import (
     synchronous_steps,
     told,
 )  # fmt: skip
-from patchpipe.layout.axes import DEGREES, Mesh
-from patchpipe.layout.checks import check_at_least, check_rank, plain_numbers
+from patchpipe.layout.axes import DEGREES
+from patchpipe.layout.checks import check_at_least, check_patch_rows, check_rank, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
-from patchpipe.layout.domains import check_levels, check_values_first
+from patchpipe.layout.domains import check_changed_tokens, check_compressed, check_levels, check_values_first
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import PatchCosts, quickest
-from patchpipe.layout.text import WAYS, WAYS_TOLD, TextRank, encoder_rank, text_held
+from patchpipe.layout.text import WAYS, WAYS_TOLD, TextRank, encoder_rank
 from patchpipe.layout.words import describe_ranks
 
 if TYPE_CHECKING:
@@ -82,6 +83,12 @@ class ParallelConfig:
             same. 1 makes no difference between links.
         values_first: Whether values are exchanged as soon as they are projected, while queries and keys are still
             being computed. The picture is the same.
+        changed_tokens: Share of tokens that ``ulysses`` exchanges after the warm-up: in each layer those whose values
+            have changed most (CoCoDiff, arXiv 2604.14561). Others keep what they have of the rest; with ``forecast``
+            they continue its last change. The picture is no longer that of one device. The share is a mean: more tokens
+            go at the beginning, fewer at the end. ``None`` exchanges all.
+        compress: ``"int8"`` sends changes since the last step, in eight bits, from stage to stage and in the gathers of
+            ``distrifusion`` (CompactFusion, arXiv 2507.17511). The picture then depends on the number of stages too.
         ring: Ranks that share every stage by splitting each patch's tokens and pass keys and values around
             (Ring Attention, arXiv 2310.01889).
         tensor: Ranks that share every stage by splitting its matrices (Megatron-LM, arXiv 1909.08053).
@@ -118,6 +125,8 @@ class ParallelConfig:
     ulysses: int = 1
     ulysses_inner: int = 1
     values_first: bool = False
+    changed_tokens: float | None = None
+    compress: Literal["int8"] | None = None
     ring: int = 1
     tensor: int = 1
     distrifusion: int = 1
@@ -153,6 +162,17 @@ class ParallelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.values_first:
             check_values_first(self.ulysses, self.compile)
+        if self.changed_tokens is not None:
+            names = ("patch_rows", "values_first", "compile", "split_batch", "share_blocks")
+            others = [name for name in names if getattr(self, name)]
+            others += [name for name in ("patches", "text_patches") if getattr(self, name) not in (None, 1)]
+            others += [f"warmup={self.warmup!r}"] if self.warmup in (0, STREAMED, WATCHED) else []
+            check_changed_tokens(self.changed_tokens, self.methods, others)
+        if self.compress is not None:
+            others = [f"warmup={self.warmup!r}"] if self.warmup in (STREAMED, WATCHED) else []
+            check_compressed(
+                self.compress, self.methods, [*others, *(["compile"] if self.compile else [])], self.synchronous
+            )
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
@@ -178,9 +198,11 @@ class ParallelConfig:
                     f"or give stage_blocks fractions"
                 )
         if self.patch_rows is not None:
-            self._check_patch_rows(self.patch_rows)
+            check_patch_rows(self.patch_rows, self.patches)
         if self.stage_blocks is not None:
-            self._check_stage_blocks(self.stage_blocks)
+            check_stage_blocks(self.stage_blocks, self.pipefusion)
+            if any(n % 1 for n in self.stage_blocks):
+                self._check_share_blocks(f"stage_blocks={self.stage_blocks}")
         check_rank("output_rank", self.output_rank, self.world_size)
         if self.text_rank not in (None, *WAYS):
             check_rank("text_rank", self.text_rank, self.world_size, f"; or say {WAYS_TOLD}")
@@ -311,14 +333,14 @@ class ParallelConfig:
             degrees.append(f"patches {patches}")
         if self.ulysses_inner > 1:
             degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
-        if self.values_first:
-            degrees.append("values first")
+        degrees += ["values first"] if self.values_first else []
+        degrees += [] if self.changed_tokens is None else [f"changed tokens {self.changed_tokens:g}"]
+        degrees += [] if self.compress is None else [f"changes in {self.compress}"]
         if self.split_batch is not None:
             degrees.append("batch in halves" if self.split_batch else "batch whole")
         if self.share_blocks is not None:
             degrees.append("shared blocks" if self.share_blocks else "whole blocks")
-        if self.forecast:
-            degrees.append("stale keys forecast")
+        degrees += ["stale keys forecast"] if self.forecast else []
         degrees = degrees or ["one device"]
         degrees += [] if self.offload is None else [self.offload.describe()]
         return " · ".join([*degrees, steps, *(["compiled"] if self.compile else [])])
@@ -332,22 +354,7 @@ class ParallelConfig:
 
     def holdings(self, rank: int) -> str:
         """What a rank holds, in words."""
-        mesh = Mesh(self.mesh_shape, rank)
-        held = [f"stage {mesh.at('pipe') + 1}/{self.pipefusion}" if self.pipefusion > 1 else "every block"]
-        if self.tensor > 1:
-            held.append(f"slice {mesh.at('tensor') + 1}/{self.tensor} of its matrices")
-        if mesh.parts > 1:
-            held.append(f"rows {mesh.part + 1}/{mesh.parts} of each patch")
-        if self.cfg > 1:
-            held.append(f"guidance branch {mesh.at('cfg') + 1}")
-        if self.data > 1:
-            held.append(f"pictures {mesh.at('data') + 1}/{self.data}")
-        held += text_held(self.text_rank, mesh.rank, self.world_size, self.output_rank)
-        if self.parallel_vae:
-            held.append(f"VAE for strip {mesh.rank + 1}/{self.world_size} of the picture")
-        if mesh.rank == self.output_rank:
-            held.append("gets the images" if self.parallel_vae else "VAE, gets the images")
-        return ", ".join(held)
+        return holdings(self, rank)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data; ``ParallelConfig(**config.as_dict())`` is equal to ``config``."""
@@ -357,23 +364,6 @@ class ParallelConfig:
         value = getattr(self, name)
         if value is not None:
             object.__setattr__(self, name, tuple(value))
-
-    def _check_patch_rows(self, rows: tuple[int, ...]) -> None:
-        if not rows or any(not isinstance(n, int) or n < 1 for n in rows):
-            raise ValueError(f"patch_rows={rows} must list at least one row for each patch")
-        if self.patches not in (None, len(rows)):
-            raise ValueError(
-                f"patch_rows={rows} names {len(rows)} patches but patches={self.patches}: leave one of them out"
-            )
-
-    def _check_stage_blocks(self, blocks: tuple[float, ...]) -> None:
-        if len(blocks) != self.pipefusion or any(not isinstance(n, int | float) or n < 1 for n in blocks):
-            raise ValueError(
-                f"stage_blocks={blocks} must list at least one block for each of the "
-                f"{self.pipefusion} stages (pipefusion={self.pipefusion})"
-            )
-        if any(n % 1 for n in blocks):
-            self._check_share_blocks(f"stage_blocks={blocks}")
 
     def _check_share_blocks(self, asked: str) -> None:
         if self.split_batch:

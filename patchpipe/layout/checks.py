@@ -44,3 +44,31 @@ def check_rank(name: str, rank: Any, world_size: int, hint: str = "") -> None:
     """
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < world_size:
         raise ValueError(f"{name}={rank} is not one of the {world_size} ranks 0…{world_size - 1}{hint}")
+
+
+def check_patch_rows(rows: tuple[int, ...], patches: int | None) -> None:
+    """Refuses patches of no rows, or of another number than was asked for.
+
+    Args:
+        rows: Token rows of each patch.
+        patches: How many patches were asked for, if it was said.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if not rows or any(not isinstance(n, int) or n < 1 for n in rows):
+        raise ValueError(f"patch_rows={rows} must list at least one row for each patch")
+    if patches not in (None, len(rows)):
+        raise ValueError(f"patch_rows={rows} names {len(rows)} patches but patches={patches}: leave one of them out")
+
+
+def check_stage_blocks(blocks: tuple[float, ...], stages: int) -> None:
+    """Refuses stages of no block, or blocks for another number of stages.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if len(blocks) != stages or any(not isinstance(n, int | float) or n < 1 for n in blocks):
+        raise ValueError(
+            f"stage_blocks={blocks} must list at least one block for each of the {stages} stages (pipefusion={stages})"
+        )

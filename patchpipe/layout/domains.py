@@ -47,6 +47,57 @@ def check_values_first(ulysses: int, compiled: bool) -> None:
         )
 
 
+def check_changed_tokens(share: object, methods: frozenset[str], others: Sequence[str]) -> None:
+    """Refuses to exchange only changed tokens where there is no exchange, or beside what nothing tests it with.
+
+    Args:
+        share: Of the tokens.
+        methods: Those in use.
+        others: What else is asked for that does not go with it.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"changed_tokens={share!r} must be a share of the tokens, above 0 and at most 1, or None")
+    if "ulysses" not in methods:
+        raise ValueError(
+            f"changed_tokens={share:g} is for the exchange of ulysses: set ulysses to 2 or more, or leave it out"
+        )
+    refused = [*sorted(methods - {"ulysses", "cfg", "data"}), *others]
+    if refused:
+        raise ValueError(
+            f"changed_tokens={share:g} is not tested with {', '.join(refused)} and so refused: leave it out, or use "
+            f"it with ulysses, cfg and data alone"
+        )
+
+
+def check_compressed(how: object, methods: frozenset[str], others: Sequence[str], synchronous: bool) -> None:
+    """Refuses changes in eight bits where nothing is sent that has been sent before, or beside what is not tested.
+
+    Args:
+        how: In what they are sent.
+        methods: Those in use.
+        others: What else is asked for that does not go with it.
+        synchronous: Whether every step is synchronous.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if how != "int8":
+        raise ValueError(f"compress={how!r} is unknown: use 'int8', or leave it out")
+    if not methods & {"pipefusion", "distrifusion"} or synchronous:
+        raise ValueError(
+            "compress='int8' is for what goes from stage to stage, or to the ranks of distrifusion, after the warm-up: "
+            "set pipefusion or distrifusion to 2 or more, with warmup=1, or leave it out"
+        )
+    refused = [*sorted(methods - {"pipefusion", "distrifusion", "cfg", "data"}), *others]
+    if refused:
+        raise ValueError(
+            f"compress='int8' is not tested with {', '.join(refused)} and so refused: leave one of them out"
+        )
+
+
 def domains(shape: Sequence[int], inner: int) -> list[tuple[int, ...]]:
     """The ranks of every domain, in the order of their first rank.
 

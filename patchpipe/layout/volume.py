@@ -33,7 +33,7 @@ class Volume:
 FLUX_AT_1024 = Volume(tokens=4608, width=3072, attended=57 * 4608, summed=(2 * 19 + 38) * 4608, itemsize=2)
 
 
-def traffic(shape: Sequence[int], volume: Volume, inner: int = 1) -> dict[str, float]:
+def traffic(shape: Sequence[int], volume: Volume, inner: int = 1, changed: float = 1.0) -> dict[str, float]:
     """Bytes a rank sends per step of one branch of one picture, by method.
 
     The papers' cost table (arXiv 2405.14430, table 1; arXiv 2411.01738) with its constants; the mean over ranks where
@@ -45,6 +45,7 @@ def traffic(shape: Sequence[int], volume: Volume, inner: int = 1) -> dict[str, f
         volume: What a step works on.
         inner: Ranks of a Ulysses line that share a fast domain; where these are some but not all, ``ulysses inside`` is
             sent over fast links and ``ulysses across`` over slow ones.
+        changed: The share of tokens that Ulysses exchanges, on average after the warm-up.
     """
     _, _, stages, displaced, ring, ulysses, tensor = shape
     parts, element = displaced * ring * ulysses, volume.width * volume.itemsize
@@ -52,7 +53,7 @@ def traffic(shape: Sequence[int], volume: Volume, inner: int = 1) -> dict[str, f
     shared = 2 * volume.shared * element / (ulysses * tensor) / max(1, stages - 1)
     sent = {
         "pipefusion": volume.tokens / parts * element + shared,
-        "ulysses": 4 * attended / (displaced * ring * tensor) / ulysses * (ulysses - 1) / ulysses,
+        "ulysses": changed * 4 * attended / (displaced * ring * tensor) / ulysses * (ulysses - 1) / ulysses,
         "ring": 2 * attended / (displaced * ulysses * tensor) * (ring - 1) / ring,
         "tensor": 2 * summed / parts * (tensor - 1) / tensor,
         "distrifusion": 2 * attended / parts * (displaced - 1),

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from patchpipe.distributed.exchange import Exchange, Pieces
+from patchpipe.distributed.exchange import Coming, Exchange
 from patchpipe.stage.keys.forecast import SEQUENCE, Pace, Trend
 
 ROWS = 1 + SEQUENCE  # dim of the rows in a part [key and value, batch, heads, rows, channels]
@@ -32,9 +32,9 @@ class PartStore:
         self.bytes = 0
         self._own = exchange.index
         self._parts: list[Tensor | None] = [None] * exchange.size
-        self._coming: Pieces | None = None
+        self._coming: Coming | None = None
 
-    def expect(self, coming: Pieces, size: int, pace: Pace | None = None) -> None:
+    def expect(self, coming: Coming, size: int, pace: Pace | None = None) -> None:
         """Takes the promise of every part's rows, ``size`` bytes in all; a pace is of no use here."""
         self._coming, self.bytes = coming, size
 
@@ -90,7 +90,7 @@ class MovingParts:
         self._own, self._total = exchange.index, bounds[-1]
         self._trends: tuple[Trend, ...] = ()  # of keys and values
         self._known = dict.fromkeys(range(exchange.size), False)  # whether there are rows of it
-        self._coming: tuple[Pieces, Pace] | None = None
+        self._coming: tuple[Coming, Pace] | None = None
         self._room = 0
 
     @property
@@ -98,7 +98,7 @@ class MovingParts:
         """Of the rows it holds, with their changes and the room for those under way."""
         return self._room + sum(trend.kept.nbytes + trend.bytes for trend in self._trends)
 
-    def expect(self, coming: Pieces, size: int, pace: Pace | None = None) -> None:
+    def expect(self, coming: Coming, size: int, pace: Pace | None = None) -> None:
         """Takes the promise of every part's rows, ``size`` bytes in all, which a call of this pace computes."""
         assert pace is not None
         self._arrive()

@@ -106,6 +106,13 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
             f"distrifusion={config.distrifusion} has not been tested with {plan.model}: use "
             f"pipefusion={config.distrifusion}, ulysses or ring"
         )
+    if config.changed_tokens is not None and not plan.plain:
+        raise ValueError(
+            f"changed_tokens={config.changed_tokens:g} has not been tested with {plan.model}: leave it out, so that "
+            f"all tokens are exchanged"
+        )
+    if config.compress is not None and not plan.plain:
+        raise ValueError(f"compress={config.compress!r} has not been tested with {plan.model}: leave it out")
     if (config.text_patches or 1) > 1 and not plan.spreads_text:
         raise ValueError(
             f"text_patches={config.text_patches} has not been tested with {plan.model}: leave it out, so that all "

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from torch import Tensor
+
 from patchpipe.distributed.exchange import Trading
 from patchpipe.distributed.mesh import Group
 from patchpipe.parallel.levels import Levels
+from patchpipe.parallel.lossy.ulysses import ChangedLayer, ChangedUlysses, Moment
 from patchpipe.parallel.ring import Ring
 from patchpipe.parallel.ulysses import Ulysses
 from patchpipe.stage.attending import Sharing
-from patchpipe.stage.patches import Patch
+from patchpipe.stage.patches import Cut, Patch
 
 
 def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharing | None:
@@ -31,6 +36,35 @@ def sharing_for(group: Group, patch: Patch, pieces: tuple[Patch, ...]) -> Sharin
     if mesh.size("ring") == 1:
         return ulysses
     return Ring(group.lines["ring"], patch, pieces, ulysses)
+
+
+class KeptChanged(Protocol):
+    """What a guidance branch keeps where only changed tokens are sent."""
+
+    changed: list[ChangedLayer]
+
+    def level_of(self, time: Tensor | float) -> float:
+        """A call's noise level, beside that of the first call."""
+        ...
+
+
+def changed_for(
+    group: Group, cut: Cut, kept: KeptChanged, time: Tensor | float, *, synchronous: bool
+) -> ChangedUlysses:
+    """How this group's ranks attend in one call where they send only the tokens that have changed.
+
+    Args:
+        group: The ranks.
+        cut: The cut of the call's latent.
+        kept: What the call's guidance branch keeps.
+        time: Of the call, which falls with the noise level.
+        synchronous: Whether the call is part of the warm-up.
+    """
+    config = group.config
+    assert config.changed_tokens is not None
+    moment = Moment.of(kept.level_of(time), config.changed_tokens, synchronous=synchronous, forecast=config.forecast)
+    pieces = cut.split(cut.whole, group.mesh.parts)
+    return ChangedUlysses(ulysses_line(group), cut.whole, pieces, kept.changed, moment)
 
 
 def ulysses_line(group: Group) -> Trading:

@@ -188,6 +188,8 @@ def layout_words(config: ParallelConfig) -> list[str]:
         words += [f"--{name}", str(size)] if (size := getattr(config, name)) > 1 else []
     words += ["--ulysses-inner", str(config.ulysses_inner)] if config.ulysses_inner > 1 else []
     words += ["--values-first"] if config.values_first else []
+    words += ["--changed-tokens", f"{config.changed_tokens:g}"] if config.changed_tokens is not None else []
+    words += ["--compress", config.compress] if config.compress is not None else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
     words += ["--warmup", str(config.warmup)] if config.warmup is not None else []
     words += ["--forecast"] if config.forecast else []

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from patchpipe.config import WATCHED
 from patchpipe.distributed.mesh import Group
 from patchpipe.errors import RankLost
 from patchpipe.lockstep.points import Points
 from patchpipe.parallel.displaced import Layers
+from patchpipe.parallel.lossy.residuals import Residuals
+from patchpipe.parallel.lossy.ulysses import ChangedLayer
 from patchpipe.schedule.shared_keys import SharedKeys
-from patchpipe.stage.keys.forecast import Clock
+from patchpipe.stage.keys.forecast import Clock, Pace
 from patchpipe.stage.keys.store import LayerStore, LayerStores
 
 ROUGH = 0.5  # of the last change: an error of the forecast beyond which it is of little use
@@ -33,6 +38,9 @@ class Branch:
         calls: Calls of the transformer made for this branch so far.
         stores: Keys and values of each half of its batch, by attention layer.
         parts: The same where ranks see each other's part of the latent late, in the order layers run.
+        told: Rows of keys and values as other ranks have them, where changes are sent.
+        changed: The same where ranks send only the tokens that have changed.
+        first_level: The noise level of its first call, or 0.
         shared: What comes and goes for blocks that two stages share.
         clock: The noise levels of its calls.
         cold: Whether keys and values of earlier calls are gone, so that the next call must be synchronous.
@@ -44,6 +52,9 @@ class Branch:
     calls: int = 0
     stores: tuple[LayerStores, LayerStores] = field(default_factory=lambda: ({}, {}))
     parts: Layers = field(default_factory=list)
+    told: Residuals = field(default_factory=Residuals)
+    changed: list[ChangedLayer] = field(default_factory=list)
+    first_level: float = 0.0
     shared: list[SharedKeys] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     cold: bool = False
@@ -53,7 +64,23 @@ class Branch:
     def bytes(self) -> int:
         """Memory of its keys and values."""
         layers = sum(store.bytes for half in self.stores for store in half.values())
-        return layers + sum(store.bytes for store in self.parts)
+        return layers + sum(store.bytes for store in (*self.parts, *self.changed, self.told))
+
+    def move(self, device: torch.device) -> None:
+        """Takes all keys and values to another device; nothing of the request is under way."""
+        stores = [store for half in self.stores for store in half.values()]
+        for store in (*stores, *self.parts, *self.changed, self.told):
+            store.move(device)
+
+    def paces(self, time: Tensor | float, passes: int, *, asked: bool) -> tuple[Pace | None, ...]:
+        """How the noise level of each pass of a call follows the last ones, if that is asked for."""
+        return tuple(self.clock.tick(time) if asked else None for _ in range(passes))
+
+    def level_of(self, time: Tensor | float) -> float:
+        """A call's noise level beside that of the first one; reads its time from the device."""
+        level = float(torch.as_tensor(time).amax())
+        self.first_level = self.first_level or level
+        return level / self.first_level if self.first_level else 0.0
 
 
 class Watch:

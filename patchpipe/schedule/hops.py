@@ -8,15 +8,15 @@ the calls so far what the next one begins with; where they guessed wrong, an emp
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from patchpipe.distributed.mesh import Group
 from patchpipe.distributed.transport import Receive
+from patchpipe.parallel.lossy.residuals import Residuals
 
 Shapes = dict[str, tuple[torch.Size, torch.dtype]]  # by stream
-Receives = dict[str, Receive]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,49 @@ class Crossing:
         entering: The streams from the stage before; none on the first stage.
         leaving: The streams for the next stage; none on the last stage.
         large: Whether it is the whole latent of a synchronous step, for which nothing is posted ahead.
+        place: Its place among what both sides know, where changes are sent; else ``None``.
+        come: The streams from the stage before as they are sent, if otherwise than as they are.
+        go: The same for the next stage.
     """
 
     entering: Shapes
     leaving: Shapes
     large: bool
+    place: Hashable = None
+    come: Shapes | None = None
+    go: Shapes | None = None
+
+    @property
+    def incoming(self) -> Shapes:
+        """What comes from the stage before."""
+        return self.entering if self.come is None else self.come
+
+    @property
+    def outgoing(self) -> Shapes:
+        """What goes to the next stage."""
+        return self.leaving if self.go is None else self.go
+
+
+class Decoded:
+    """A stream on its way as a change.
+
+    Args:
+        receive: Of the change.
+        known: What is known of streams that come.
+        key: Of the stream.
+        told: Its shape and dtype.
+    """
+
+    def __init__(self, receive: Receive, known: Residuals, key: Hashable, told: tuple[torch.Size, torch.dtype]) -> None:
+        self._receive, self._known, self._key, self._told = receive, known, key, told
+
+    def take(self) -> torch.Tensor:
+        """The stream; once only."""
+        return self._known.unpack(self._key, self._receive.take(), *self._told)
+
+
+Receives = dict[str, Receive]
+Taken = dict[str, Receive | Decoded]
 
 
 class Hops:
@@ -47,8 +85,22 @@ class Hops:
         self._key: Hashable = None  # of the last call
         self._guess: Crossing | None = None  # how the next call begins
         self._ahead: Receives = {}  # posted for it
+        self._came, self._went = Residuals(), Residuals()  # streams as both sides have them, where changes are sent
 
-    def begin(self, key: Hashable, parts: Sequence[Crossing]) -> list[Receives]:
+    def coded(self, key: Hashable, parts: Sequence[Crossing]) -> list[Crossing]:
+        """The parts of a call as they will be sent: what has been sent before goes as its change, if so configured."""
+        if self._group.config.compress is None:
+            return list(parts)
+        return [part if part.large else self._as_change((key, at), part) for at, part in enumerate(parts)]
+
+    def _as_change(self, place: Hashable, part: Crossing) -> Crossing:
+        come, go = (
+            {name: known.sent_as((place, name), *told) for name, told in streams.items()}
+            for known, streams in ((self._came, part.entering), (self._went, part.leaving))
+        )
+        return replace(part, place=place, come=come, go=go)
+
+    def begin(self, key: Hashable, parts: Sequence[Crossing]) -> list[Taken]:
         """Posts what a call will receive, and what the next one will first.
 
         Args:
@@ -65,7 +117,13 @@ class Hops:
             self._after[self._key] = None if parts[0].large else parts[0]
         self._key, self._guess = key, self._after.get(key)
         self._ahead = self._expect(self._guess) if self._guess else {}
-        return posted
+        return [self._decoded(*each) for each in zip(parts, posted, strict=True)]
+
+    def _decoded(self, part: Crossing, receives: Receives) -> Taken:
+        if part.place is None:
+            return dict(receives)
+        told = part.entering
+        return {name: Decoded(one, self._came, (part.place, name), told[name]) for name, one in receives.items()}
 
     def pass_on(self, streams: dict[str, torch.Tensor], crossing: Crossing) -> None:
         """Sends a patch's streams to the next stage.
@@ -81,13 +139,16 @@ class Hops:
                     f"expects {tuple(shape)} in {dtype}"
                 )
             assert channel is not None
-            channel.send(streams[name].contiguous())
+            own = streams[name].contiguous()
+            channel.send(own if crossing.place is None else self._went.pack((crossing.place, name), own))
 
     def forget(self, request: int) -> None:
         """A request's calls are over; all ranks come to this alike."""
         own = [key for key in self._after if isinstance(key, tuple) and key[0] == request]
         for key in own:
             del self._after[key]
+        for known in (self._came, self._went):
+            known.forget(lambda key: key[0][0][0] == request)  # type: ignore[index]  # made of place and name above
         if isinstance(self._key, tuple) and self._key[0] == request:
             self._key = None
 
@@ -100,10 +161,10 @@ class Hops:
         guess, self._guess = self._guess, None
         if guess is None:
             return
-        if guess.leaving != begun.leaving:
-            for shape, dtype in guess.leaving.values():
+        if guess.outgoing != begun.outgoing:
+            for shape, dtype in guess.outgoing.values():
                 self._group.channel_to_next().send_nothing(shape, dtype)
-        if guess.entering != begun.entering:
+        if guess.incoming != begun.incoming:
             for receive in self._ahead.values():
                 receive.wait()
             self._ahead = {}
@@ -111,5 +172,5 @@ class Hops:
     def _expect(self, crossing: Crossing) -> Receives:
         return {
             name: self._group.channel_from_previous().expect(shape, dtype)
-            for name, (shape, dtype) in crossing.entering.items()
+            for name, (shape, dtype) in crossing.incoming.items()
         }

@@ -347,7 +347,9 @@ class Request:
 
     def keeps_stores(self, cut: Cut) -> bool:
         """Whether keys and values will ever be read again."""
-        return not self.config.synchronous and (len(cut.patches) > 1 or self.config.distrifusion > 1)
+        config = self.config
+        sees_stale = len(cut.patches) > 1 or config.distrifusion > 1 or config.changed_tokens is not None
+        return sees_stale and not config.synchronous
 
     def answer(self, inputs: Mapping[str, Any], branch: Branch) -> Tensor:
         """Stands in for a call that was made elsewhere, whose result nobody reads; every rank has it."""
@@ -363,11 +365,7 @@ class Request:
     def move_keys(self, device: torch.device) -> None:
         """Takes all keys and values to another device, where they wait; nothing of the request is under way."""
         for branch in self._branches.values():
-            for half in branch.stores:
-                for store in half.values():
-                    store.move(device)
-            for part in branch.parts:
-                part.move(device)
+            branch.move(device)
 
     def _begun(self, branch: Branch) -> Branch:
         blocks = [block for block in self._shared if self.stage.keeps_keys(block.boundary.block, branch.left_out)]

@@ -15,23 +15,22 @@ from torch import Tensor, nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
-from patchpipe.distributed.transport import Receive
 from patchpipe.lazy.latent import PatchTensor, patch_of
 from patchpipe.lockstep.points import Points
 from patchpipe.models import usual
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
-from patchpipe.parallel.displaced import Displaced, displaced_for
-from patchpipe.parallel.sharing import sharing_for
+from patchpipe.parallel.displaced import displaced_for
+from patchpipe.parallel.sharing import changed_for, sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.branches import Branch
-from patchpipe.schedule.hops import Crossing, Hops
+from patchpipe.schedule.hops import Crossing, Hops, Taken
 from patchpipe.schedule.parts import Part, parts_of
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
+from patchpipe.stage.attending import Sharing
 from patchpipe.stage.context import CallContext, Streams
-from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import Where, span
@@ -244,6 +243,7 @@ class Runner:
         latent = inputs[self.plan.latent]
         synchronous = self.request.synchronous(branch, cut, latent.shape[0])
         keeps = self.request.keeps_stores(cut)
+        stored = keeps and self.config.changed_tokens is None
         passes = 1 if synchronous else self.request.passes(branch, latent.shape[0])
         call = Call(
             stage=self.request.stage,
@@ -251,10 +251,10 @@ class Runner:
             cut=cut,
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
             shares=self.request.shares_of(inputs, branch.index),
-            stores=branch.stores if keeps else None,
+            stores=branch.stores if stored else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
-            paces=self._paces(inputs, branch, passes, asked=keeps and self.config.forecast),
+            paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecast),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)
@@ -264,12 +264,14 @@ class Runner:
         self.group.next_call()
         branch.calls, branch.cold = branch.calls + 1, False
         answers = Answers(call, self.plan, self.group)
-        displaced = displaced_for(self.group, cut, branch.parts if keeps else None, synchronous, call.pace)
+        alone: Sharing | None = displaced_for(self.group, cut, branch if keeps else None, synchronous, call.pace)
+        if keeps and not stored:
+            alone = changed_for(self.group, cut, branch, inputs[self.plan.time], synchronous=synchronous)
         if share is None:
             for patch in call.patches:
                 answers.expect(patch)
         else:
-            self._stream(call, parts, answers, displaced)
+            self._stream(call, parts, answers, alone)
         second = answers.second(self._seconds) if self.plan.second else None
         self.points.finish()
         return PatchTensor.promise(
@@ -277,16 +279,14 @@ class Runner:
             answers.patch if self.group.first else None, self.request,
         ), second  # fmt: skip
 
-    def _paces(self, inputs: dict[str, Any], branch: Branch, passes: int, *, asked: bool) -> tuple[Pace | None, ...]:
-        return tuple(branch.clock.tick(inputs[self.plan.time]) if asked else None for _ in range(passes))
-
-    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, displaced: Displaced | None) -> None:
+    def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, alone: Sharing | None) -> None:
         """Runs every patch of this rank's share of a call through this stage.
 
         Where the model raises, the other ranks get zeros in place of what they wait for, if the call can be ended so.
         """
-        crossings = [part.crossing(call, self.group) for part in parts]
-        expected = self._hops.begin((call.where.request, call.where.branch), crossings)
+        key = call.where.request, call.where.branch
+        crossings = self._hops.coded(key, [part.crossing(call, self.group) for part in parts])
+        expected = self._hops.begin(key, crossings)
         for keys in call.shared:
             keys.begin(call.patches, call.pace)
         made: list[Tensor] = []
@@ -294,7 +294,7 @@ class Runner:
         trailing: list[CallContext] = []
         failure: Exception | None = None
         for part, crossing, receives in zip(parts, crossings, expected, strict=True):
-            context = self._context(call, part, displaced)
+            context = self._context(call, part, alone)
             result, failure = self._try(call, part, crossing, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
@@ -325,7 +325,7 @@ class Runner:
         call: Call,
         part: Part,
         crossing: Crossing,
-        receives: dict[str, Receive],
+        receives: Taken,
         context: CallContext,
         failure: Exception | None,
     ) -> tuple[Streams | Tensor, Exception | None]:
@@ -340,12 +340,12 @@ class Runner:
                 failure = error
         return part.blank(call, crossing, self.plan.grid.dim, call.inputs[self.plan.latent].device), failure
 
-    def _context(self, call: Call, part: Part, displaced: Displaced | None) -> CallContext:
+    def _context(self, call: Call, part: Part, alone: Sharing | None) -> CallContext:
         assert self.request is not None
         half, patch = part.share.half, part.patch
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
-        context.sharing = displaced or sharing_for(self.group, patch, part.pieces)
+        context.sharing = alone or sharing_for(self.group, patch, part.pieces)
         context.entries, context.pace, context.draft = part.share.entries, part.pace, part.draft
         context.turn, context.patches = part.turn, call.cut.patches
         for keys in call.shared:
@@ -361,7 +361,7 @@ class Runner:
             if keys.earlier and keys.own(patch):
                 keys.give(patch)
 
-    def _run(self, call: Call, part: Part, receives: dict[str, Receive], context: CallContext) -> Streams | Tensor:
+    def _run(self, call: Call, part: Part, receives: Taken, context: CallContext) -> Streams | Tensor:
         recorder, first = self.group.recorder, self.group.first
         if recorder is not None:
             patch = None if part.patch.whole else part.patch.index

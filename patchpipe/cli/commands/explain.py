@@ -36,6 +36,8 @@ def explain(
     ulysses: options.Ulysses = 1,
     ulysses_inner: options.UlyssesInner = 1,
     values_first: options.ValuesFirst = False,
+    changed_tokens: options.ChangedTokens = None,
+    compress: options.Compress = None,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,
@@ -71,7 +73,7 @@ def explain(
         table.add_row(*row)
     console.print(table)
     volume = volume_of(source.path, config, tokens, text_tokens, revision)
-    sent = traffic(config.mesh_shape, volume, config.ulysses_inner)
+    sent = traffic(config.mesh_shape, volume, config.ulysses_inner, config.changed_tokens or 1.0)
     title = f"A rank sends per step, {height}×{width} pixels, one branch"
     console.print(title if sent else "One device: nothing travels.")
     for method, sent_bytes in sent.items():

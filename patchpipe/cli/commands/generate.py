@@ -109,6 +109,8 @@ def generate(
     ulysses: options.Ulysses = 1,
     ulysses_inner: options.UlyssesInner = 1,
     values_first: options.ValuesFirst = False,
+    changed_tokens: options.ChangedTokens = None,
+    compress: options.Compress = None,
     ring: options.Ring = 1,
     tensor: options.Tensor = 1,
     distrifusion: options.Distrifusion = 1,

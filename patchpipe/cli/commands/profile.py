@@ -40,12 +40,20 @@ Ranks = Annotated[
     ),
 ]
 
+Map = Annotated[
+    Path | None,
+    typer.Option(
+        "--map", help="Picture of the machine's ranks and links to write.", metavar="FILE", show_default=False
+    ),
+]
+
 
 def profile(
     out: Target = Path("profile.json"),
     device: Kind = None,
     ranks: Ranks = None,
     threads: options.Threads = None,
+    map: Map = None,
     force: options.Force = False,
     _debug: options.Debug = False,
 ) -> None:
@@ -56,12 +64,19 @@ def profile(
         raise ValueError(f"--ranks {ranks} must be 2 or more: a link has two ends")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads} must be 1 or more")
-    check_new(out, force)
-    console = Console(highlight=False)
-    found = _measure(console, _places(device, ranks), threads)
+    for file in (out, map):
+        if file is not None:
+            check_new(file, force)
+    console, places = Console(highlight=False), _places(device, ranks)
+    found = _measure(console, places, threads)
     found.save(out)
-    console.print(_table(found))
-    console.print(f"[green]→[/] {escape(str(out))}", soft_wrap=True)
+    console.print(_table(found, len(places)))
+    if map is not None:
+        from patchpipe.planner.machine.draw import draw_map  # heavy, and seldom asked for
+
+        draw_map(found.device.name, found.link, len(places), map)
+    for file in filter(None, (out, map)):
+        console.print(f"[green]→[/] {escape(str(file))}", soft_wrap=True)
 
 
 def _places(device: str | None, ranks: int | None) -> list[str]:
@@ -93,7 +108,9 @@ def _measure(console: Console, places: list[str], threads: int | None) -> Profil
         return Profile(card, measure_link(ends, progress), "fp32" if places[0] == "cpu" else "bf16")
 
 
-def _table(found: Profile) -> Table:
+def _table(found: Profile, ranks: int) -> Table:
+    from patchpipe.planner.machine.draw import told
+
     device, link = found.device, found.link
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
@@ -106,4 +123,5 @@ def _table(found: Profile) -> Table:
     )
     table.add_row("small products", f"lose the time of {device.fill:,.0f} output elements each")
     table.add_row("link", f"{link.name} · {link.bandwidth / 1e9:.2f} GB/s · {link.latency * 1e6:.0f} µs")
+    table.add_row("domains", told(link, ranks))
     return table

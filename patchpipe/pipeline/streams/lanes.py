@@ -78,10 +78,10 @@ def check_whole(config: ParallelConfig) -> None:
     Raises:
         ValueError: It is one.
     """
-    if config.ulysses_inner > 1 or config.values_first:
+    if config.ulysses_inner > 1 or config.values_first or config.changed_tokens is not None:
         raise ValueError(
-            f"{config.describe()} cannot change its degree while it runs: lines on two levels, and values that go "
-            f"first, are not tested so. Leave ulysses_inner and values_first out"
+            f"{config.describe()} cannot change its degree while it runs: lines on two levels, values that go first, "
+            f"and changed tokens are not tested so. Leave ulysses_inner, values_first and changed_tokens out"
         )
     if config.methods - {"ulysses", "ring"} or config.compile or config.parallel_vae:
         raise ValueError(
