@@ -15,11 +15,8 @@ from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.text import WAYS, WAYS_TOLD
 from patchpipe.layout.text import TextRank as TextPlace
 
-_LAYOUT = "Layout"
-_DETAIL = "Layout, in detail"
-_MODEL = "Model and devices"
-_PICTURE = "Picture"
-_OUTPUT = "Output"
+_LAYOUT, _DETAIL, _MODEL = "Layout", "Layout, in detail", "Model and devices"
+_PICTURE, _OUTPUT = "Picture", "Output"
 
 _OWN_OPTIONS = {
     "prompt": "the prompt is the command's argument",
