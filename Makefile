@@ -42,12 +42,12 @@ test: setup ## run the tests
 quantised: setup ## run the tests of quantised weights, whose libraries are put beside the virtual environment
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantised --constraint constraints.txt \
 		torchao optimum-quanto gguf ninja
-	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n $(JOBS) tests/test_quantised.py $(ARGS)
+	PYTHONPATH=$(VENV)/quantised $(BIN)/python -m pytest -n $(JOBS) tests/loading/test_quantised.py $(ARGS)
 
 oldest: setup ## run a few tests with the oldest diffusers and transformers allowed, put beside the virtual environment
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/oldest --requirement constraints-oldest.txt
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) tests/test_relies.py tests/test_encoders.py \
-		tests/test_laws.py -k "relies or encoders or law_1" $(ARGS)
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -n $(JOBS) tests/models/test_relies.py tests/pipeline/test_encoders.py \
+		tests/laws/test_laws.py -k "relies or encoders or law_1" $(ARGS)
 
 lint: setup ## check style, and which room imports which
 	$(BIN)/ruff check .

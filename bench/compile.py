@@ -15,7 +15,7 @@ from bench.contenders import COMPILED, PLAIN
 from bench.loopback import show
 from bench.rounds import Row, bound, rows_of, save, take_turns
 from bench.shapes import SHAPES
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 STEPS = 8
 ALONE = ("pipefusion:1", "pipefusion:3")

@@ -19,7 +19,7 @@ from diffusers import ContextParallelConfig
 import patchpipe
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
-from tests.ranks import Place
+from tests.support.ranks import Place
 
 PLAIN, BESIDE, THEIRS = "plain", "plain-beside", "diffusers-ulysses"
 NOT_OURS = (PLAIN, BESIDE, THEIRS)  # what they wait and send is not counted

@@ -47,7 +47,7 @@ from patchpipe.planner.predict import predict
 from patchpipe.stage.balance import split_blocks
 from patchpipe.tracing.busy import Stretch, busy
 from patchpipe.tracing.timeline import Timeline, read
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
 HYBRID, BRANCHES, STREAMED = "pipefusion ring", "cfg2 pipefusion", "streamed pipefusion"

@@ -29,7 +29,7 @@ from bench.network import Network
 from bench.predicted import Forecast, forecast, profile_of, workload_of
 from bench.rounds import bound, keep_freed_memory, load, rows_of, save, take_turns, with_earlier
 from bench.shapes import SHAPES, STEPS
-from tests.ranks import Place
+from tests.support.ranks import Place
 
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 PORT = 29577

@@ -19,7 +19,7 @@ from rich.table import Table
 import patchpipe
 from patchpipe import ParallelConfig
 from tests import tiny
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 RESULTS = Path(__file__).parent / "results" / "loading.json"
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from bench.contenders import BESIDE, NOT_OURS, OURS, PLAIN, THEIRS, as_options, known
 from bench.rounds import Row, bound, load, rows_of, save, take_turns, with_earlier
 from bench.shapes import SHAPES, STEPS
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def main(

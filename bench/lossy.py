@@ -22,8 +22,8 @@ import patchpipe
 from bench.rounds import save
 from patchpipe import ParallelConfig
 from patchpipe.demo import MODEL_DIR, held_out
-from tests.ranks import Place
-from tests.threads import run_threads
+from tests.support.ranks import Place
+from tests.support.threads import run_threads
 
 SHARES = (0.25, 0.375, 0.4375, 0.5, 0.625, 0.75, 1.0)
 SIZE, TEXT, PATCHES = 128, 32, 4

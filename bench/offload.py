@@ -7,8 +7,8 @@ python -m bench.offload --draw
 
 The device is played: a block sleeps for as long as it would compute, with exchanges in between, on a link on which
 copies and exchanges share the bandwidth packet by packet. The rest is real: the engine's own thread, chunks, gate and
-buffers. Time is that of a clock that jumps ahead when all threads wait (``tests/virtual_time.py``), so that a busy
-machine does not show in it; with ``--real`` it is the machine's own.
+buffers. Time is that of a clock that jumps ahead when all threads wait (``tests/support/virtual_time.py``), so that a
+busy machine does not show in it; with ``--real`` it is the machine's own.
 
 *Group offload* is diffusers' own, block by block from disk, which is how it runs without CUDA, over the same link.
 *Whole layers* are this engine with a block to a chunk, one ahead and no gate, as most programs do it.
@@ -38,7 +38,7 @@ from patchpipe.offload.copying import HostCopier, Throttle
 from patchpipe.offload.model import Passing, waiting
 from patchpipe.offload.mover import Mover
 from patchpipe.offload.offload import Means, Offload
-from tests.virtual_time import VirtualClock
+from tests.support.virtual_time import VirtualClock
 
 Clock = Callable[[], Any]
 COMMAND = "python -m bench.offload"

@@ -24,7 +24,7 @@ from bench.rounds import FEW_STEPS, keep_freed_memory, save
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.loading.dtypes import as_torch, dtype_name
-from tests.ranks import quieten
+from tests.support.ranks import quieten
 
 COMMAND = "python -m bench.one_device"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench.contenders import PLAIN, Contender
-from tests.ranks import Place
+from tests.support.ranks import Place
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"

@@ -17,7 +17,7 @@ from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.tracing.draw import draw
 from patchpipe.tracing.timeline import read
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "trace.png"
 

@@ -19,7 +19,7 @@ import patchpipe
 from bench.rounds import meet, save
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 WARMUPS = (1, "all")
 SERIAL, TOGETHER = "one after the other", "in flight together"

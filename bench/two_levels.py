@@ -38,7 +38,7 @@ from patchpipe.stage.attention import attend_through, override
 from patchpipe.stage.keys.early import Early, parts_of
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Rows
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 HEADS, CHANNELS = 24, 64
 SLOW, RATIO = 30e6, 8  # bits a second, and how many times faster links inside a domain are

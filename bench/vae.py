@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.loading import resident
 from patchpipe.distributed.process_groups import ProcessGroups
 from patchpipe.vae import join_rows, spread_vae
-from tests.ranks import Place, run_ranks
+from tests.support.ranks import Place, run_ranks
 
 M_MMAP_THRESHOLD = -3  # mallopt's number for it
 RESULTS = Path(__file__).parent / "results" / "vae.json"

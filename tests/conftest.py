@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from patchpipe.engine.processes import warm
-from tests.some import MARK, leave_some
+from tests.support.some import MARK, leave_some
 
 LOADED = pytest.StashKey[int]()
 MANY = 20  # modules

@@ -27,7 +27,7 @@ from patchpipe.models.refused import REFUSED
 from patchpipe.parallel.refusals import check_special, no_tensor_plan
 from patchpipe.recipes.checks import RECIPES
 from patchpipe.stage.balance import check_stages
-from tests.evidence import evidence, kind_of, transformer_of
+from tests.support.evidence import evidence, kind_of, transformer_of
 from tools.documents import replaced
 
 ROOT = Path(__file__).resolve().parents[1]

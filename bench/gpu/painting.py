@@ -15,7 +15,7 @@ from bench.gpu.ranks import Spot
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from tests import tiny
-from tests.nccl_rules import under_nccl_rules
+from tests.support.nccl_rules import under_nccl_rules
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LARGE = "large "

@@ -26,8 +26,8 @@ def main(module: str, setting: str, file: str) -> int:
     rows = Rows(Path(file))
     try:
         part = importlib.import_module(module)
-        if "tests.ranks" in sys.modules:
-            sys.modules["tests.ranks"].quieten()
+        if "tests.support.ranks" in sys.modules:
+            sys.modules["tests.support.ranks"].quieten()
         part.run(Setting(**json.loads(setting)), rows.note)
     except Skip as why:
         print(why, flush=True)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from patchpipe import ParallelConfig
 from patchpipe.distributed.joining import join
 from patchpipe.distributed.mesh import Group
-from tests.ranks import PRELOAD, Place, _die_with_parent, quieten
+from tests.support.ranks import PRELOAD, Place, _die_with_parent, quieten
 
 GRACE_SECONDS = 20.0  # for the others to end, once one has failed
 

@@ -32,7 +32,7 @@ BASELINE_DEGREE = 1  # chosen; see the docs
 DEGREES = (1, 2, 4, 8)
 STEP_720P_8 = 0.74  # seconds; see above
 
-# Seconds of a step on one card, as the planner predicts them; `tests/test_scheduling_simulator.py` checks that it does.
+# Seconds of a step on one card, as the planner predicts them; a test checks that it does.
 CLIPS: Mapping[Shape, float] = {
     Shape(CLIP_MODEL, 448, 256, FRAMES): 0.2404,
     Shape(CLIP_MODEL, 832, 480, FRAMES): 0.9435,
