@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from patchpipe.cli import app
+from patchpipe.cli.quality.front import drawing, front
 from patchpipe.cli.quality.measure import Found, Setting, settings, structure
 from patchpipe.cli.quality.page import page
 
@@ -75,6 +76,7 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
         (["--forecast", "maybe"], "--forecast maybe must be on, off or on,off"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: there is no such file"),
         (["-o", "page.pdf"], "page.pdf must end in .html"),
+        (["--on", "l40"], "--on l40 must be a number of cards and their kind, such as 8xl40"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(
@@ -82,3 +84,15 @@ def test_bad_input_is_one_line_before_any_work(
 ) -> None:
     assert app(["quality", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_front_has_those_that_none_beats_in_time_and_likeness() -> None:
+    quick, near, slow = (
+        Found(Setting(count, 1, forecast=True), [decibels]) for count, decibels in ((2, 40), (4, 50), (8, 45))
+    )
+    quick.seconds, near.seconds, slow.seconds = 1.0, 2.0, 3.0
+    assert front([slow, near, quick]) == [quick, near]
+    text = drawing([slow, near, quick], 9.0, "8 × l40 over pcie4")
+    assert (text.count("<circle"), text.count("patches, warm-up")) == (3, 2)
+    assert "one takes 9 s" in text
+    assert drawing([Found(Setting(2, 1, forecast=True), [40.0])], None, "") == ""

@@ -59,7 +59,7 @@ def layouts_of(name: str) -> list[dict[str, int]]:
     return [layout for layout in TWO if name not in tiny_images.UNSHARED or not {"ulysses", "ring"} & set(layout)]
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("name", [name for name in NAMES if layouts_of(name)])
 def test_every_family_paints_what_one_device_paints(name: str) -> None:
     with over("nccl"):

@@ -247,6 +247,7 @@ def painted(
     return found
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen-padded", "pixart-4"])
 def test_a_share_of_one_paints_the_same_to_the_bit(name: str) -> None:
     """Guidance in one call and in two, padding masked, text apart; and with a smaller share another picture."""
@@ -259,6 +260,7 @@ def test_a_share_of_one_paints_the_same_to_the_bit(name: str) -> None:
     assert not np.array_equal(right, near)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [

@@ -157,6 +157,7 @@ CASES = [
 ]
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_a_picture_is_the_same_to_the_bit(name: str, layout: dict[str, Any]) -> None:
     """Flat, on two levels, values first on either; heads in turns as soon as there are several."""

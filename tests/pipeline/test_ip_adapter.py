@@ -91,6 +91,7 @@ def painted(place: Place, title: str, **options: Any) -> tuple[np.ndarray | None
     return latents(pipe, title), pipe.patchpipe.last
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", CASES)
 def test_an_ip_adapter_is_exact_and_streams_as_it_should(title: str) -> None:
     """Bit-equal to diffusers where every step is synchronous; where patches stream, as one process and the oracle."""
@@ -123,6 +124,7 @@ def painted_two(place: Place, title: str, **options: Any) -> np.ndarray | None:
     return latents(pipe, title, **TWO_PICTURES)
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("title", ["FLUX, two adapters and pictures", "SD3.5"])
 def test_other_methods_see_the_same_picture(title: str, method: dict[str, Any]) -> None:
@@ -168,6 +170,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("title", ["FLUX", "SD3.5"])
 def test_other_schedules_stream_as_they_should(title: str, schedule: str) -> None:

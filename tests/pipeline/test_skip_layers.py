@@ -56,6 +56,7 @@ def painted(place: Place, blocks: list[int], call: dict[str, Any], **options: An
     return latents(pipe, blocks, **call), pipe.patchpipe.last
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("title", BLOCKS)
 def test_blocks_that_a_call_leaves_out_hand_their_streams_through(title: str) -> None:
     """Bit-equal to diffusers where every step is synchronous; where patches stream, as one process and the oracle."""
@@ -81,6 +82,7 @@ METHODS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_other_methods_leave_out_the_same_blocks(method: dict[str, Any]) -> None:
     """Synchronous as diffusers, and streaming as one process does; distrifusion has other stale rows than patches."""
@@ -100,6 +102,7 @@ PICTURES = {"num_images_per_prompt": 3}  # calls of six entries and of three
 TWO_PICTURES = {"num_images_per_prompt": 2}
 
 
+@pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize(
     ("method", "call"),
     [
@@ -134,6 +137,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
 }
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("title", SCHEDULES)
 def test_other_schedules_stream_as_they_should(title: str) -> None:
     options, blocks = SCHEDULES[title]
@@ -154,6 +158,7 @@ def test_other_schedules_stream_as_they_should(title: str) -> None:
         assert relative(found, latents(plain, blocks)) < TOLERANCE
 
 
+@pytest.mark.some(of=2, first=1)
 def test_weights_that_come_and_go_and_compiled_blocks() -> None:
     """The blocks are called all the same, so their weights come in turn; compiled ones are not run."""
     stays = run_threads(2, partial(painted, **STREAM), [1, 3], {})[0][0]

@@ -102,7 +102,7 @@ def paint_alone(pipe: Any, calls: list[dict[str, Any]]) -> list[tuple[Any, tuple
     return found
 
 
-@pytest.mark.some(of=3, first=1)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_law_2_together_is_what_each_is_alone(ranks: int) -> None:
     wrong = run_ranks(ranks, compare, dict.fromkeys(tiny.MODELS, LAYOUTS[ranks]))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.serve.test_serve import Running
+from tests.serve.test_serve import Running, clips, running  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -36,7 +36,7 @@ def usual(node: Any) -> dict[str, Any]:
 
 def test_pictures_and_clips_come_from_the_service(
     nodes: ModuleType,
-    running: Running,
+    running: Running,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -74,7 +74,7 @@ def test_kernels_paint_the_same_whatever_the_stages() -> None:
     assert two["graphs"] == alone["graphs"] == {"BasicTransformerBlock": 1}
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("count", [1, 2])
 def test_law_6_compiled_layouts_are_tested(count: int) -> None:
     assert {len(methods) for methods in COMPILED} == {1, 2}

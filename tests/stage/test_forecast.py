@@ -161,6 +161,7 @@ def test_law_2_a_forecast_does_not_depend_on_the_number_of_stages(name: str) -> 
         assert torch.equal(paint(name, pipefusion=stages), alone), stages
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -176,6 +177,7 @@ def test_a_forecast_is_the_same_in_every_layout(layout: dict[str, Any]) -> None:
         assert torch.equal(paint(name, blocks=5, **layout), paint(name, blocks=5, **same)), name
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("method", ["ring", "ulysses", "tensor"])
 def test_ranks_that_share_patches_forecast_up_to_the_order_of_sums(method: str) -> None:
     expected = paint("flux")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -16,7 +16,11 @@ from patchpipe.cli import options
 from patchpipe.cli.commands.demo import PROMPTS
 from patchpipe.config import WarmupKind
 from patchpipe.demo import MODEL_DIR, call_defaults
+from patchpipe.errors import UnsupportedModel
 from patchpipe.files import check_new, free_name, write_text
+
+if TYPE_CHECKING:
+    from patchpipe.planner import Workload
 
 EPILOG = """
 [bold]Examples[/]
@@ -49,6 +53,17 @@ Out = Annotated[
         "-o", "--output", help="Page to write; the figures go beside it as .json. [dim]Default: quality.html[/]"
     ),
 ]
+On = Annotated[
+    str,
+    options.option(
+        _PANEL,
+        "Cards whose seconds are predicted for the drawing of likeness against time, each a pipeline stage.",
+        "--on",
+        metavar="NxCARD",
+        default=True,
+    ),
+]
+Link = Annotated[str | None, options.option(_PANEL, "Their link, such as pcie4. [dim]Default: the usual.[/]", "--link")]
 Device = Annotated[str | None, options.option("Model and devices", "cpu or cuda. [dim]Default: a GPU if any.[/]")]
 
 
@@ -65,15 +80,18 @@ def quality(
     seed: options.Seed = 0,
     dtype: options.Dtype = None,
     device: Device = None,
+    on: On = "8xl40",
+    link: Link = None,
     out: Out = None,
     force: options.Force = False,
     _debug: options.Debug = False,
 ) -> None:
     """Compare pictures painted in patches with one device's: decibels, structure, and a page to look at."""
+    from patchpipe.cli.quality.front import Cards, drawing
     from patchpipe.cli.quality.measure import measure, settings
 
     wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast))
-    asked = _read_prompts(prompts)
+    asked, cards = _read_prompts(prompts), Cards.read(on, link)
     target = (out or (DEFAULT_OUT if force else free_name(DEFAULT_OUT))).expanduser()
     if target.suffix != ".html":
         raise ValueError(f"--output {target} must end in .html: the figures go beside it as .json")
@@ -84,6 +102,7 @@ def quality(
     strength = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
     given = {"num_inference_steps": steps, strength: guidance, "height": height, "width": width}
     call |= {name: value for name, value in given.items() if value is not None}
+    workload = _workload(model, call, height, width, steps, guidance)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("painting", total=len(asked) * (1 + len(wanted)))
 
@@ -91,12 +110,18 @@ def quality(
             progress.update(task, advance=1, description=text[:60])
 
         plain, found = measure(pipe, asked, call, wanted, seed, tell)
+    against_time = ""
+    if workload is not None:
+        for one in found:
+            one.seconds = cards.seconds(workload, one.setting)
+        against_time = drawing(found, cards.seconds(workload, None), cards.name)
     _show(console, found)
+    console.print(f"predicted on {cards.name}" if workload else "no seconds: the planner knows no clips", style="dim")
     name = str(model or "the bundled model")
     about = f"{len(asked)} prompt{'' if len(asked) == 1 else 's'}, {_told(call)}."
     from patchpipe.cli.quality.page import page
 
-    write_text(page(name, about, asked, plain, found), target)
+    write_text(page(name, about, asked, plain, found, against_time), target)
     told = {"model": name, "prompts": asked, "seed": seed, "call": call, "found": [one.as_dict() for one in found]}
     write_text(json.dumps(told, indent=1, default=str) + "\n", figures)
     console.print(f"[green]→[/] {target}\n[green]→[/] {figures}", soft_wrap=True)
@@ -115,6 +140,21 @@ def _load(model: str | None, dtype: str | None, device: str | None) -> tuple[Any
     pipe = source.pipeline_class.from_pretrained(source.path, dtype=told).to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe, call_defaults(source.path)
+
+
+def _workload(
+    model: str | None, call: dict[str, Any], height: int | None, width: int | None, steps: int | None, guidance: Any
+) -> Workload | None:
+    """The request, as the planner knows it; ``None`` where it knows none such."""
+    from patchpipe.planner.work.named import Asked, workload_for
+
+    strength = guidance if guidance is not None else call.get("true_cfg_scale", call.get("guidance_scale"))
+    guided = None if strength is None else strength > 1
+    steps = steps or call.get("num_inference_steps")
+    try:
+        return workload_for(model or MODEL_DIR, Asked(height=height, width=width, steps=steps, guidance=guided))
+    except UnsupportedModel:
+        return None
 
 
 def _counts(option: str, text: str, least: int) -> list[int]:

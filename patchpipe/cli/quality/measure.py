@@ -14,7 +14,7 @@ from patchpipe.config import WATCHED, ParallelConfig, WarmupKind
 if TYPE_CHECKING:
     from PIL import Image
 
-HEADER = ("patches", "warm-up", "stale rows", "dB, mean", "dB, worst", "SSIM, mean", "SSIM, worst")
+HEADER = ("patches", "warm-up", "stale rows", "dB, mean", "dB, worst", "SSIM, mean", "SSIM, worst", "predicted")
 WINDOW = 8  # pixels, each way, in which structure is compared
 TELL = Callable[[str], None]
 
@@ -55,12 +55,14 @@ class Found:
         decibels: Peak signal-to-noise ratio of each picture against one device's.
         structure: Structural similarity of each, 1 where they are the same.
         pictures: The pictures.
+        seconds: What the planner predicts for it on many cards; ``None`` where nothing was asked.
     """
 
     setting: Setting
     decibels: list[float] = field(default_factory=list)
     structure: list[float] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
+    seconds: float | None = None
 
     @property
     def mean(self) -> float:
@@ -84,13 +86,15 @@ class Found:
             told(min(self.decibels)),
             f"{sum(similar) / len(similar):.4f}",
             f"{min(similar):.4f}",
+            "" if self.seconds is None else f"{self.seconds:.3g} s",
         ]
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data; an identical picture has no decibels."""
         decibels = [None if math.isinf(one) else round(one, 3) for one in self.decibels]
         setting = {name: getattr(self.setting, name) for name in ("patches", "warmup", "forecast")}
-        return {**setting, "psnr": decibels, "ssim": [round(one, 5) for one in self.structure]}
+        similar = [round(one, 5) for one in self.structure]
+        return {**setting, "psnr": decibels, "ssim": similar, "seconds": self.seconds}
 
 
 def told(decibels: float) -> str:

@@ -25,7 +25,14 @@ img { width: 13rem; image-rendering: auto; border: 1px solid #ddd } h2 { margin-
 """
 
 
-def page(title: str, about: str, prompts: Sequence[str], plain: Sequence[Image.Image], found: Sequence[Found]) -> str:
+def page(
+    title: str,
+    about: str,
+    prompts: Sequence[str],
+    plain: Sequence[Image.Image],
+    found: Sequence[Found],
+    against_time: str = "",
+) -> str:
     """The page, whole in one text.
 
     Args:
@@ -34,6 +41,7 @@ def page(title: str, about: str, prompts: Sequence[str], plain: Sequence[Image.I
         prompts: What was painted.
         plain: One device's pictures.
         found: What came of every setting.
+        against_time: A drawing of likeness against time; see ``front``.
     """
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
@@ -41,6 +49,7 @@ def page(title: str, about: str, prompts: Sequence[str], plain: Sequence[Image.I
         f"<h1>{html.escape(title)}</h1><p>{html.escape(about)} Every picture is compared with plain diffusers on one "
         f"device, with the same seed. The number of devices changes none of them.</p>",
         _drawing(found),
+        against_time,
         _table(found),
         *(_pictures(one, prompts, plain) for one in found),
         "</html>",
