@@ -50,15 +50,15 @@ from patchpipe.tracing.timeline import Timeline, read
 from tests.support.ranks import Place, run_ranks
 
 CARD, LINK = "l40", "pcie4"
-HYBRID, BRANCHES, STREAMED = "pipefusion ring", "cfg2 pipefusion", "streamed pipefusion"
+HYBRID, BRANCHES, STREAMED, TWICE = "pipefusion ring", "cfg2 pipefusion", "streamed pipefusion", "warm-up 2 pipefusion"
 # Really run; others are the same in every step and run one.
-STEPS = {"pipefusion": 6, HYBRID: 6, BRANCHES: 6, STREAMED: 8, "distrifusion": 8}
+STEPS = {"pipefusion": 6, HYBRID: 6, BRANCHES: 6, STREAMED: 8, TWICE: 7, "distrifusion": 8}
 # Steps after which all are alike: DistriFusion's sends pile up first, and drafts are of the first steps.
-ALIKE = {"pipefusion": 2, HYBRID: 2, BRANCHES: 2, STREAMED: 5, "distrifusion": 5}
+ALIKE = {"pipefusion": 2, HYBRID: 2, BRANCHES: 2, STREAMED: 5, TWICE: 3, "distrifusion": 5}
 # Seconds that a step is dilated to, so that the host's own part stays small: the more of them, the more often ranks
 # wait for each other, since all of them then want the two cores at once.
 PERIOD = {
-    "pipefusion": 1.0, HYBRID: 4.0, BRANCHES: 1.5, STREAMED: 1.0, "distrifusion": 1.5, "ring": 6.0,
+    "pipefusion": 1.0, HYBRID: 4.0, BRANCHES: 1.5, STREAMED: 1.0, TWICE: 1.0, "distrifusion": 1.5, "ring": 6.0,
     "ulysses2 ring": 12.0,
 }  # fmt: skip
 OTHER_PERIOD = 5.0
@@ -146,17 +146,18 @@ def runs_of(model: str, pixels: int, ranks: int) -> list[Run]:
     found += [new(f"distrifusion{ranks}", options={"distrifusion": ranks})]
     found += [new(f"tensor{ranks}", options={"tensor": ranks})] if ranks <= 8 else []
     found += [new(f"streamed pipefusion{ranks}", options=best_cut(new, {**deep, "warmup": "streamed"}))]
-    found += _guided(new, ranks) if new("", options=deep).batch % 2 == 0 and ranks == 8 else []
+    found += _guided(new, ranks, best) if new("", options=deep).batch % 2 == 0 and ranks == 8 else []
     return [run.planned() for run in found]
 
 
-def _guided(new: Callable[..., Run], ranks: int) -> list[Run]:
-    """A branch of guidance for each half of the cards."""
+def _guided(new: Callable[..., Run], ranks: int, best: dict[str, Any]) -> list[Run]:
+    """A branch of guidance for each half of the cards, and the two synchronous steps that a forecast takes."""
     half = ranks // 2
     return [
         new(f"cfg2 pipefusion{half}", options=best_cut(new, {"cfg": 2, "pipefusion": half})),
         new(f"cfg2 ring{half}", options={"cfg": 2, "ring": half}),
         new(f"cfg2 ulysses{half}", options={"cfg": 2, "ulysses": half}),
+        new(f"warm-up 2 pipefusion{ranks}", options={**best, "warmup": 2}),
     ]
 
 

@@ -211,7 +211,7 @@ class EmulatedBlock:
         return found if len(found) > 1 else found[0]
 
     def _rows(self, image: Tensor, text: Tensor | None, segments: tuple[str, ...]) -> Tensor:
-        streams = [{"image": image, "text": text}[name] for name in segments]
+        streams = [{"image": image, "text": text, "reference": None}[name] for name in segments]
         return torch.cat([rows for rows in streams if rows is not None], dim=1)
 
     def _attention(self, layer: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -75,6 +76,7 @@ class Mesh:
         return tuple(rank for rank in range(self.world_size) if self.at("pipe", rank) == index)
 
 
+@lru_cache(maxsize=1024)  # asked for by every layer of every patch
 def shares(total: int, parts: int) -> tuple[tuple[int, int], ...]:
     """Ranges that split ``total`` into ``parts`` that differ by one at most; a part may be empty."""
     size, extra = divmod(total, parts)

@@ -218,7 +218,8 @@ class Attended:
                 return self.compute(*args, **kwargs)
         ahead = self._ahead(attending)
         sending = self.early.sending(ahead) if self.early and ahead else nullcontext()
-        with sending, _StoreMode(replace(attending, ahead=ahead)) as mode:
+        attending = attending if ahead is None else replace(attending, ahead=ahead)
+        with sending, _StoreMode(attending) as mode:
             result = self.compute(*args, **kwargs)
         self.check(mode.calls, attending.calls)
         return result

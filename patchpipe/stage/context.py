@@ -50,6 +50,7 @@ class CallContext:
             ``"whole"``, or, where a block of another stage was handed through, ``"nothing"`` that counts.
         left_out: What the call leaves out; see ``Stage.left_out``.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
+        alike: What self-attention layers of the same kind need, but for their stores.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
     """
@@ -79,6 +80,7 @@ class CallContext:
     streams_are: Literal["rows", "whole", "nothing"] = "whole"
     left_out: frozenset[int | str] = frozenset()
     passed: Streams = field(default_factory=dict)
+    alike: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 
     @property

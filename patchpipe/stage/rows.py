@@ -6,8 +6,9 @@ has another order where a clip is cut by rows: frames come first. ``narrow`` and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,17 +51,17 @@ class Rows:
         start = sum(self.sizes[: self.segments.index(IMAGE)])
         return start, start + self.sizes[self.segments.index(IMAGE)]
 
-    def ranges(self, piece: Patch) -> list[Range]:
+    def ranges(self, piece: Patch) -> tuple[Range, ...]:
         """A piece's rows of each segment, as ranges of the whole; empty ones where it has none."""
-        found, start = [], 0
-        for low, high in self._within(piece):
-            found.append((start + low, start + high))
-            start += self.sizes[len(found) - 1]
-        return found
+        return _ranges(self, piece)
 
-    def lengths(self, piece: Patch) -> list[int]:
+    def spans(self, piece: Patch) -> list[Range]:
+        """The same in order, without empty ones, those that touch made one."""
+        return [*_spans(self, piece)]
+
+    def lengths(self, piece: Patch) -> tuple[int, ...]:
         """How many rows of each segment a piece has."""
-        return [high - low for low, high in self._within(piece)]
+        return tuple(high - low for low, high in _ranges(self, piece))
 
     def count(self, piece: Patch) -> int:
         """Rows of a piece."""
@@ -101,10 +102,22 @@ class Rows:
         by_segment = [[next(parts) for _ in pieces] for _ in self.segments]
         return [torch.cat(own, dim) for own in zip(*by_segment, strict=True)]
 
-    def _within(self, piece: Patch) -> Iterator[Range]:
-        for name, size in zip(self.segments, self.sizes, strict=True):
-            own = piece.reference_range if name == REFERENCE else piece.rider_range(size)
-            yield piece.tokens if name == IMAGE else own
+
+# Asked for several times by every layer of every patch.
+@lru_cache(maxsize=1024)
+def _ranges(rows: Rows, piece: Patch) -> tuple[Range, ...]:
+    found, start = [], 0
+    for name, size in zip(rows.segments, rows.sizes, strict=True):
+        own = piece.reference_range if name == REFERENCE else piece.rider_range(size)
+        low, high = piece.tokens if name == IMAGE else own
+        found.append((start + low, start + high))
+        start += size
+    return tuple(found)
+
+
+@lru_cache(maxsize=1024)
+def _spans(rows: Rows, piece: Patch) -> tuple[Range, ...]:
+    return tuple(joined(_ranges(rows, piece)))
 
 
 def joined(ranges: Sequence[Range]) -> list[Range]:
@@ -184,7 +197,7 @@ class Cutter:
     def _narrow(self, value: Tensor, held: Holds) -> Tensor:
         dim, whole = held.dim, self._whole(value, held)
         if self.raster.outer == 1 or IMAGE not in held.segments:
-            spans = joined(whole.ranges(self.piece)) or [(0, 0)]
+            spans = whole.spans(self.piece) or [(0, 0)]
             parts = [value.narrow(dim, low, high - low) for low, high in spans]
         else:
             parts = [self._segment(value, dim, name, span) for name, span in zip(

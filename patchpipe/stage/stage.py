@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.layout.split import StageBlocks
-from patchpipe.models.blocks import BlockPlace, part_of
+from patchpipe.models.blocks import BlockList, BlockPlace, part_of
 from patchpipe.models.latent import IMAGE, Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.models.skips import changed, layers_of, left_out, note_skips
@@ -335,27 +335,34 @@ class Stage:
         context, listing = self.passage.at_work, place.listing
         if not context.keeps:
             return None
-        seen = context.shapes
-        rows = Rows.of(segments, seen.sizes, seen.raster)
-        attending = Attending(
-            context.patch, None, context.sharing, rows, context.masked and len(segments) > 1, context.entries,
-            self.kernels, context.pace,
-            rows.empty(context.patch, listing.segments_never_empty), listing.masks_queries,
-            queries=Rows.of(listing.asking.get(path, segments), seen.sizes, seen.raster),
-        )  # fmt: skip
+        key = id(listing), segments, listing.asking.get(path, segments), context.masked
+        if key not in context.alike:  # all layers of a list are alike but for their stores
+            context.alike[key] = self._needs(context, listing, *key[1:3])
+        attending = context.alike[key]
         name, stores = place.layer(path), context.stores
         if listing.drops_masked:
             assert context.kept_keys is not None
             return attending.one_by_one(name, stores, context.kept_keys, listing.rows[listing.mask or ""].segments)  # type: ignore[union-attr]
         return self._adapted(self._stored(attending, name, segments), place.block.get_submodule(path), name)
 
+    def _needs(
+        self, context: CallContext, listing: BlockList, segments: tuple[str, ...], asking: tuple[str, ...]
+    ) -> Attending:
+        rows, queries = (Rows.of(names, context.shapes.sizes, context.shapes.raster) for names in (segments, asking))
+        return Attending(
+            context.patch, None, context.sharing, rows, context.masked and len(segments) > 1, context.entries,
+            self.kernels, context.pace, rows.empty(context.patch, listing.segments_never_empty), listing.masks_queries,
+            queries=queries,
+        )  # fmt: skip
+
     def _stored(self, attending: Attending, name: str, segments: tuple[str, ...]) -> Attending:
         """With the layer's store, if keys and values are kept."""
         context = self.passage.at_work
         if context.stores is None:
             return attending
-        whole = Rows.of(segments, context.shapes.sizes, context.shapes.raster)
-        return replace(attending, store=context.stores.setdefault(name, LayerStore(whole)))
+        if name not in context.stores:
+            context.stores[name] = LayerStore(Rows.of(segments, context.shapes.sizes, context.shapes.raster))
+        return replace(attending, store=context.stores[name])
 
     def _adapted(self, attending: Attending, layer: Any, name: str) -> Attending:
         """With what the attention of an IP-Adapter needs, if the layer has one."""

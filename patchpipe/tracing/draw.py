@@ -218,9 +218,9 @@ def _legend(figure: Any, timeline: Timeline) -> None:
         fontsize=12, x=0.01, ha="left",
     )  # fmt: skip
     patches = sorted({where.patch or 0 for _, _, where in timeline.computes() if not where.warmup})
-    handles = [Patch(color=WARMUP, label="warm-up, whole latent")]
+    handles = [Patch(color=WARMUP, label="warm-up")]
     if about.get("requests", 1) > 1:
-        handles[0].set_label("warm-up, whole latent; labels tell request·patch")
+        handles[0].set_label("warm-up; labels tell request·patch")
     for place, colour in enumerate(COLOURS):
         same = [str(patch + 1) for patch in patches if patch % len(COLOURS) == place]
         handles += [Patch(color=colour, label=f"patch {', '.join(same)}")] if same else []

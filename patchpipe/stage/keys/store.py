@@ -79,7 +79,7 @@ class LayerStore:
         self._kept = self._kept or tuple(self._allocate(rows) for rows in fresh)
         self._check(patch, fresh)
         self._follow(pace)
-        ranges, begins = joined(self.rows.ranges(patch)), patch.index == 0
+        ranges, begins = self.rows.spans(patch), patch.index == 0
         self._renew(ranges, fresh, pace, begins=begins, known=self._whole)
         if not self._whole:
             self._written = joined([*self._written, *self.rows.ranges(patch)])
@@ -95,7 +95,7 @@ class LayerStore:
         """
         if not self._kept:
             return []
-        ranges = _without(self._there, joined(self.rows.ranges(patch)))
+        ranges = _without(self._there, self.rows.spans(patch))
         return [tuple(kept[:, :, low:high] for kept in self._seen_of(low, high, with_column)) for low, high in ranges]
 
     def _seen_of(self, low: int, high: int, with_column: bool) -> tuple[Tensor, ...]:
@@ -128,7 +128,7 @@ class LayerStore:
         shapes = self._shapes(patch)
         pieces = rows.split([shape.numel() for shape in shapes])
         fresh = [piece.view(shape) for shape, piece in zip(shapes, pieces, strict=True)]
-        self._renew(joined(self.rows.ranges(patch)), fresh, pace, begins=patch.index == 0, known=True)
+        self._renew(self.rows.spans(patch), fresh, pace, begins=patch.index == 0, known=True)
 
     @property
     def bytes(self) -> int:
@@ -194,7 +194,7 @@ class LayerStore:
 
     def _taken(self, kept: Tensor, patch: Patch) -> Tensor:
         """The rows that a patch's fresh ones would replace, in the same order."""
-        return _rows_in(kept, joined(self.rows.ranges(patch)))
+        return _rows_in(kept, self.rows.spans(patch))
 
     def _existing(self, kept: Tensor) -> Tensor:
         return kept if self._whole else _rows_in(kept, self._written)
