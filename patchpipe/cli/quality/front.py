@@ -78,16 +78,16 @@ def drawing(found: Sequence[Found], one_device: float | None, cards: str) -> str
     low, high = (round(pick(one.mean for one in timed)) + step for pick, step in ((min, -2), (max, 2)))
 
     def at(one: Found) -> tuple[float, float]:
-        across = LEFT + (WIDTH - LEFT - 20) * ((one.seconds or 0.0) - left) / (right - left)
+        across = LEFT + (WIDTH - LEFT - 40) * ((one.seconds or 0.0) - left) / (right - left)
         return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - one.mean) / (high - low)
 
     parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' width='{WIDTH}' font-size='12' fill='#444'>"]
     for decibels in range(low, high + 1, max(1, (high - low) // 6)):
         y = TOP + (HEIGHT - TOP - BOTTOM) * (high - decibels) / (high - low)
-        parts.append(f"<line x1='{LEFT}' x2='{WIDTH - 20}' y1='{y:.1f}' y2='{y:.1f}' stroke='#eee'/>")
+        parts.append(f"<line x1='{LEFT}' x2='{WIDTH - 40}' y1='{y:.1f}' y2='{y:.1f}' stroke='#eee'/>")
         parts.append(f"<text x='{LEFT - 8}' y='{y + 4:.1f}' text-anchor='end'>{decibels}</text>")
     for tick in range(5):
-        seconds, x = left + (right - left) * tick / 4, LEFT + (WIDTH - LEFT - 20) * tick / 4
+        seconds, x = left + (right - left) * tick / 4, LEFT + (WIDTH - LEFT - 40) * tick / 4
         parts.append(f"<text x='{x:.1f}' y='{HEIGHT - 24}' text-anchor='middle'>{seconds:.3g} s</text>")
     plain = "" if one_device is None else f"; one takes {one_device:.3g} s"
     parts.append(
