@@ -20,7 +20,7 @@ PINS := constraints.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test quantised oldest lint types check bench gpu-check clean
+.PHONY: help setup demo test fused quantised oldest lint types check bench gpu-check clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 18
@@ -38,6 +38,10 @@ demo: setup ## paint a sheet of pictures in one process and in several, with sec
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 60 $(ARGS)
+
+fused: setup ## run the tests of Triton's kernels in its interpreter, with Triton put beside the virtual environment
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/triton --constraint constraints.txt triton
+	TRITON_INTERPRET=1 PYTHONPATH=$(VENV)/triton $(BIN)/python -m pytest -n 0 tests/stage/test_trends.py $(ARGS)
 
 quantised: setup ## run the tests of quantised weights, whose libraries are put beside the virtual environment
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/quantised --constraint constraints.txt \

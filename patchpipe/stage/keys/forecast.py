@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from patchpipe.kernels.trends import PLAIN, Passes, Rows, Sums, passes_for
 from patchpipe.stage.rows import Range
 
 SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
-LEVELS = 127  # of eight bits with a sign
 WORTH = 0.25  # the part of the forecast change that must have come true in the first patch's rows
 FURTHEST = 4.0  # times the last change
 
@@ -85,6 +85,7 @@ class Trend:
         self._scale = kept.new_zeros((*kept.shape[:-1], 1))
         self._ahead = kept.new_zeros((*kept.shape[:SEQUENCE], 1, 1))  # of every head: shown rows are so far on
         self._error = kept.new_zeros(kept.shape[0], dtype=torch.float64)  # of the forecast of the first rows
+        self._passes = _passes_of(kept)
 
     @property
     def bytes(self) -> int:
@@ -97,6 +98,7 @@ class Trend:
         self._change, self._scale, self._ahead, self._error = (
             own.to(kept.device) for own in (self._change, self._scale, self._ahead, self._error)
         )
+        self._passes = _passes_of(kept)
 
     def renew(self, ranges: Sequence[Range], fresh: Tensor, pace: Pace, *, begins: bool, known: bool) -> None:
         """Puts fresh rows in place, and their change since the last call.
@@ -112,17 +114,16 @@ class Trend:
         pieces = fresh.split(sizes, SEQUENCE)
         if begins:  # all have been recomputed since rows were shown ahead
             self.settle()
-        if known:
-            before = [self._unpack(low, high - low) for low, high in ranges]
-            changes = [self._changed(*each, pace) for each in zip(ranges, pieces, before, strict=True)]
-            if begins and pace.watched:
-                self._error.copy_(_missed(changes, before, pace))
-            if begins and sum(sizes) < self.kept.shape[SEQUENCE]:
-                self._show(ranges, self._worth(changes, before, pace))
-            for span, change in zip(ranges, changes, strict=True):
-                self._pack(span, change)
-        for (low, high), piece in zip(ranges, pieces, strict=True):
-            self.kept.narrow(SEQUENCE, low, high - low).copy_(piece)
+        if not known:
+            for (low, _), piece in zip(ranges, pieces, strict=True):
+                self.kept.narrow(SEQUENCE, low, piece.shape[SEQUENCE]).copy_(piece)
+            return
+        told = [
+            self._passes.renew(self._rows(*span), piece, self._ahead, pace.again, begins)
+            for span, piece in zip(ranges, pieces, strict=True)
+        ]
+        if begins:
+            self._go_on(ranges, _all([sums for sums in told if sums is not None]), pace)
 
     @property
     def error(self) -> float:
@@ -142,54 +143,43 @@ class Trend:
         part = object.__new__(Trend)
         part.kept, part._change = self.kept[start:stop], self._change[start:stop]
         part._scale, part._ahead, part._error = (each[start:stop] for each in (self._scale, self._ahead, self._error))
+        part._passes = self._passes
         return part
 
-    def _changed(self, span: Range, fresh: Tensor, before: Tensor, pace: Pace) -> Tensor:
-        """The rows' change to a new value; ``before`` is their last one."""
-        shown = self.kept.narrow(SEQUENCE, span[0], span[1] - span[0])
-        return torch.addcmul(fresh, before, self._ahead + pace.again.to(fresh.dtype)).sub_(shown)
-
-    def _worth(self, changes: Sequence[Tensor], before: Sequence[Tensor], pace: Pace) -> Tensor:
-        """How far on each head's stale rows are to be shown.
-
-        Sums are made in float64, so that their order does not decide.
-        """
-        size = _dot(before, before)
-        met = _dot(changes, before) - size * pace.again  # of which the change is a part
-        return torch.where(met > WORTH * pace.ahead * size, pace.ahead, 0.0).to(self._ahead.dtype)
-
-    def _show(self, taken: Sequence[Range], ahead: Tensor) -> None:
-        """Moves the rows outside some ranges on."""
-        self._ahead.copy_(ahead)
+    def _go_on(self, taken: Sequence[Range], sums: Sums, pace: Pace) -> None:
+        """Moves the rows outside some ranges on, as far as the rows inside tell that it is worth it."""
+        if pace.watched:
+            self._error.copy_(_missed(sums, pace))
         start, end = 0, self.kept.shape[SEQUENCE]
+        if sum(high - low for low, high in taken) == end:
+            return
+        met = sums.met - sums.size * pace.again  # of which the change is a part
+        self._ahead.copy_(torch.where(met > WORTH * pace.ahead * sums.size, pace.ahead, 0.0))
         for low, high in [*taken, (end, end)]:
             if low > start:
-                self.kept.narrow(SEQUENCE, start, low - start).addcmul_(self._unpack(start, low - start), self._ahead)
+                self._passes.show(self._rows(start, low), self._ahead)
             start = high
 
-    def _pack(self, span: Range, change: Tensor) -> None:
-        low, count = span[0], span[1] - span[0]
-        scale = torch.linalg.vector_norm(change, torch.inf, -1, keepdim=True).div_(LEVELS)
-        self._scale.narrow(SEQUENCE, low, count).copy_(scale)
-        steps = change.div_(scale.masked_fill_(scale == 0, 1.0)).round_()
-        self._change.narrow(SEQUENCE, low, count).copy_(steps)
-
-    def _unpack(self, low: int, count: int) -> Tensor:
-        return self._change.narrow(SEQUENCE, low, count) * self._scale.narrow(SEQUENCE, low, count)
+    def _rows(self, low: int, high: int) -> Rows:
+        return Rows(*(each.narrow(SEQUENCE, low, high - low) for each in (self.kept, self._change, self._scale)))
 
 
-def _dot(rows: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """Of each head ``[batch, heads, 1, 1]``."""
-    parts = [
-        (one * other).sum((2, 3), keepdim=True, dtype=torch.float64) for one, other in zip(rows, others, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+def _passes_of(kept: Tensor) -> Passes:
+    return passes_for(kept.device, kept.dtype) if kept.stride(-1) == 1 else PLAIN
 
 
-def _missed(changes: Sequence[Tensor], before: Sequence[Tensor], pace: Pace) -> Tensor:
+def _all(parts: Sequence[Sums]) -> Sums:
+    """Of several ranges together."""
+    if len(parts) == 1:
+        return parts[0]
+    size, met, came = (torch.stack([getattr(one, name) for one in parts]).sum(0) for name in ("size", "met", "came"))
+    return Sums(size, met, came)
+
+
+def _missed(sums: Sums, pace: Pace) -> Tensor:
     """The squared error of a forecast beside the squared change, of each entry; 0 where there is no forecast."""
-    size, met = _dot(before, before).sum((1, 2, 3)), _dot(changes, before).sum((1, 2, 3))
-    came = _dot(changes, changes).sum((1, 2, 3)) - pace.again * (2 * met - pace.again * size)
+    size, met, came = (each.sum((1, 2, 3)) for each in (sums.size, sums.met, sums.came))
+    came = came - pace.again * (2 * met - pace.again * size)
     met = met - pace.again * size
     error = came - pace.ahead * (2 * met - pace.ahead * size)
     return torch.where((pace.ahead > 0) & (came > 0), error / came.clamp_min(torch.finfo(came.dtype).tiny), 0.0)
