@@ -73,7 +73,7 @@ ChangedTokens = Annotated[
     float | None,
     _option(
         _DETAIL,
-        "With --ulysses: the share of tokens to exchange, those that have changed most; best with --forecast. "
+        "With --ulysses: the share of tokens to exchange, those that have changed most. "
         "[dim]Default: all, and the picture of one device.[/]",
         "--changed-tokens",
         metavar="SHARE",
@@ -113,10 +113,10 @@ ShareBlocks = Annotated[
     ),
 ]
 Forecast = Annotated[
-    bool,
+    bool | None,
     _option(
         _DETAIL,
-        "Correct stale keys and values by their last change: much closer to one device's picture. [dim]Default: no.[/]",
+        "Correct stale keys and values by their last change, for a closer picture. [dim]Default: yes.[/]",
         "--forecast/--no-forecast",
     ),
 ]
@@ -135,7 +135,7 @@ Warmup = Annotated[
         _LAYOUT,
         'Synchronous steps before patches stream; "all" for a bit-exact run, "streamed" to stream the first step three '
         'times so that no stage waits, "auto" '
-        "to go by the forecast's error. [dim]Default: 1; 2 with a forecast and guidance.[/]",
+        "to go by the forecast's error. [dim]Default: 1; 2 with guidance and a forecast.[/]",
         metavar="W|all|streamed|auto",
     ),
 ]

@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchpipe.config.describing import describe
 from patchpipe.config.holdings import holdings
 from patchpipe.config.warmup import (
     ALL_STEPS,
@@ -17,8 +18,7 @@ from patchpipe.config.warmup import (
     check_warmup,
     passes,
     synchronous_steps,
-    told,
-)  # fmt: skip
+)
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.checks import check_at_least, check_patch_rows, check_rank, check_stage_blocks, plain_numbers
 from patchpipe.layout.combinations import check_combination, check_compiled, check_offloaded, check_watched
@@ -56,11 +56,11 @@ class ParallelConfig:
             ``"streamed"`` uses no synchronous step, so no stage waits: the patches of the first step stream three
             times, each time beside the keys and values of the time before; with guidance, those of the next three
             steps stream twice. ``"auto"`` goes by the forecast's own error: a synchronous step follows one in which
-            keys and values did not go on as before. ``None`` is 1, and 2 with ``forecast`` and guidance, which
+            keys and values did not go on as before. ``None`` is 1, and 2 with a forecast and guidance, which
             amplifies the error of the first stale step.
         forecast: Whether stale rows are corrected: the last change of a row is continued, in proportion to that of
             the noise level. The picture is much closer to one device's. Needs half as much memory again for keys and
-            values in 16 bits.
+            values in 16 bits. ``None`` does so for every class that a test has run it with.
         patch_rows: Token rows of each patch, for uneven cuts. ``None`` cuts patches so that all cost the same.
         text_patches: Over how many of the first patches the text is spread. ``None`` takes one. If the text is long
             beside the picture and the model's plan allows it, ``None`` takes as many as it needs until no patch takes
@@ -113,7 +113,7 @@ class ParallelConfig:
     split_batch: bool | None = None
     share_blocks: bool | None = None
     warmup: WarmupKind | None = None
-    forecast: bool = False
+    forecast: bool | None = None
     patch_rows: tuple[int, ...] | None = None
     text_patches: int | None = None
     stage_blocks: tuple[float, ...] | None = None
@@ -150,14 +150,14 @@ class ParallelConfig:
                 "distrifusion gives every rank one part of the latent and the whole model: it cannot be combined "
                 "with pipefusion, patches or patch_rows"
             )
-        for name in ("split_batch", "share_blocks"):
+        for name in ("split_batch", "share_blocks", "forecast"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} must be True, False or None")
-            if value and self.distrifusion > 1:
+            if value and self.distrifusion > 1 and name != "forecast":
                 raise ValueError(f"{name}=True is for patches that stream; distrifusion has none: leave it out")
         check_levels(self.ulysses, self.ulysses_inner)
-        for name in ("compile", "forecast", "idle_branch", "values_first"):
+        for name in ("compile", "idle_branch", "values_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.values_first:
@@ -181,7 +181,7 @@ class ParallelConfig:
             check_at_least("patches", self.patches, 1)
         check_warmup(self.warmup)
         if self.warmup == WATCHED:
-            check_watched(self.methods, self.compile, self.forecast)
+            check_watched(self.methods, self.compile, self.forecast is not False)
         if self.warmup == STREAMED and self.distrifusion > 1:
             raise ValueError(f'warmup="{self.warmup}" is for patches that stream; distrifusion has none: use warmup=1')
         if self.text_patches is not None:
@@ -275,13 +275,25 @@ class ParallelConfig:
         """Whether every step is a warm-up step, so that no key or value is ever stale."""
         return self.warmup == ALL_STEPS
 
+    @property
+    def stale(self) -> bool:
+        """Whether keys and values of a step before are seen, if the picture has rows for more than one patch."""
+        patches = self.patches if self.patch_rows is None else len(self.patch_rows)
+        streams = self.pipefusion > 1 if patches is None else patches > 1
+        return not self.synchronous and (streams or self.distrifusion > 1 or self.changed_tokens is not None)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether there are stale rows, and they are corrected."""
+        return self.stale and self.forecast is not False
+
     def warmup_steps(self, *, guided: bool) -> int:
         """Synchronous steps before patches stream, if ever they do.
 
         Args:
             guided: Whether the request has two guidance branches.
         """
-        return synchronous_steps(self.warmup, guided=guided, forecast=self.forecast)
+        return synchronous_steps(self.warmup, guided=guided, forecast=self.forecasts)
 
     def passes(self, call: int, *, guided: bool) -> int:
         """How often the patches of a call that streams go through the stages.
@@ -324,26 +336,7 @@ class ParallelConfig:
 
     def describe(self) -> str:
         """One line for people: the layout used."""
-        patches = "auto" if self.patches is None else str(self.patches)
-        if self.patch_rows is not None:
-            patches = f"{len(self.patch_rows)} {self.patch_rows}"
-        steps = "every step synchronous" if self.synchronous else f"warm-up {told(self.warmup, forecast=self.forecast)}"
-        degrees = [f"{name} {size}" for name in DEGREES if (size := getattr(self, name)) > 1]
-        if self.distrifusion == 1 and (self.pipefusion > 1 or patches not in ("auto", "1")):
-            degrees.append(f"patches {patches}")
-        if self.ulysses_inner > 1:
-            degrees.append(f"ulysses inside {self.ulysses_inner}, then across")
-        degrees += ["values first"] if self.values_first else []
-        degrees += [] if self.changed_tokens is None else [f"changed tokens {self.changed_tokens:g}"]
-        degrees += [] if self.compress is None else [f"changes in {self.compress}"]
-        if self.split_batch is not None:
-            degrees.append("batch in halves" if self.split_batch else "batch whole")
-        if self.share_blocks is not None:
-            degrees.append("shared blocks" if self.share_blocks else "whole blocks")
-        degrees += ["stale keys forecast"] if self.forecast else []
-        degrees = degrees or ["one device"]
-        degrees += [] if self.offload is None else [self.offload.describe()]
-        return " · ".join([*degrees, steps, *(["compiled"] if self.compile else [])])
+        return describe(self)
 
     def __str__(self) -> str:
         """The mesh, and what each rank holds."""

@@ -39,7 +39,7 @@ def passes(warmup: WarmupKind | None, call: int, *, guided: bool) -> int:
     return several[call] if call < len(several) else 1
 
 
-def told(warmup: WarmupKind | None, *, forecast: bool) -> str:
+def told(warmup: WarmupKind | None, forecast: bool) -> str:
     """For people: the warm-up."""
     if warmup not in (None, WATCHED):
         return str(warmup)

@@ -67,12 +67,12 @@ def traffic(shape: Sequence[int], volume: Volume, inner: int = 1, changed: float
     return {method: size for method, size in sent.items() if degrees[method.split()[0]] > 1}
 
 
-def kept(shape: Sequence[int], volume: Volume) -> float:
+def kept(shape: Sequence[int], volume: Volume, *, forecasts: bool) -> float:
     """Bytes of keys and values a rank holds for one branch of one picture; the mean over ranks of uneven shares.
 
     The papers' table again: ``2·p·h·L`` over the stages and over the ranks that share heads. With every step a
-    warm-up step, or the latent in one patch, nothing is kept.
+    warm-up step, or the latent in one patch, nothing is kept. A forecast keeps their last change too, in eight bits.
     """
     _, _, stages, _, _, ulysses, tensor = shape
-    whole = 2 * (volume.attended + volume.shared) * volume.width * volume.itemsize
+    whole = 2 * (volume.attended + volume.shared) * volume.width * (volume.itemsize + forecasts)
     return whole / (stages * ulysses * tensor)

@@ -60,3 +60,8 @@ def check_tested(model: str, column: str, what: str, instead: str) -> None:
     """
     if untested(model, column):
         raise ValueError(f"{what} has not been tested with {model} and so is refused: {instead}")
+
+
+def forecast_of(model: str, asked: bool | None) -> bool:
+    """Whether stale rows of a class are forecast: as asked, and if nothing is, where a test has run it."""
+    return not untested(model, "forecast") if asked is None else asked

@@ -62,7 +62,7 @@ def changed_for(
     """
     config = group.config
     assert config.changed_tokens is not None
-    moment = Moment.of(kept.level_of(time), config.changed_tokens, synchronous=synchronous, forecast=config.forecast)
+    moment = Moment.of(kept.level_of(time), config.changed_tokens, synchronous=synchronous, forecast=config.forecasts)
     pieces = cut.split(cut.whole, group.mesh.parts)
     return ChangedUlysses(ulysses_line(group), cut.whole, pieces, kept.changed, moment)
 

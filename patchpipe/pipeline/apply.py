@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from patchpipe.layout.text import DISK
 from patchpipe.loading.choice import check_served
 from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
-from patchpipe.models.matrix import check_tested
+from patchpipe.models.matrix import check_tested, forecast_of
 from patchpipe.models.plan import ModelPlan
 from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.offload import Offload
@@ -71,22 +72,37 @@ def parallelize(pipe: Any, config: ParallelConfig | AutoLayout | None = None, *,
     group = meet(layout, group, device, about, problem, store)
     assert fitted is not None
     plan, split = fitted
-    parts, offload = parts_of(models.values(), plan, split, group), offload_for(pipe, layout, group, {})
-    Attachment(pipe, layout, group, split, parts, offload).attach()
+    attach(pipe, layout, group, split, parts_of(models.values(), plan, split, group), {})
     return pipe
 
 
-def offload_for(
-    pipe: Any, config: ParallelConfig, group: Group, stored: Mapping[int, Mapping[str, Stored]]
-) -> Offload | None:
-    """What moves the blocks' weights of a pipeline; ``None`` where all of them stay on the device.
+def attach(
+    pipe: Any,
+    config: ParallelConfig,
+    group: Group,
+    split: Sequence[StageBlocks],
+    parts: Sequence[TensorPart | None],
+    stored: Mapping[int, Mapping[str, Stored]],
+) -> None:
+    """Gives a pipeline that fits its layout its parallel side.
 
     Args:
         pipe: The pipeline.
         config: The layout.
         group: The ranks.
+        split: The blocks of every stage.
+        parts: This rank's part of the matrices of each transformer, where they are split.
         stored: Where the parameters of each transformer lie on disk, by the transformer's id.
     """
+    offload = _offload_for(pipe, config, group, stored)
+    forecast = forecast_of(plan_for(pipe.transformer).model, config.forecast)
+    Attachment(pipe, replace(config, forecast=forecast), group, split, parts, offload).attach()
+
+
+def _offload_for(
+    pipe: Any, config: ParallelConfig, group: Group, stored: Mapping[int, Mapping[str, Stored]]
+) -> Offload | None:
+    """What moves the blocks' weights of a pipeline; ``None`` where all of them stay on the device."""
     if config.offload is None:
         return None
     from patchpipe.planner.means import means_for  # heavy, and needed here alone

@@ -32,8 +32,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
-from patchpipe.pipeline.apply import check_offload, fit, offload_for, parts_of
-from patchpipe.pipeline.attachment import Attachment
+from patchpipe.pipeline.apply import attach, check_offload, fit, parts_of
 from patchpipe.stage.balance import split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None
@@ -131,7 +130,7 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     if config.offload is not None:
         for model in models:
             move_around(model, found.plan, group.device)
-    Attachment(pipe, config, group, found.stages, parts_held, offload_for(pipe, config, group, stored)).attach()
+    attach(pipe, config, group, found.stages, parts_held, stored)
     return pipe
 
 

@@ -99,7 +99,7 @@ def stored(layout: Layout, stage: int) -> int:
         for attention in block.attentions:
             tokens = {"joint": workload.image + workload.text, "image": workload.image, "cross": 0}[attention.kind]
             elements += 2 * tokens * attention.width / (config.ulysses * config.tensor)
-    change = 1 if config.forecast else 0  # in eight bits, beside the rows themselves
+    change = 1 if config.forecasts else 0  # in eight bits, beside the rows themselves
     return int(entries * elements * (workload.itemsize + change))
 
 

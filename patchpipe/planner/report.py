@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from patchpipe.config import ParallelConfig
+from patchpipe.config import STREAMED, ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
 from patchpipe.planner.search import ALIKE, Choice
@@ -100,9 +100,9 @@ def _over_next(choice: Choice) -> str:
 
 
 def _name(prediction: Prediction) -> str:
-    """The layout without what all layouts of a search have alike."""
-    parts = prediction.config.describe().removesuffix(" · compiled").split(" · ")
-    return " · ".join(parts[:-1])
+    """The layout without what layouts of a search have alike."""
+    *parts, warmup = prediction.config.describe().removesuffix(" · compiled").split(" · ")
+    return " · ".join([*parts, *([warmup] if prediction.config.warmup == STREAMED else [])])
 
 
 def _exact(choice: Choice) -> str:
@@ -121,7 +121,7 @@ def _stale(choice: Choice, fresh: float) -> str:
         return ""
     first = faster[0]
     return (
-        f"{first.config.describe().rpartition(' · ')[0]} would take {first.seconds:.2f} s, but only {first.fresh:.0%} "
+        f"{_name(first)} would take {first.seconds:.2f} s, but only {first.fresh:.0%} "
         f"of the keys it sees are fresh (--fresh {fresh:g} asks for more)"
     )
 
@@ -192,7 +192,8 @@ def layout_words(config: ParallelConfig) -> list[str]:
     words += ["--compress", config.compress] if config.compress is not None else []
     words += ["--patches", str(config.patches)] if config.patches is not None else []
     words += ["--warmup", str(config.warmup)] if config.warmup is not None else []
-    words += ["--forecast"] if config.forecast else []
+    if config.forecast is not None:
+        words.append("--forecast" if config.forecast else "--no-forecast")
     if config.split_batch is not None:
         words.append("--split-batch" if config.split_batch else "--no-split-batch")
     if config.share_blocks is not None:

@@ -21,7 +21,7 @@ from patchpipe.planner.machine.devices import GIB
 from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.memory import block_memory
 from patchpipe.planner.predict import Prediction, predict
-from patchpipe.planner.work.quality import Quality, Way
+from patchpipe.planner.work.quality import Quality
 from patchpipe.planner.work.workload import Workload
 
 FRESH = (
@@ -30,6 +30,7 @@ FRESH = (
 ALIKE = 0.01  # a difference in time that the model cannot tell: the picture of one device then counts for more
 HEADROOM = 0.95  # of a device's memory: allocators leave gaps
 LEAST = tuple(2.0**power for power in range(-4, 6))  # GiB for a rank's blocks that are tried, the first that will do
+STREAMS = 4  # stages from which a warm-up that streams is quicker than a synchronous step
 OFFLOADED_COUNTS = 3  # numbers of patches to try, from the fewest: weights come once for each
 PLACEMENTS: tuple[dict[str, Any], ...] = (
     {},
@@ -80,11 +81,6 @@ class Wishes:
         if self.quality is not None:
             return self.quality.meets(one.config, one.patches)
         return one.fresh >= self.fresh
-
-    @property
-    def ways(self) -> list[Way]:
-        """Warm-ups to try, each with whether stale rows are forecast."""
-        return [(self.warmup, False)] if self.quality is None else self.quality.ways
 
 
 @dataclass(frozen=True)
@@ -288,16 +284,18 @@ def _on_one_level(
     if degrees["pipefusion"] == 1 or wishes.exact or wishes.warmup == ALL_STEPS:
         yield from _at_once(workload, degrees, profile, wishes)
         return
-    ways = wishes.ways
-    if wishes.quality is not None:  # the planner's own choice
-        ways = [way for way in ways if _tested(workload, way)]
-    ways = ways or [(None, False)]
-    for warmup, forecast in ways:
+    for warmup, forecast in _ways(workload, degrees["pipefusion"], wishes):
         yield from _streaming(workload, {**degrees, "forecast": forecast}, profile, replace(wishes, warmup=warmup))
 
 
-def _tested(workload: Workload, way: Way) -> bool:
-    return not (way[1] and untested(workload.transformer, "forecast"))
+def _ways(workload: Workload, stages: int, wishes: Wishes) -> list[tuple[WarmupKind | None, bool | None]]:
+    """Warm-ups to try, each with whether stale rows are forecast; ``None`` does so."""
+    forecast = False if untested(workload.transformer, "forecast") else None
+    if wishes.quality is not None:
+        return [way for way in wishes.quality.ways if forecast is None or not way[1]] or [(None, forecast)]
+    if wishes.warmup is None and stages >= STREAMS and not untested(workload.transformer, "streamed"):
+        return [(None, forecast), (STREAMED, forecast)]
+    return [(wishes.warmup, forecast)]
 
 
 def _at_once(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:

@@ -254,7 +254,7 @@ class Runner:
             stores=branch.stores if stored else None,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
-            paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecast),
+            paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecasts),
             where=Where(branch.calls, branch.index, synchronous, request=self.request.number),
         )
         share = call.share_of(self.group.mesh)

@@ -57,7 +57,7 @@ def expected_traffic(name: str, layout: dict[str, int]) -> dict[str, float]:
 def expected_stores(name: str, layout: dict[str, int]) -> float:
     """Bytes of keys and values on all ranks."""
     config = ParallelConfig(**layout)
-    return on_all_ranks(config) * kept(config.mesh_shape, VOLUMES[name])
+    return on_all_ranks(config) * kept(config.mesh_shape, VOLUMES[name], forecasts=False)
 
 
 @pytest.mark.parametrize("name", MODELS)

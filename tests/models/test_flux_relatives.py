@@ -69,7 +69,7 @@ def test_they_are_exact_and_stream_as_they_should(name: str) -> None:
     exact = latents(made(name))
     assert np.array_equal(run_threads(2, painted, name)[0][0], exact)
     rows, references = (1, 3), 12 if name == "FluxKontextPipeline" else 0  # as large as the picture
-    schedule = {"patch_rows": rows, "warmup": 1}
+    schedule = {"patch_rows": rows, "warmup": 1, "forecast": False}
 
     def stream(place: Place) -> tuple[np.ndarray | None, int]:
         return painted(place, name, **schedule)

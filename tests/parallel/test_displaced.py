@@ -201,7 +201,7 @@ def paint_all(place: Place) -> dict[tuple[Any, ...], Any]:
         pipe = tiny.pipeline(name, dtype=torch.float64)
         for number, layout in enumerate(LAYOUTS[place.world_size]):
             for warmup in WARMUPS[place.world_size]:
-                config = ParallelConfig(**layout, warmup=warmup, timeout=60)
+                config = ParallelConfig(**layout, warmup=warmup, forecast=False, timeout=60)
                 patchpipe.parallelize(pipe, config, group=place.join(config))
                 for size in SIZES:
                     results[name, number, warmup, size] = (paint(pipe, name, size), pipe.patchpipe.last.as_dict())

@@ -117,7 +117,7 @@ def test_from_a_picture(name: str, task: str) -> None:
     assert np.array_equal(run_threads(2, paint)[0], call(made(name), name, **given))
 
 
-STREAM: dict[str, Any] = {"patch_rows": (1, 3), "warmup": 1, "split_batch": False}
+STREAM: dict[str, Any] = {"patch_rows": (1, 3), "warmup": 1, "split_batch": False, "forecast": False}
 
 
 def latents(place: Place, name: str, **options: Any) -> tuple[Any, Any]:

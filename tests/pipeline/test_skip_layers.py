@@ -34,7 +34,7 @@ BLOCKS = {
     "some that do not exist": [-1, 1, 9],
 }
 DURING = {"skip_layer_guidance_start": 0.01, "skip_layer_guidance_stop": 0.7}  # the second and third of four steps
-STREAM: dict[str, Any] = {"patch_rows": (1, 3), "warmup": 1}
+STREAM: dict[str, Any] = {"patch_rows": (1, 3), "warmup": 1, "forecast": False}
 
 
 def setup_module() -> None:
@@ -149,11 +149,7 @@ def test_other_schedules_stream_as_they_should(title: str) -> None:
         return
     plain, streamed = made(), PASSES[True] if options["warmup"] == "streamed" else ()
     warmup = {"streamed": 0, None: 2}.get(options["warmup"], options["warmup"])
-    told = {
-        "streamed": streamed,
-        "forecast": options.get("forecast", False),
-        "text_patches": options.get("text_patches", 1),
-    }
+    told = {"streamed": streamed, "forecast": options["forecast"], "text_patches": options.get("text_patches", 1)}
     with naive_pipefusion(plain, options["patch_rows"], warmup, **told):
         assert relative(found, latents(plain, blocks)) < TOLERANCE
 

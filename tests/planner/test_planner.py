@@ -265,11 +265,12 @@ def test_store_and_matrices_divide_as_documented() -> None:
     workload = picture(blocks=8)
     whole = 2 * 4096 * 256 * 2 * 8  # keys and values, tokens, width, bytes, blocks
 
-    def held(**degrees: int) -> int:
-        layout = Layout(workload, ParallelConfig(**degrees), NOTHING_LOST)  # type: ignore[arg-type]
+    def held(forecast: bool = False, **degrees: int) -> int:
+        layout = Layout(workload, ParallelConfig(**degrees, forecast=forecast), NOTHING_LOST)  # type: ignore[arg-type]
         return stored(layout, 0)
 
     assert held(pipefusion=4) == whole // 4
+    assert held(pipefusion=4, forecast=True) == whole // 4 * 3 // 2
     assert held(pipefusion=4, ulysses=2) == whole // 8
     assert held(pipefusion=4, ring=2) == whole // 4
     assert held(distrifusion=4) == whole

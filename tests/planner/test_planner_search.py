@@ -14,6 +14,7 @@ import pytest
 import patchpipe.cli.commands.generate
 from patchpipe import ParallelConfig
 from patchpipe.cli import app
+from patchpipe.config import STREAMED
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.combinations import check_combination
 from patchpipe.layout.split import shared_blocks, stages_of
@@ -121,9 +122,25 @@ def test_batches_are_split_where_that_pays() -> None:
     assert "--split-batch" in layout_words(split)
 
 
+def test_from_four_stages_on_the_warm_up_streams() -> None:
+    """Two more streams of the patches then take less than the wait of all stages but one for a synchronous step."""
+    taken = {count: search(FLUX, count, PCIE, Wishes(methods=("pipefusion",))).ranked for count in (2, 4, 8)}
+    assert [found[0].config.warmup for found in taken.values()] == [None, STREAMED, STREAMED]
+    assert all(one.config.forecasts for found in taken.values() for one in found if one.config.pipefusion > 1)
+    best = taken[8][0]
+    assert best.seconds < search(FLUX, 8, PCIE, Wishes(methods=("pipefusion",), warmup=1)).best.seconds
+    words = " ".join(layout_words(best.config))
+    assert "--warmup streamed" in words
+    assert "forecast" not in words, "which is the default"
+    sana = dataclasses.replace(FLUX, transformer="SanaTransformer2DModel")  # no keys
+    plain = search(sana, 4, PCIE, Wishes(methods=("pipefusion",))).best.config
+    assert plain.forecast is False
+    assert "--no-forecast" in layout_words(plain)
+
+
 def test_blocks_are_shared_where_that_pays() -> None:
     """57 blocks on 8 stages are 7.125 each, of which no stage need wait for one of 8; neighbours hold a block twice."""
-    best = search(FLUX, 8, PCIE, Wishes(methods=("pipefusion",))).best
+    best = search(FLUX, 8, PCIE, Wishes(methods=("pipefusion",), warmup=1)).best
     sizes = best.config.stage_blocks
     assert sizes is not None
     assert all(6.5 < size < 7.7 for size in sizes)

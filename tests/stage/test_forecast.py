@@ -100,8 +100,9 @@ def test_the_true_rows_are_found_again() -> None:
     """What is shown stands in their place, step after step; the change kept is that of true rows."""
     store, _ = store_after(9)
     trend = store._trends[0]
-    assert (trend._unpack(0, 4) - (moving(9) - moving(8))[:, :, :4]).abs().max() < 0.05
-    assert (trend._unpack(4, 8) - (moving(8) - moving(7))[:, :, 4:]).abs().max() < 0.05
+    first, others = (rows.change * rows.scale for rows in (trend._rows(0, 4), trend._rows(4, 12)))
+    assert (first - (moving(9) - moving(8))[:, :, :4]).abs().max() < 0.05
+    assert (others - (moving(8) - moving(7))[:, :, 4:]).abs().max() < 0.05
 
 
 def test_rows_that_jump_about_are_shown_as_they_were() -> None:
@@ -199,8 +200,11 @@ def steps_of(name: str, guided: bool, **options: Any) -> int:
 def test_guidance_begins_with_two_synchronous_steps(name: str, calls: int) -> None:
     found = [steps_of(name, guided, forecast=forecast) for guided in (False, True) for forecast in (False, True)]
     assert found == [1, 1, calls, 2 * calls]
-    assert steps_of(name, True, forecast=True, warmup=1) == calls, "unless it is said otherwise"
-    assert "warm-up 1 or 2 with guidance" in ParallelConfig(forecast=True).describe()
+    assert steps_of(name, True) == 2 * calls, "which is the default"
+    assert steps_of(name, True, warmup=1) == calls, "unless it is said otherwise"
+    assert "stale keys forecast · warm-up 1 or 2 with guidance" in ParallelConfig(pipefusion=2).describe()
+    assert "stale keys as they were · warm-up 1" in ParallelConfig(pipefusion=2, forecast=False).describe()
+    assert "stale" not in ParallelConfig(ulysses=2).describe()
 
 
 def jumping(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +255,9 @@ def test_a_step_is_synchronous_after_a_jump_on_all_ranks_alike(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "goes by the error of a forecast: use forecast=True"),
-        ({"forecast": True, "ring": 2, "pipefusion": 2}, "is not supported with ring: leave it out, or use warmup=2"),
-        ({"forecast": True, "compile": True}, "is not supported with compile=True"),
+        ({"forecast": False}, "goes by the error of a forecast: leave forecast=False out"),
+        ({"ring": 2, "pipefusion": 2}, "is not supported with ring: leave it out, or use warmup=2"),
+        ({"compile": True}, "is not supported with compile=True"),
     ],
 )
 def test_steps_that_nothing_tells_of_are_refused(options: dict[str, Any], words: str) -> None:
@@ -287,7 +291,7 @@ def bundled() -> Any:
 def test_a_forecast_brings_the_picture_nearer_to_one_device_s() -> None:
     pipe = bundled()
     expected = picture(pipe)
-    stale, forecast = decibels(pipe, expected), decibels(pipe, expected, forecast=True)
+    stale, forecast = decibels(pipe, expected, forecast=False), decibels(pipe, expected)
     assert forecast > stale + 6, (stale, forecast)
 
 
@@ -312,5 +316,5 @@ def test_fresh_noise_between_steps_loses_nothing() -> None:
     pipe = bundled()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
     expected = picture(pipe)
-    stale, forecast = decibels(pipe, expected), decibels(pipe, expected, forecast=True)
+    stale, forecast = decibels(pipe, expected, forecast=False), decibels(pipe, expected)
     assert forecast > stale - 1, (stale, forecast)

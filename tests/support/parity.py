@@ -178,12 +178,15 @@ def rows_of(arguments: dict[str, Any], name: str = "") -> int:
 
 
 def pinned(schedule: dict[str, Any], rows: int) -> dict[str, Any]:
-    """The schedule with its patches cut evenly in so many words.
+    """The schedule with its patches cut evenly in so many words, and without a forecast unless it has one.
+
+    The eight bits of a forecast would hide a small error of what it continues.
 
     A cut of the program's own choice has a row of the first patch for every rank that shares it, so that it may
     differ between layouts where pictures are tiny and the text is long.
     """
     patches = schedule.get("patches")
+    schedule = {"forecast": False, **schedule}
     if patches is None:
         return schedule
     sizes = tuple((index + 1) * rows // patches - index * rows // patches for index in range(patches))

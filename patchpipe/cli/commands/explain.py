@@ -45,7 +45,7 @@ def explain(
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
-    forecast: options.Forecast = False,
+    forecast: options.Forecast = None,
     offload: options.Offload = None,
     warmup: options.Warmup = None,
     height: options.Height = 1024,
@@ -78,7 +78,8 @@ def explain(
     console.print(title if sent else "One device: nothing travels.")
     for method, sent_bytes in sent.items():
         console.print(f"  {method:14}{size(int(sent_bytes))}")
-    if not config.synchronous and (config.pipefusion > 1 or config.distrifusion > 1 or (config.patches or 1) > 1):
-        console.print(f"and holds {size(int(kept(config.mesh_shape, volume)))} of keys and values")
+    if config.stale:
+        held = kept(config.mesh_shape, volume, forecasts=config.forecasts)
+        console.print(f"and holds {size(int(held))} of keys and values")
     for line in communicators(config.mesh_shape, config.ulysses_inner):
         console.print(line)

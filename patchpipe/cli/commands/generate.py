@@ -119,7 +119,7 @@ def generate(
     patches: options.Patches = None,
     split_batch: options.SplitBatch = None,
     share_blocks: options.ShareBlocks = None,
-    forecast: options.Forecast = False,
+    forecast: options.Forecast = None,
     offload: options.Offload = None,
     warmup: options.Warmup = None,
     patch_rows: options.PatchRows = None,

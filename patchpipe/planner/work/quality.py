@@ -85,7 +85,7 @@ class Quality:
         if config.synchronous or patches == 1:
             return math.inf
         warmup = 1 if config.warmup is None else config.warmup
-        measured = self.decibels.get((warmup, config.forecast), {})
+        measured = self.decibels.get((warmup, config.forecasts), {})
         return next((measured[count] for count in sorted(measured) if count >= patches), None)
 
     def meets(self, config: ParallelConfig, patches: int) -> bool:
