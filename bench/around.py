@@ -44,6 +44,7 @@ from patchpipe.stage.stage import Stage
 
 COMMAND = "python -m bench.around"
 DTYPE = torch.bfloat16
+ITEM = DTYPE.itemsize
 MOVING_NOTHING = ("prim::device", "aten::_unsafe_view", "aten::empty", "aten::detach")
 Inputs = dict[str, Any]
 
@@ -137,7 +138,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, device: Device) -> None:
         super().__init__()
-        self.device, self.within = device, False
+        self.device, self.within, self.kept = device, False, 0
         self.blocks, self.around = Work(), Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -205,6 +206,7 @@ def count(
                 _counted(place.block.__dict__["forward"], counter)
             with counter:
                 stage.run(inputs, latent, context)
+        counter.kept = sum(store.bytes for store in stores.values())
         stage.detach()
     return counter
 
@@ -228,14 +230,35 @@ def even(size: Size, stages: int) -> list[StageBlocks]:
 
 
 def forecast_row(title: str, stages: int, patches: int, device: Device) -> dict[str, Any]:
-    """How much a forecast adds to a patch on a stage in the middle."""
+    """How much a forecast adds to a patch on a stage in the middle: in torch's operations, and fused."""
     size, at = SIZES[title], stages // 2
-    owned, both = even(size, stages)[at], []
-    for forecast in (False, True):
-        found = count(size, owned, (at, stages), patches, device, forecast)
-        both.append((found.blocks.bytes + found.around.bytes, found.blocks.seconds + found.around.seconds))
-    (bytes_without, seconds_without), (bytes_with, seconds_with) = both
-    return {"model": title, "bytes": bytes_with / bytes_without - 1, "seconds": seconds_with / seconds_without - 1}
+    owned = even(size, stages)[at]
+    without, ahead = (count(size, owned, (at, stages), patches, device, forecast) for forecast in (False, True))
+    moved, seconds = (
+        [getattr(found.blocks, name) + getattr(found.around, name) for found in (without, ahead)]
+        for name in ("bytes", "seconds")
+    )
+    fused = fused_bytes(without.kept // ITEM, patches)
+    return {
+        "model": title,
+        "bytes": moved[1] / moved[0] - 1,
+        "seconds": seconds[1] / seconds[0] - 1,
+        "fused_bytes": fused / moved[0],
+        "fused_seconds": fused / device.bandwidth / seconds[0],
+    }
+
+
+def fused_bytes(numbers: int, patches: int) -> float:
+    """What fused passes move for a patch, on the mean of a step, beside the copy that there is without a forecast.
+
+    A fresh row: the last one is read, and its change read and written in eight bits. All rows but the first patch's,
+    once a step: the row is read and written, its change read.
+
+    Args:
+        numbers: Of the keys and values of all rows.
+        patches: Patches of the latent.
+    """
+    return numbers * (ITEM + 2 + (2 * ITEM + 1) * (patches - 1) / patches) / patches
 
 
 def row(title: str, stage: int, stages: int, patches: int, device: Device) -> dict[str, Any]:

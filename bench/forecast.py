@@ -66,12 +66,22 @@ class Layer:
         patches: Patches of the latent.
         dtype: Of keys and values.
         forecast: Whether stale rows are forecast.
+        device: Where they lie.
     """
 
-    def __init__(self, size: Size, patches: int, dtype: torch.dtype, *, forecast: bool) -> None:
+    def __init__(
+        self,
+        size: Size,
+        patches: int,
+        dtype: torch.dtype,
+        *,
+        forecast: bool,
+        device: torch.device | None = None,
+    ) -> None:
         self.store, self.clock, self.forecast, self.calls = LayerStore(size.rows), Clock(), forecast, 0
         self.cut = Cut.of(size.rows.raster, ParallelConfig(patches=patches), size.text)
-        whole = torch.randn(2, 1, size.heads, size.rows.total, 128, dtype=dtype)
+        whole = torch.randn(2, 1, size.heads, size.rows.total, 128, dtype=dtype, device=device)
+        self._time = torch.tensor([1000.0], device=device)
         self.fresh = {patch.index: self._part(patch, whole) for patch in self.cut.patches}
         self.store.keep(*whole, pace=self._pace())
         for _ in range(2):
@@ -82,7 +92,7 @@ class Layer:
 
     def _pace(self) -> Pace | None:
         self.calls += 1
-        pace = self.clock.tick(torch.tensor([1000.0 - self.calls]))
+        pace = self.clock.tick(self._time - self.calls)
         return pace if self.forecast else None
 
     def step(self) -> dict[str, float]:

@@ -124,8 +124,12 @@ def around(figures: dict[str, Any]) -> str:
 def forecast(figures: dict[str, Any]) -> str:
     """What a forecast adds to a patch, in Markdown."""
     lines = ["```bash", figures["command"], "```", "", f"Seconds are those of one {figures['card'].upper()}.", ""]
-    lines += ["| model | bytes moved | seconds |", "| --- | --- | --- |"]
-    lines += [f"| {row['model']} | {row['bytes']:+.0%} | {row['seconds']:+.1%} |" for row in figures["forecast"]]
+    lines += ["| model | bytes moved | seconds | fused: bytes | fused: seconds |", "| --- " * 5 + "|"]
+    lines += [
+        f"| {row['model']} | {row['bytes']:+.0%} | {row['seconds']:+.1%} | {row['fused_bytes']:+.0%} | "
+        f"{row['fused_seconds']:+.1%} |"
+        for row in figures["forecast"]
+    ]
     return "\n".join(lines) + "\n"
 
 

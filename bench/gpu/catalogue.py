@@ -32,9 +32,10 @@ PARTS = (
     Part("b", "every layout over NCCL, and a rank that dies", "bench.gpu.layouts", 115, nccl=True),
     Part("c", "what patches cost beside plain diffusers, and blocks by tokens", "bench.gpu.speed", 60),
     Part("d", "which attention kernel runs", "bench.gpu.attention", 55),
-    Part("e", "compiled blocks beside eager ones", "bench.gpu.compiled", 120),
+    Part("e", "compiled blocks beside eager ones", "bench.gpu.compiled", 105),
     Part("f", "whether the host waits for the device", "bench.gpu.waits", 30, nccl=True),
     Part("g", "peak memory beside the planner's formula", "bench.gpu.memory", 35),
+    Part("h", "what a forecast of stale keys and values adds", "bench.gpu.forecasts", 15),
 )
 
 

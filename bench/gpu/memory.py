@@ -25,7 +25,8 @@ from tests import tiny
 STEPS = 3
 GIB = 32.0
 LAYERS = (4, 8)  # of 19 and 38, on two ranks that share a card
-ALONE: list[dict[str, Any]] = [{}, {"patches": 2}, {"patches": 4}, {"patches": 8}]
+# The scales of a forecast are not in the formula.
+ALONE: list[dict[str, Any]] = [{}, *({"patches": count, "forecast": False} for count in (2, 4, 8))]
 STAGES = {True: (2, 2), False: (6, 6)}  # blocks of each, pinned: the formula is not to guess them
 PROFILE = Profile.named("h100", "nvlink4")  # the formula does not depend on it
 OFF = 1.5  # times what the formula says: more is a layout that would not fit where the planner says it does
@@ -58,8 +59,8 @@ def run(setting: Setting, note: Note) -> None:
 
 def of_two(setting: Setting) -> list[dict[str, Any]]:
     """Layouts of two ranks."""
-    staged = {"pipefusion": 2, "patches": 4, "stage_blocks": STAGES[setting.tiny]}
-    return [staged] if setting.tiny else [staged, {"ulysses": 2}, {"ulysses": 2, "patches": 2}]
+    staged = {"pipefusion": 2, "patches": 4, "stage_blocks": STAGES[setting.tiny], "forecast": False}
+    return [staged] if setting.tiny else [staged, {"ulysses": 2}, {"ulysses": 2, "patches": 2, "forecast": False}]
 
 
 def built(place: str, layers: tuple[int, int] | None) -> tuple[Any, dict[str, Any]]:

@@ -135,8 +135,20 @@ def _memory(rows: list[Row]) -> list[str]:
     return _table("rank and layout, peak beside weights (MB), formula, keys and values (MB), formula, fits", table)
 
 
+def _forecasts(rows: list[Row]) -> list[str]:
+    def spent(row: Row, name: str) -> str:
+        return f"{row[name]['host']:.2f} / {row[name]['device']:.2f}"
+
+    names = [f"{name}_milliseconds" for name in ("none", "torch", "fused")]
+    table = [
+        [row["title"], row["passes"], _number(row, "difference"), *(spent(row, name) for name in names), _verdict(row)]
+        for row in rows
+    ]
+    return _table("dtype, passes, difference, ms without (host / device), torch's operations, fused, fused", table)
+
+
 _TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
-    "a": _laws, "b": _layouts, "c": _speed, "d": _attention, "e": _compiled, "f": _waits, "g": _memory,
+    "a": _laws, "b": _layouts, "c": _speed, "d": _attention, "e": _compiled, "f": _waits, "g": _memory, "h": _forecasts,
 }  # fmt: skip
 
 

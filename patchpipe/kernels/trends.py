@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-LEVELS = 127  # of eight bits with a sign
+LEVELS = 126  # of eight bits with a sign; scales are rounded, in bfloat16 by so much that 127 could come to 128
 ALIKE = 0.03  # of the largest value: two ways in 16 bits and eight may differ by this much
 
 logger = logging.getLogger("patchpipe")
@@ -81,8 +81,7 @@ def renew(rows: Rows, fresh: Tensor, ahead: Tensor, again: Tensor, summed: bool)
     sums = Sums(_dot(before, before), _dot(change, before), _dot(change, change)) if summed else None
     scale = torch.linalg.vector_norm(change, torch.inf, -1, keepdim=True).div_(LEVELS)
     rows.scale.copy_(scale)
-    steps = change.div_(scale.masked_fill_(scale == 0, 1.0)).round_()
-    rows.change.copy_(steps.clamp_(-LEVELS, LEVELS))  # the scale is rounded too: in bfloat16 there may be 128
+    rows.change.copy_(change.div_(scale.masked_fill_(scale == 0, 1.0)).round_())
     rows.kept.copy_(fresh)
     return sums
 

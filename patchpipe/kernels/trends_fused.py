@@ -51,8 +51,7 @@ def _renew_kernel(  # type: ignore[no-untyped-def]
     unit = (tl.max(tl.abs(moved), 1) / largest).to(scale.dtype.element_ty)
     tl.store(scale_at, unit, mask=there)
     divisor = tl.where(unit == 0, 1.0, unit.to(tl.float32))
-    steps = tl.floor(moved / divisor[:, None] + 0.5)  # the scale is rounded too: there may be 128
-    tl.store(change_at, tl.clamp(steps, -largest, largest).to(tl.int8), mask=inside)
+    tl.store(change_at, tl.floor(moved / divisor[:, None] + 0.5).to(tl.int8), mask=inside)
     tl.store(kept_at, new, mask=inside)
 
 

@@ -158,7 +158,7 @@ class Checkpoint:
                         )
                     _check_shape(model, name, tensor.shape, path)
                     owner, _, leaf = name.rpartition(".")
-                    parameter = nn.Parameter(tensor, requires_grad=False)
+                    parameter = parameter_of(tensor)
                     model.get_submodule(owner)._parameters[leaf] = parameter
                     first, last = header[name]["data_offsets"]
                     found[name] = Stored(path, start + first, last - first)
@@ -212,6 +212,14 @@ def _check_shape(model: nn.Module, name: str, shape: torch.Size, path: Path) -> 
         raise ValueError(f"{name} is {tuple(shape)} in {path.name} but {tuple(expected)} by the model's config.json")
 
 
+def parameter_of(tensor: Tensor) -> nn.Parameter:
+    """A parameter as ``from_pretrained`` leaves it, which could be trained.
+
+    torch rounds some products otherwise where the weights need no gradient, even if none is recorded.
+    """
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+
+
 def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
     owner_path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_path)
@@ -220,7 +228,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | No
     if moved is tensor:
         moved = tensor.clone()  # a mapped file must not be what the model computes with
     if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(moved, requires_grad=False)
+        owner._parameters[leaf] = parameter_of(moved)
     else:
         owner._buffers[leaf] = moved
 

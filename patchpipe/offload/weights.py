@@ -76,7 +76,7 @@ class Weight:
 
     def made_of(self, plain: Iterator[Tensor]) -> nn.Parameter:
         """The parameter, of other plain tensors."""
-        return nn.Parameter(_joined(self.found, plain), requires_grad=False)
+        return nn.Parameter(_joined(self.found, plain), requires_grad=self.found.requires_grad)
 
     @property
     def sizes(self) -> tuple[int, ...]:

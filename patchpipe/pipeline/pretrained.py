@@ -289,7 +289,7 @@ def _finish(transformer: Any, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
-    transformer.requires_grad_(False).eval()
+    transformer.eval()
 
 
 def _place(pipe: Any, group: Group, offloaded: Sequence[nn.Module]) -> None:

@@ -126,7 +126,8 @@ def test_dtypes_are_those_of_diffusers(name: str, dtype: str, tmp_path: Path) ->
             assert buffers[title].dtype == buffer.dtype, title
             assert torch.equal(buffers[title], buffer), title
     assert ours.transformer.training is False
-    assert not any(parameter.requires_grad for parameter in ours.transformer.parameters())
+    needed = {title: parameter.requires_grad for title, parameter in ours.transformer.named_parameters()}
+    assert needed == {title: parameter.requires_grad for title, parameter in theirs.transformer.named_parameters()}
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])

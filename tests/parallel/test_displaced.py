@@ -180,7 +180,7 @@ def naive_distrifusion(
 
 def in_eight_bits(now: Tensor, before: Tensor) -> Tensor:
     """The change of each row, in steps of the 127th part of its greatest number."""
-    step = (now - before).abs().amax(-1, keepdim=True) / 127
+    step = (now - before).abs().amax(-1, keepdim=True) / 126
     return torch.where(step == 0, 0.0, ((now - before) / step).round() * step)
 
 

@@ -245,7 +245,7 @@ class _Pass(TorchFunctionMode):
         if self.pace is not None:
             change = new - kept.true[:, :, refreshed]
             change = torch.where(change.isnan(), 0.0, change) + self.pace[1] * kept.change[:, :, refreshed]
-            step = change.abs().amax(-1, keepdim=True) / 127
+            step = change.abs().amax(-1, keepdim=True) / 126
             kept.change[:, :, refreshed] = torch.where(step == 0, 0.0, (change / step).round() * step)
         kept.true[:, :, refreshed] = new
         kept.shown[:, :, refreshed] = new

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.loading.absent import tell_device
-from patchpipe.loading.checkpoint import Checkpoint
+from patchpipe.loading.checkpoint import Checkpoint, parameter_of
 
 
 class EncoderReader:
@@ -100,7 +100,7 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        module._parameters[leaf] = parameter_of(value)
     elif leaf in module._buffers:
         module._buffers[leaf] = value
     else:
