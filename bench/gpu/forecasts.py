@@ -11,7 +11,8 @@ import torch
 
 from bench.forecast import FLUX, Layer, Size
 from bench.gpu.setting import Note, Setting
-from patchpipe.kernels.trends import ALIKE, PLAIN, Passes, difference, passes_for
+from patchpipe.kernels.passes import ALIKE, difference, passes_for
+from patchpipe.kernels.trends import PLAIN, Passes
 from patchpipe.stage.keys import forecast
 
 TINY = Size(heads=2, text=8, side=8)

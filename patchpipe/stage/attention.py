@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -14,10 +14,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
+from patchpipe.kernels.processors import exchange, exchanged, led_to
 from patchpipe.models.skips import takes_values
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.early import Ahead, Early
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
+
+logger = logging.getLogger("patchpipe")
 
 
 class _StoreMode(TorchFunctionMode):
@@ -161,6 +164,10 @@ class _LookMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _some_empty(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.numel() == 0 for value in (*args, *kwargs.values()))
+
+
 def empty_shape(old: Sequence[int], asked: tuple[Any, ...]) -> list[int]:
     """The shape meant by a reshape of no rows at all, where torch finds -1 ambiguous.
 
@@ -207,6 +214,9 @@ class Attended:
     ) -> None:
         self.layer, self.name = layer, type(layer).__name__
         self.compute, self.find, self.kernels, self.early = layer.forward, find, kernels, early
+        self.put_back = exchange(layer)  # a compiler traces the processor as it was
+        self.hidden = False  # whether the processor's own code does not attend, but what it calls
+        self.reshapes = False  # whether it reshapes in a way that torch finds ambiguous where there are no rows
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own forward, with its one attention seen."""
@@ -217,12 +227,32 @@ class Attended:
             with _ValueMode(attending):
                 return self.compute(*args, **kwargs)
         ahead = self._ahead(attending)
-        sending = self.early.sending(ahead) if self.early and ahead else nullcontext()
-        attending = attending if ahead is None else replace(attending, ahead=ahead)
-        with sending, _StoreMode(attending) as mode:
-            result = self.compute(*args, **kwargs)
+        if self.early and ahead:
+            mode = _StoreMode(replace(attending, ahead=ahead))
+            with self.early.sending(ahead), mode:
+                result = self.compute(*args, **kwargs)
+        else:
+            mode = _StoreMode(attending)
+            result = self._seen(mode, args, kwargs)
         self.check(mode.calls, attending.calls)
         return result
+
+    def _seen(self, mode: _StoreMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's own forward: its attention alone is seen, or all it does where that is not enough."""
+        if exchanged(self.layer) and not self.hidden and not (self.reshapes and _some_empty(args, kwargs)):
+            try:
+                with led_to(mode):
+                    result = self.compute(*args, **kwargs)
+                if mode.calls:
+                    return result
+                self.hidden = True
+            except RuntimeError as error:  # of a reshape of no rows at all, which the mode mends
+                if mode.calls or not _some_empty(args, kwargs):
+                    raise
+                self.reshapes = True
+                logger.debug("%s is watched where it has no rows: %s", self.name, error)
+        with mode:
+            return self.compute(*args, **kwargs)
 
     def _ahead(self, attending: Attending) -> Ahead | None:
         """Values that go ahead, if this layer's can: blank rows, and entries one by one, are told apart too late."""
@@ -286,7 +316,14 @@ def attend_through(
     Returns:
         A function that undoes it.
     """
-    return override(layer, Attended(layer, find, kernels, early))
+    attended = Attended(layer, find, kernels, early)
+    undo = override(layer, attended)
+
+    def both() -> None:
+        attended.put_back()
+        undo()
+
+    return both
 
 
 def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -47,7 +47,7 @@ def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) ->
     pipe, found = tiny.pipeline(name, blocks=2), {}
     for compiled in (False, True):
         with traced("eager"):
-            patchpipe.parallelize(pipe, ParallelConfig(patches=4, compile=compiled))
+            patchpipe.parallelize(pipe, ParallelConfig(patches=4, warmup=1, compile=compiled))
             found[compiled] = [paint(pipe, name, **request) for request in requests]
             counted = dict(pipe.patchpipe.graphs)
             patchpipe.restore(pipe)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.kernels.trends import ALIKE, PLAIN, Passes, Rows, difference, passes_for
+from patchpipe.kernels.passes import ALIKE, difference, passes_for
+from patchpipe.kernels.trends import PLAIN, Passes, Rows
 from patchpipe.stage.keys import forecast
 from tests import tiny
 from tests.support.parity import relative

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchpipe.kernels.trends import PLAIN, Passes, Rows, Sums, passes_for
+from patchpipe.kernels.passes import passes_for
+from patchpipe.kernels.trends import PLAIN, Passes, Rows, Sums
 from patchpipe.stage.rows import Range
 
 SEQUENCE = 2  # dim of the rows in [batch, heads, rows, channels]
