@@ -20,22 +20,32 @@ NUMBERS = 4096  # that a program takes
 
 
 @triton.jit
+def _mine(heads, count, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's entry of the batch, head and rows, which of the rows there are, and which of their cells."""
+    head = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    there = row < count
+    inside = there[:, None] & (tl.arange(0, WIDTH) < CHANNELS)[None, :]
+    return head // heads, head % heads, row, there, inside
+
+
+@triton.jit
+def _cells(first, row, stride, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    return first + row[:, None] * stride + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
 def _renew_kernel(  # type: ignore[no-untyped-def]
     fresh, kept, change, scale, ahead, again, sums,
     fresh_batch, fresh_head, fresh_row, kept_batch, kept_head, kept_row, change_batch, change_head, change_row,
     scale_batch, scale_head, scale_row, ahead_batch, ahead_head, heads, count, largest,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    batch, of = head // heads, head % heads
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    there = row < count
-    inside = there[:, None] & (column < CHANNELS)[None, :]
-    kept_at = kept + batch * kept_batch + of * kept_head + row[:, None] * kept_row + column[None, :]
-    change_at = change + batch * change_batch + of * change_head + row[:, None] * change_row + column[None, :]
+    batch, of, row, there, inside = _mine(heads, count, CHANNELS, WIDTH, ROWS)
+    kept_at = _cells(kept + batch * kept_batch + of * kept_head, row, kept_row, WIDTH)
+    change_at = _cells(change + batch * change_batch + of * change_head, row, change_row, WIDTH)
     scale_at = scale + batch * scale_batch + of * scale_head + row * scale_row
-    fresh_at = fresh + batch * fresh_batch + of * fresh_head + row[:, None] * fresh_row + column[None, :]
+    fresh_at = _cells(fresh + batch * fresh_batch + of * fresh_head, row, fresh_row, WIDTH)
     new = tl.load(fresh_at, mask=inside, other=0.0)
     shown = tl.load(kept_at, mask=inside, other=0.0).to(tl.float32)
     step = tl.load(scale_at, mask=there, other=0.0).to(tl.float32)
@@ -43,7 +53,7 @@ def _renew_kernel(  # type: ignore[no-untyped-def]
     part = tl.load(ahead + batch * ahead_batch + of * ahead_head).to(tl.float32) + tl.load(again).to(tl.float32)
     moved = new.to(tl.float32) + part * before - shown
     if SUMMED:
-        place = sums + head * tl.num_programs(1) + tl.program_id(1)
+        place = sums + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         apart = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
         tl.store(place, tl.sum(tl.sum(before * before, 1).to(tl.float64), 0))
         tl.store(place + apart, tl.sum(tl.sum(moved * before, 1).to(tl.float64), 0))
@@ -61,14 +71,9 @@ def _show_kernel(  # type: ignore[no-untyped-def]
     scale_batch, scale_head, scale_row, ahead_batch, ahead_head, heads, count,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
-    batch, of = head // heads, head % heads
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    there = row < count
-    inside = there[:, None] & (column < CHANNELS)[None, :]
-    kept_at = kept + batch * kept_batch + of * kept_head + row[:, None] * kept_row + column[None, :]
-    change_at = change + batch * change_batch + of * change_head + row[:, None] * change_row + column[None, :]
+    batch, of, row, there, inside = _mine(heads, count, CHANNELS, WIDTH, ROWS)
+    kept_at = _cells(kept + batch * kept_batch + of * kept_head, row, kept_row, WIDTH)
+    change_at = _cells(change + batch * change_batch + of * change_head, row, change_row, WIDTH)
     scale_at = scale + batch * scale_batch + of * scale_head + row * scale_row
     part = tl.load(ahead + batch * ahead_batch + of * ahead_head).to(tl.float32)
     step = tl.load(scale_at, mask=there, other=0.0).to(tl.float32)

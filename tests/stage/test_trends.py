@@ -6,6 +6,9 @@ Triton's kernels run here without a GPU, in its interpreter: `make fused`.
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -92,6 +95,31 @@ def test_passes_that_are_wrong_are_told_apart() -> None:
 
     for wrong in (replace(PLAIN, show=stays), replace(PLAIN, renew=wraps)):
         assert difference(wrong, CPU, torch.bfloat16) > 3 * ALIKE
+
+
+COMPILES = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from patchpipe.kernels import trends_fused as fused
+
+SIZES = {"CHANNELS": 128, "WIDTH": 128, "ROWS": 32, "SUMMED": True}
+KINDS = {"change": "*i8", "again": "*fp64", "sums": "*fp64", "largest": "fp32"}
+KINDS |= dict.fromkeys(("fresh", "kept", "scale", "ahead"), "*bf16") | dict.fromkeys(SIZES, "constexpr")
+for kernel in (fused._renew_kernel, fused._show_kernel):
+    kinds = {name: KINDS.get(name, "i32") for name in kernel.arg_names}
+    sizes = {name: size for name, size in SIZES.items() if name in kinds}
+    for capability in (80, 90):
+        made = compile(ASTSource(kernel, kinds, sizes), target=GPUTarget("cuda", capability, 32))
+        assert made.asm["cubin"] and ".local" not in made.asm["ptx"], "rows are held in registers"
+"""
+
+
+def test_kernels_compile_for_cards() -> None:
+    """A100 and H100, in bfloat16; for that no card is needed."""
+    fused()
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILES], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def painted(place: Place, stages: int) -> Tensor | None:
