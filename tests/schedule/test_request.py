@@ -102,7 +102,7 @@ def test_every_scheduler_streams_and_equals_one_process(name: str, tmp_path: Pat
 
 def test_the_figures_of_a_request_add_up() -> None:
     pipe = tiny.pipeline("flux")
-    patchpipe.parallelize(pipe, ParallelConfig(patches=4, warmup=2))
+    patchpipe.parallelize(pipe, ParallelConfig(patches=4, warmup=2, forecast=False))
     pipe(**tiny.call_arguments("flux", steps=5), output_type="latent")
     stats = pipe.patchpipe.last
     assert (stats.steps_synchronous, stats.steps_patched) == (2 * 2, 2 * 3)

@@ -22,7 +22,7 @@ from tests.support.ranks import Place, run_ranks
 
 STEPS, PATCHES = 4, 4
 LAYOUTS: list[dict[str, Any]] = [
-    {"pipefusion": 2, "patches": PATCHES}, {"cfg": 2}, {"ulysses": 2}, {"ring": 2}, {"tensor": 2},
+    {"pipefusion": 2, "patches": PATCHES, "warmup": 1}, {"cfg": 2}, {"ulysses": 2}, {"ring": 2}, {"tensor": 2},
     {"distrifusion": 2, "parallel_vae": True},
 ]  # fmt: skip
 
@@ -139,7 +139,8 @@ def test_the_file_is_one_that_perfetto_reads(pipeline_trace: Path) -> None:
     about = found["otherData"]
     assert (about["version"], about["steps"], about["patches"], about["branches"]) == (1, STEPS, PATCHES, 2)
     assert about["model"] == "FluxTransformer2DModel"
-    assert ParallelConfig(**about["layout"]) == ParallelConfig(pipefusion=2, patches=PATCHES, timeout=60)
+    used = ParallelConfig(**LAYOUTS[0], forecast=True, timeout=60)  # as it came to be
+    assert ParallelConfig(**about["layout"]) == used
 
 
 def trace_badly(place: Place, folder: str) -> list[str]:
@@ -238,7 +239,7 @@ def test_the_command_draws_and_tells(pipeline_trace: Path, tmp_path: Path, capsy
     out = tmp_path / "new" / "x.png"
     assert app(args=["trace", str(pipeline_trace), "-o", str(out), "--steps", "2-3"]) == 0
     text = capsys.readouterr().out
-    assert "FluxTransformer2DModel · pipefusion 2 · patches 4 · warm-up 1" in text
+    assert "FluxTransformer2DModel · pipefusion 2 · patches 4 · stale keys forecast" in text
     assert "steps 2-3" in text
     assert len(re.findall(r"\d%", text)) == 6  # three shares of two ranks
     assert Image.open(out).width > 1500
