@@ -109,7 +109,7 @@ def test_calls_together_give_what_each_gives_alone(engine: Engine, tmp_path: Pat
     results = engine.generate_together(calls, on_progress=steps.append, trace=tmp_path / "both.json")
     assert [pixels(one.images) for one in results] == [pixels(engine(**call)) for call in calls]
     assert [one.seed for one in results] == [1, 2]
-    assert [one.stats["steps_patched"] for one in results] == [2 * 2, 2 * 1]  # two branches of guidance, for which two steps warm up
+    assert [one.stats["steps_patched"] for one in results] == [2 * 2, 2 * 1]  # with guidance two steps warm up
     for number, total in ((0, 4), (1, 3)):
         seen = [(one.step, one.total) for one in steps if one.call == number]
         assert seen == [(step, total) for step in range(1, total + 1)]
