@@ -14,6 +14,7 @@ from patchpipe.scheduling.policies.view import View, Wish
 from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.settings import Limits
 from patchpipe.serve.steer.costs import LiveCosts, Machine
+from patchpipe.serve.steer.runs import Run
 from patchpipe.serve.work.tickets import Ended, Painted
 from tests.support import steered
 from tests.support.steered import Engine, Floor, Heard, ask, states, until
@@ -130,6 +131,27 @@ def test_every_request_has_one_answer_whatever_happens(policy: str, tmp_path: Pa
             assert len(end.outputs) == len(ticket.work.seeds)
     assert not [clash for one in made for clash in one.clashes]
     assert not floor.crowds
+
+
+def test_a_pause_taken_back_too_late_is_not_taken_for_the_next_one(tmp_path: Path) -> None:
+    """The engine holds a request, goes on, and holds it again, before the conductor hears of the first time."""
+    with steered.service(tmp_path, {"pictures": lambda: Engine(2)}, policy_named("fcfs", 2)) as running:
+        heard, conductor = Heard(), running.conductor
+        ticket = ask(running, heard, "fine-0", steps=30)
+        until(lambda: conductor._parts and conductor._parts[0].done > 2)
+        with conductor._changed:  # it decides nothing meanwhile
+            (part,), stands = conductor._parts, conductor._stands
+            assert isinstance(part.run, Run)
+            handle: Any = part.run._handle
+            stands._stop(part, moves=False)
+            until(lambda: handle.state == "paused")
+            stands._go_on(part)
+            until(lambda: handle.state == "running")
+            stands._stop(part, moves=False)
+            until(lambda: handle.state == "paused")
+            conductor.look()  # once it has heard all of this
+        until(lambda: ticket.over, 20)
+    assert isinstance(heard.ends["fine-0"], Painted)
 
 
 class Broken:

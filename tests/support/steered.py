@@ -32,6 +32,7 @@ class Pretended:
         self.ranks = told["ranks"] or engine.all
         self.state, self.step = "waiting", getattr(told["checkpoint"], "step", 0)
         self.wish: str | None = None
+        self.waking: list[str | None] = []  # why it is held no more; a pause that follows is for the next step
         self.error: BaseException | None = None
         self.changed = threading.Condition()
         threading.Thread(target=self.paint, daemon=True).start()
@@ -61,14 +62,16 @@ class Pretended:
 
     def obey(self) -> str | None:
         with self.changed:
-            if self.wish == "pause":
+            wish, self.wish = self.wish, None
+            if wish == "pause":
+                self.waking = []
                 self.become("paused")
-                self.changed.wait_for(lambda: self.wish != "pause" or self.error is not None)
+                self.changed.wait_for(lambda: self.waking or self.error is not None)
                 if self.error is not None:
                     raise self.error
-                if self.wish is None:
+                wish = self.waking[0]
+                if wish is None:
                     self.become("running")
-            wish, self.wish = self.wish, None
         if wish == "save":
             if not self.engine.carries:
                 self.become("running")
@@ -90,7 +93,10 @@ class Pretended:
 
     def ask(self, wish: str | None) -> None:
         with self.changed:
-            self.wish = wish
+            if self.state != "paused" or self.waking:
+                self.wish = wish
+            elif wish != "pause":
+                self.waking = [wish]
             self.changed.notify_all()
 
     def pause(self) -> None:

@@ -223,6 +223,8 @@ class Conductor:
             self._settle(part, Refusal(500, f"the service failed: {type(error).__name__}", code="internal_error"))
 
     def _on_going(self, part: Part, news: News) -> None:
+        if part.stage == "paused" and part.asked is None:
+            part.asked = "pause"  # it was held for a pause that had been taken back; that for the last one comes yet
         part.stage, part.stepped, part.steady = "running", news.when, False
 
     def _on_step(self, part: Part, news: News) -> None:
