@@ -25,8 +25,8 @@ def describe(config: Any) -> str:
         degrees.append("batch in halves" if config.split_batch else "batch whole")
     if config.share_blocks is not None:
         degrees.append("shared blocks" if config.share_blocks else "whole blocks")
-    if config.stale:
-        degrees.append("stale keys forecast" if config.forecasts else "stale keys as they were")
+    if config.stale and config.forecast is not None:
+        degrees.append("stale keys forecast" if config.forecast else "stale keys as they were")
     degrees = degrees or ["one device"]
     degrees += [] if config.offload is None else [config.offload.describe()]
     steps = "every step synchronous" if config.synchronous else f"warm-up {told(config.warmup, config.forecasts)}"

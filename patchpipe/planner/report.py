@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from patchpipe.config import STREAMED, ParallelConfig
+from patchpipe.config import ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
 from patchpipe.planner.search import ALIKE, Choice
@@ -38,7 +38,7 @@ def _one_device(choice: Choice) -> str:
     longer = choice.best.seconds / choice.single.seconds
     ranks = choice.best.config.world_size
     return (
-        f"one device is best: the quickest layout of {ranks}, {_name(choice.best)}, takes {longer:.2f}× as long; "
+        f"one device is best: the quickest layout of {ranks}, {layout_name(choice.best)}, takes {longer:.2f}× as long; "
         f"let each device paint pictures of its own"
     )
 
@@ -86,7 +86,7 @@ def _over_next(choice: Choice) -> str:
         return "no other layout fits" if choice.best.config.world_size > 1 else ""
     best, second = choice.ranked[:2]
     longer = second.seconds / best.seconds - 1
-    name = _name(second)
+    name = layout_name(second)
     if longer < -ALIKE:
         less = (
             "sees fewer fresh keys" if choice.quality is None else "is not known to be as near to one device's picture"
@@ -99,10 +99,10 @@ def _over_next(choice: Choice) -> str:
     )
 
 
-def _name(prediction: Prediction) -> str:
-    """The layout without what layouts of a search have alike."""
+def layout_name(prediction: Prediction) -> str:
+    """The layout without what is as ever: the usual warm-up, and compiled blocks, which all have or none."""
     *parts, warmup = prediction.config.describe().removesuffix(" · compiled").split(" · ")
-    return " · ".join([*parts, *([warmup] if prediction.config.warmup == STREAMED else [])])
+    return " · ".join([*parts, *([] if prediction.config.warmup is None else [warmup])])
 
 
 def _exact(choice: Choice) -> str:
@@ -111,7 +111,7 @@ def _exact(choice: Choice) -> str:
     exact = next((one for one in choice.ranked if one.exact), None)
     if exact is None:
         return "no method with the picture of one device fits; a pipeline with every step synchronous may (--exact)"
-    name = _name(exact)
+    name = layout_name(exact)
     return f"the fastest whose picture is that of one device (--exact): {name}, {exact.seconds:.2f} s"
 
 
@@ -121,7 +121,7 @@ def _stale(choice: Choice, fresh: float) -> str:
         return ""
     first = faster[0]
     return (
-        f"{_name(first)} would take {first.seconds:.2f} s, but only {first.fresh:.0%} "
+        f"{layout_name(first)} would take {first.seconds:.2f} s, but only {first.fresh:.0%} "
         f"of the keys it sees are fresh (--fresh {fresh:g} asks for more)"
     )
 

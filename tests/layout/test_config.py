@@ -87,7 +87,7 @@ def test_parts_are_placed_on_different_ranks_unless_told() -> None:
 
 def test_it_describes_itself() -> None:
     text = ParallelConfig(pipefusion=2, patches=4).describe()
-    assert text == "pipefusion 2 · patches 4 · stale keys forecast · warm-up 1 or 2 with guidance"
+    assert text == "pipefusion 2 · patches 4 · warm-up 1 or 2 with guidance"
     text = ParallelConfig(patch_rows=(1, 2), warmup="all").describe()
     assert text == "patches 2 (1, 2) · every step synchronous"
     assert ParallelConfig(cfg=2, ring=2).describe() == "cfg 2 · ring 2 · warm-up 1"

@@ -202,7 +202,8 @@ def test_guidance_begins_with_two_synchronous_steps(name: str, calls: int) -> No
     assert found == [1, 1, calls, 2 * calls]
     assert steps_of(name, True) == 2 * calls, "which is the default"
     assert steps_of(name, True, warmup=1) == calls, "unless it is said otherwise"
-    assert "stale keys forecast · warm-up 1 or 2 with guidance" in ParallelConfig(pipefusion=2).describe()
+    assert "warm-up 1 or 2 with guidance" in ParallelConfig(pipefusion=2).describe()
+    assert "stale keys forecast" in ParallelConfig(pipefusion=2, forecast=True).describe()
     assert "stale keys as they were · warm-up 1" in ParallelConfig(pipefusion=2, forecast=False).describe()
     assert "stale" not in ParallelConfig(ulysses=2).describe()
 

@@ -267,10 +267,10 @@ def _layouts(choice: Choice, top: int) -> Table:
 
 
 def _cells(choice: Choice, one: Prediction) -> tuple[str, ...]:
-    from patchpipe.planner.report import megabytes
+    from patchpipe.planner.report import layout_name, megabytes
 
     return (
-        one.config.describe(),
+        layout_name(one),
         f"{one.seconds:.2f}",
         f"{choice.speed_up(one):.2f}×",
         f"{one.bytes / 2**30:.1f}",
