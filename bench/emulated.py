@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import patchpipe
+from bench.contenders import AS_MEASURED
 from bench.emulated_device import Costs, EmulatedDevice, emulate, noting_waits
 from bench.emulated_links import Hosts, enter_host, shape_link, shares_of
 from bench.emulated_models import MODELS
@@ -99,7 +100,7 @@ class Run:
     @property
     def config(self) -> ParallelConfig:
         """The layout."""
-        return ParallelConfig(**self.options, timeout=TIMEOUT)
+        return ParallelConfig(**{**AS_MEASURED, **self.options}, timeout=TIMEOUT)
 
     @property
     def profile(self) -> Profile:
@@ -123,7 +124,7 @@ class Run:
         if len(stages) > 1 and len(set(workload.blocks)) > 1:  # the tiny model does not show what they cost
             options["stage_blocks"] = sizes_of(stages)
             options.pop("share_blocks", None)
-        found = predict(workload, ParallelConfig(**options), self.profile)
+        found = predict(workload, ParallelConfig(**{**AS_MEASURED, **options}), self.profile)
         steps = max(STEPS.get(self.kind, 1), model.fewest)
         period = PERIOD.get(self.kind, OTHER_PERIOD) / (1 if self.kind in STEPS else steps)
         dilation = max(1.0, round(period / found.period, 1))

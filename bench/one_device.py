@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import patchpipe
+from bench.contenders import AS_MEASURED
 from bench.rounds import FEW_STEPS, keep_freed_memory, save
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
@@ -68,7 +69,7 @@ def build(shape: str, device: str, dtype: str) -> tuple[Any, dict[str, Any]]:
 def step_seconds(pipe: Any, call: dict[str, Any], patches: int, steps: int) -> float:
     """Seconds of one steady step; ``patches`` of 0 is plain diffusers."""
     if patches:
-        patchpipe.parallelize(pipe, ParallelConfig(patches=patches))
+        patchpipe.parallelize(pipe, ParallelConfig(patches=patches, **AS_MEASURED))
     try:
         short, long = (timed(lambda count=count: request(pipe, call, count)) for count in (FEW_STEPS, steps))
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.contenders import OURS
+from bench.contenders import AS_MEASURED, OURS
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.planner import Link, Profile, Workload, calibrated, predict
@@ -63,11 +63,11 @@ class Forecast:
 
 def forecast(workload: Workload, profile: Profile, ranks: int) -> Forecast:
     """Predicts every method of ours, PipeFusion with the planner's patches and with the program's, and picks one."""
-    planned = search(workload, ranks, profile, Wishes(fresh=0, methods=("pipefusion",))).best
-    own = predict(workload, ParallelConfig(pipefusion=ranks), profile)
+    planned = search(workload, ranks, profile, Wishes(fresh=0, methods=("pipefusion",), warmup=1)).best
+    own = predict(workload, ParallelConfig(pipefusion=ranks, **AS_MEASURED), profile)
     seconds = {f"pipefusion:{one.patches}": one.seconds for one in (own, planned)}
     for method in OURS:
         if method != "pipefusion":
             options: dict[str, int] = {method: ranks}
-            seconds[method] = predict(workload, ParallelConfig(**options), profile).seconds  # type: ignore[arg-type]
+            seconds[method] = predict(workload, ParallelConfig(**{**AS_MEASURED, **options}), profile).seconds  # type: ignore[arg-type]
     return Forecast(seconds, min(seconds, key=lambda name: seconds[name]))

@@ -13,6 +13,7 @@ import torch
 import typer
 
 import patchpipe
+from bench.contenders import AS_MEASURED
 from bench.shapes import SHAPES
 from patchpipe import ParallelConfig
 from patchpipe.tracing.draw import draw
@@ -39,7 +40,7 @@ def main(
 def trace(place: Place, shape: str, patches: int, steps: int, file: str) -> None:
     """A request to warm up, then the one that is traced."""
     pipe, call = SHAPES[shape].build()
-    config = ParallelConfig(pipefusion=place.world_size, patches=patches, timeout=600)
+    config = ParallelConfig(pipefusion=place.world_size, patches=patches, timeout=600, **AS_MEASURED)
     patchpipe.parallelize(pipe, config, group=place.join(config))
     pipe(**{**call, "num_inference_steps": 2})
     with pipe.patchpipe.tracing(file):
