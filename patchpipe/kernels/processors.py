@@ -1,16 +1,16 @@
 """A processor's own code, with the functions by which it attends exchanged for others.
 
 A mode sees every torch function that a layer calls: some sixty for each attention, of which one is wanted. Each costs
-the host a microsecond or two, and a patch has many layers. So the processor gets a subclass of the same name, whose
-``__call__`` is its own code with other global names: diffusers' ``dispatch_attention_fn`` and torch's ``functional``
-lead to the mode of the layer at work, and nothing else does. Nothing of diffusers or torch is changed for others.
+the host a microsecond or two, and a patch has many layers. So while the layer computes its processor has a subclass of
+the same name, whose ``__call__`` is its own code with other global names: diffusers' ``dispatch_attention_fn`` and
+torch's ``functional`` lead to the mode of the layer at work, and nothing else does. Nothing of diffusers or torch is
+changed for others.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from types import FunctionType
@@ -24,38 +24,24 @@ from torch.overrides import TorchFunctionMode
 _at_work: ContextVar[TorchFunctionMode | None] = ContextVar("the mode of the attention layer at work", default=None)
 
 
-def exchange(layer: nn.Module) -> Callable[[], None]:
-    """Gives a layer's processor the subclass, if its code names one of the functions.
+def can_exchange(layer: nn.Module) -> bool:
+    """Whether a layer's processor names one of the functions, and no hook of diffusers asks what class it has."""
+    kind: Any = type(getattr(layer, "processor", None))
+    return not hasattr(layer, "_diffusers_hook") and _subclass(kind) is not None
 
-    Returns:
-        A function that undoes it.
-    """
-    processor: Any = getattr(layer, "processor", None)
+
+def exchanged(
+    layer: Any, mode: TorchFunctionMode, compute: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a layer computes while attention of its processor leads to a mode."""
+    processor = layer.processor
     kind: Any = type(processor)
-    own = None if processor is None or exchanged(layer) else _subclass(kind)
-    if own is None:
-        return lambda: None
-    processor.__class__ = own
-
-    def undo() -> None:
-        if type(processor) is own:
-            processor.__class__ = kind
-
-    return undo
-
-
-def exchanged(layer: nn.Module) -> bool:
-    """Whether a layer's processor, which a user may have set anew, is of such a subclass."""
-    return getattr(type(getattr(layer, "processor", None)), "_exchanged", False)
-
-
-@contextmanager
-def led_to(mode: TorchFunctionMode) -> Iterator[None]:
-    """In the block, attention of exchanged processors goes to a mode."""
     token = _at_work.set(mode)
+    processor.__class__ = _subclass(kind)
     try:
-        yield
+        return compute(*args, **kwargs)
     finally:
+        processor.__class__ = kind
         _at_work.reset(token)
 
 
@@ -72,7 +58,7 @@ def _subclass(kind: type) -> type | None:
     own: Any = FunctionType(code, names, call.__name__, call.__defaults__, call.__closure__)
     own.__kwdefaults__, own.__doc__ = call.__kwdefaults__, call.__doc__
     own.__signature__ = inspect.signature(call)  # layers ask for it in every call
-    told = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "_exchanged": True}
+    told = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     return type(kind.__name__, (kind,), {"__call__": own, **told})
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
-from patchpipe.kernels.processors import exchange, exchanged, led_to
+from patchpipe.kernels.processors import can_exchange, exchanged
 from patchpipe.models.skips import takes_values
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.early import Ahead, Early
@@ -214,7 +214,6 @@ class Attended:
     ) -> None:
         self.layer, self.name = layer, type(layer).__name__
         self.compute, self.find, self.kernels, self.early = layer.forward, find, kernels, early
-        self.put_back = exchange(layer)  # a compiler traces the processor as it was
         self.hidden = False  # whether the processor's own code does not attend, but what it calls
         self.reshapes = False  # whether it reshapes in a way that torch finds ambiguous where there are no rows
 
@@ -239,10 +238,9 @@ class Attended:
 
     def _seen(self, mode: _StoreMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own forward: its attention alone is seen, or all it does where that is not enough."""
-        if exchanged(self.layer) and not self.hidden and not (self.reshapes and _some_empty(args, kwargs)):
+        if not self.hidden and can_exchange(self.layer) and not (self.reshapes and _some_empty(args, kwargs)):
             try:
-                with led_to(mode):
-                    result = self.compute(*args, **kwargs)
+                result = exchanged(self.layer, mode, self.compute, args, kwargs)
                 if mode.calls:
                     return result
                 self.hidden = True
@@ -316,14 +314,7 @@ def attend_through(
     Returns:
         A function that undoes it.
     """
-    attended = Attended(layer, find, kernels, early)
-    undo = override(layer, attended)
-
-    def both() -> None:
-        attended.put_back()
-        undo()
-
-    return both
+    return override(layer, Attended(layer, find, kernels, early))
 
 
 def override(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:

@@ -206,7 +206,6 @@ class CompiledBlock:
             hook = module.__dict__["forward"]
             if isinstance(hook, Attended):
                 self._attended[path] = hook
-                hook.put_back()
                 forward = _traced_attention(hook, path, self.order)
             else:
                 self._hooked[path] = hook
