@@ -11,6 +11,7 @@ import torch
 from patchpipe.kernels.trends import PLAIN, Passes, Rows
 
 ALIKE = 0.03  # of the largest value: two ways in 16 bits and eight may differ by this much
+PARTS = (slice(0, 17), slice(17, 40))  # of the rows that are tried: those of the first patch, and the others
 
 logger = logging.getLogger("patchpipe")
 
@@ -51,14 +52,11 @@ def difference(passes: Passes, device: torch.device, dtype: torch.dtype, channel
         again = torch.zeros((), dtype=torch.float64, device=device)
         sums = []
         for fresh in drawn[1:]:
-            rows = [Rows(kept[:, :, part], change[:, :, part], scale[:, :, part]) for part in _PARTS]
-            sums.append(each.renew(rows[0], fresh[:, :, _PARTS[0]], ahead * 0, again, True))
+            rows = [Rows(kept[:, :, part], change[:, :, part], scale[:, :, part]) for part in PARTS]
+            sums.append(each.renew(rows[0], fresh[:, :, PARTS[0]], ahead * 0, again, True))
             ahead = torch.full_like(ahead, 0.75)
             each.show(rows[1], ahead)
-            each.renew(rows[1], fresh[:, :, _PARTS[1]], ahead, again + 1, False)
+            each.renew(rows[1], fresh[:, :, PARTS[1]], ahead, again + 1, False)
         told = [getattr(one, name).flatten() / drawn[0].numel() for one in sums for name in ("size", "met", "came")]
         found.append(torch.cat([kept.flatten().double(), (change * scale).flatten().double(), *told]))
     return float((found[0] - found[1]).abs().max() / found[0].abs().max())
-
-
-_PARTS = (slice(0, 17), slice(17, 40))
