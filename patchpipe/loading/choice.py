@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patchpipe.errors import UnsupportedModel, did_you_mean
-from patchpipe.loading.schedulers import build_scheduler, scheduler_class, scheduler_settings
+from patchpipe.loading.schedulers import build_scheduler, full_name, scheduler_class, scheduler_settings
 from patchpipe.loading.source import read_index
 
 _ENDING = "Pipeline"
@@ -217,7 +217,8 @@ def check_choice(
     chosen: dict[str, Any] = {} if kind is None else {"pipeline": kind.__name__}
     if isinstance(options.get("scheduler"), str):
         serving = kind or choose_class(index)
-        chosen["scheduler"] = scheduler_class(options["scheduler"], scheduler_settings(folder), serving).__name__
+        scheduler = scheduler_class(options["scheduler"], scheduler_settings(folder), serving)
+        chosen["scheduler"] = full_name(options["scheduler"], scheduler)
     return chosen
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from patchpipe.errors import did_you_mean
 
+_COLON = ":"
 _ENDING = "Scheduler"
 _FLOW = "FlowMatch"
 _FLOW_SETTINGS = "use_flow_sigmas"
@@ -22,12 +23,14 @@ def build_scheduler(name: str, settings: Mapping[str, Any], pipeline: type[Any])
     """A scheduler in place of the pipeline's own.
 
     Args:
-        name: A class of diffusers, or short: ``"euler"``, ``"heun"``, ``"unipc"``, ``"dpm++"``, ``"ddim"``.
+        name: A class of diffusers, or short: ``"euler"``, ``"heun"``, ``"unipc"``, ``"dpm++"``, ``"ddim"``; with
+            settings of its own after a colon where wished: ``"dpm++:use_karras_sigmas=true,solver_order=3"``.
         settings: The configuration of the pipeline's own scheduler, its class's name among them.
         pipeline: The pipeline's class.
 
     Raises:
-        ValueError: There is no such scheduler, or it cannot serve the pipeline; names those that can.
+        ValueError: There is no such scheduler, it has no such setting, or it cannot serve the pipeline; names those
+            that can.
     """
     kind = scheduler_class(name, settings, pipeline)
     taken = inspect.signature(kind.__init__).parameters
@@ -35,7 +38,7 @@ def build_scheduler(name: str, settings: Mapping[str, Any], pipeline: type[Any])
     if kind.__name__ != settings["_class_name"] and _flows(settings) and _FLOW_SETTINGS in taken:
         kept |= {_FLOW_SETTINGS: True, "prediction_type": "flow_prediction"}
         kept["flow_shift"] = settings.get("flow_shift", settings.get("shift", 1.0))
-    return kind(**kept)
+    return kind(**kept | _parts(name)[1])
 
 
 def scheduler_settings(folder: Path) -> dict[str, Any]:
@@ -61,14 +64,44 @@ def scheduler_class(name: str, settings: Mapping[str, Any], pipeline: type[Any])
     Raises:
         ValueError: As there.
     """
-    serving = schedulers_for(settings, pipeline)
-    by_name = {kind.__name__: kind for kind in serving}
-    if name in by_name:
-        return by_name[name]
-    short = [kind for kind in serving if _short(kind.__name__) == _short(name)]
-    if short:
-        return min(short, key=lambda kind: len(kind.__name__))
-    raise ValueError(f"{_why_not(name, settings, pipeline)}: use {', '.join(sorted(by_name))}")
+    wanted, own = _parts(name)
+    settings = {**settings, **own}
+    serving = {kind.__name__: kind for kind in schedulers_for(settings, pipeline)}
+    short = [kind for kind in serving.values() if _short(kind.__name__) == _short(wanted)]
+    kind = serving.get(wanted) or min(short, key=lambda kind: len(kind.__name__), default=None)
+    if kind is None:
+        raise ValueError(f"{_why_not(wanted, settings, pipeline)}: use {', '.join(sorted(serving))}")
+    _check_own(own, kind)
+    return kind
+
+
+def full_name(name: str, kind: type[Any]) -> str:
+    """A scheduler's name as asked, with its class's in place of a short one."""
+    _, colon, own = name.partition(_COLON)
+    return kind.__name__ + colon + own
+
+
+def _parts(name: str) -> tuple[str, dict[str, Any]]:
+    """A scheduler's name and the settings after the colon: ``key=value,…``, values as JSON or else text."""
+    wanted, _, own = name.partition(_COLON)
+    found: dict[str, Any] = {}
+    for part in own.split(",") if own else ():
+        key, sign, value = (piece.strip() for piece in part.partition("="))
+        if not sign:
+            raise ValueError(f"scheduler {name!r}: {part!r} must look like key=value, such as use_karras_sigmas=true")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return wanted, found
+
+
+def _check_own(own: Mapping[str, Any], kind: type[Any]) -> None:
+    taken = set(inspect.signature(kind.__init__).parameters) - {"self"}  # type: ignore[misc]
+    for key in own.keys() - taken:
+        near = did_you_mean(key, sorted(taken))
+        hint = f"did you mean {near!r}?" if near else f"it has {', '.join(sorted(taken))}"
+        raise ValueError(f"{kind.__name__} has no setting {key!r}: {hint}")
 
 
 def schedulers_for(settings: Mapping[str, Any], pipeline: type[Any]) -> list[type[Any]]:

@@ -13,7 +13,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchHeunDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 
 import patchpipe
@@ -21,7 +27,7 @@ from patchpipe import Engine, ParallelConfig
 from patchpipe.cli import app
 from patchpipe.cli.inputs import fitting_size, read_picture
 from patchpipe.loading.choice import choose_class, tasks_of
-from patchpipe.loading.schedulers import build_scheduler, scheduler_class, schedulers_for
+from patchpipe.loading.schedulers import build_scheduler, full_name, scheduler_class, schedulers_for
 from patchpipe.models import PLANS
 from tests import tiny
 from tests.pipeline.test_pipelines import KINDS, arguments, layout, mask, paint, picture, same
@@ -173,6 +179,23 @@ def test_settings_of_the_own_scheduler_stay() -> None:
     solver = build_scheduler("dpm++", own, StableDiffusion3Pipeline)
     assert (solver.config.use_flow_sigmas, solver.config.flow_shift) == (True, 3.0)
     assert solver.config.prediction_type == "flow_prediction"
+
+
+def test_settings_follow_a_scheduler_s_name() -> None:
+    own = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    name = "dpm++:algorithm_type=sde-dpmsolver++, solver_order=3,lower_order_final=false"
+    config = build_scheduler(name, own, StableDiffusion3Pipeline).config
+    assert (config.algorithm_type, config.solver_order, config.lower_order_final) == ("sde-dpmsolver++", 3, False)
+    assert config.flow_shift == 3.0
+    assert full_name("euler:stochastic_sampling=true", FlowMatchEulerDiscreteScheduler) == (
+        "FlowMatchEulerDiscreteScheduler:stochastic_sampling=true"
+    )
+    for wrong, told in (("euler:shfit=2", "did you mean 'shift'"), ("euler:shift", "must look like key=value")):
+        with pytest.raises(ValueError, match=told):
+            scheduler_class(wrong, own, StableDiffusion3Pipeline)
+    with pytest.raises(ValueError, match="here without dynamic shifting"):
+        scheduler_class("dpm++", own, FluxPipeline)
+    scheduler_class("dpm++:use_dynamic_shifting=true", own, FluxPipeline)
 
 
 # -- the engine ----------------------------------------------------------------------------------

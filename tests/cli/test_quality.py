@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLWan
 from PIL import Image
 
 from patchpipe.cli import app
+from patchpipe.cli.quality.features import Features
 from patchpipe.cli.quality.front import drawing, front
 from patchpipe.cli.quality.measure import Found, Setting, settings, structure
 from patchpipe.cli.quality.page import page
+from patchpipe.demo import MODEL_DIR
+
+SOLVER = "dpm++:use_dynamic_shifting=true"
 
 
 def grey(seed: int, noise: float = 0.0) -> Image.Image:
@@ -25,14 +32,23 @@ def grey(seed: int, noise: float = 0.0) -> Image.Image:
 def test_every_combination_is_a_setting() -> None:
     found = settings([2, 4], [1], [False, True])
     assert [one.label for one in found] == [
-        "2 patches, warm-up 1, stale", "2 patches, warm-up 1, forecast",
-        "4 patches, warm-up 1, stale", "4 patches, warm-up 1, forecast",
+        "2 patches, warm-up 1, as they were", "2 patches, warm-up 1, forecast",
+        "4 patches, warm-up 1, as they were", "4 patches, warm-up 1, forecast",
     ]  # fmt: skip
     assert found[1].config.forecast
     assert found[1].config.patches == 2
     assert settings([2], ["auto"], [False, True]) == [Setting(2, "auto", forecast=True)], (
         "without one there is no error"
     )
+
+
+def test_distrifusion_is_a_setting_where_there_is_one() -> None:
+    found = settings([2], [1, "streamed"], [True], [4])
+    assert [one.label for one in found] == [
+        "2 patches, warm-up 1, forecast", "2 patches, warm-up streamed, forecast",
+        "DistriFusion on 4, warm-up 1, forecast",
+    ]  # fmt: skip
+    assert found[-1].config.distrifusion == found[-1].config.world_size == 4
 
 
 def test_structure_is_one_for_equal_pictures_and_falls_with_noise() -> None:
@@ -43,13 +59,50 @@ def test_structure_is_one_for_equal_pictures_and_falls_with_noise() -> None:
 
 def test_the_page_shows_the_farthest_picture_and_says_where_there_is_no_difference() -> None:
     setting, pictures = Setting(2, 1, forecast=True), [grey(0), grey(1, 30)]
-    found = [Found(setting, [40.0, 20.0], [1.0, 0.5], pictures), Found(setting, [math.inf] * 2, [1.0] * 2, pictures)]
+    found = [
+        Found(setting, [40.0, 20.0], [1.0, 0.5], [0.001, 0.02], pictures),
+        Found(setting, [math.inf] * 2, [1.0] * 2, [], pictures),
+    ]
     text = page("a <model>", "2 prompts.", ["an apple", "an owl & a frog"], pictures, found)
     assert "a &lt;model&gt;" in text
     assert "the farthest, 20.0 dB" in text
     assert "an owl &amp; a frog" in text
     assert "identical" in text
     assert text.count("data:image/png;base64,") == 2 * 3
+
+
+def test_features_tell_pictures_apart_as_the_model_sees_them() -> None:
+    vae = AutoencoderKL.from_pretrained(MODEL_DIR / "vae")
+    features = Features(vae)
+    same, little, much = (features.distance(grey(0), one) for one in (grey(0), grey(1, 5), grey(1, 40)))
+    assert 0 == same < little < much < 4
+    assert not vae.encoder.down_blocks[0]._forward_hooks
+
+
+def test_features_of_a_clip_s_encoder_and_of_none() -> None:
+    torch.manual_seed(0)
+    sizes = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
+    features = Features.of(SimpleNamespace(vae=AutoencoderKLWan(**sizes)))
+    assert features is not None
+    assert 0 == features.distance(grey(0), grey(0)) < features.distance(grey(0), grey(1, 40))
+    assert Features.of(SimpleNamespace(vae=None)) is None
+
+
+def test_the_command_compares_distrifusion_with_another_scheduler(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "quality.html"
+    prompts.write_text("red heart, flat style\n")
+    arguments = ["--prompts", str(prompts), "--patches", "2", "--steps", "6", "--guidance", "1", "-o", str(out)]
+    assert app(["quality", *arguments, "--forecast", "on", "--distrifusion", "2", "--scheduler", SOLVER]) == 0
+    told = json.loads(out.with_suffix(".json").read_text())
+    streamed, beside = told["found"]
+    assert (streamed["distrifusion"], beside["distrifusion"], told["scheduler"]) == (False, True, SOLVER)
+    assert 20 < beside["psnr"][0] < 80
+    assert beside["psnr"] != streamed["psnr"]
+    assert 0 < beside["features"][0] < 1
+    assert "DPMSolverMultistepScheduler" in out.read_text()
+    assert "2 ranks" in capsys.readouterr().out
 
 
 def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +124,8 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
     ("options", "told"),
     [
         (["--patches", "0"], "--patches 0 must be whole numbers of 1 or more"),
+        (["--distrifusion", "1"], "--distrifusion 1 must be whole numbers of 2 or more"),
+        (["--scheduler", "unipc:order=2"], "UniPCMultistepScheduler has no setting 'order'"),
         (["--warmup", "all"], '--warmup all: "all" is one device\'s picture'),
         (["--warmup", "x"], "--warmup x must be a whole number of 0 or more"),
         (["--forecast", "maybe"], "--forecast maybe must be on, off or on,off"),

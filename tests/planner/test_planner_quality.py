@@ -21,7 +21,7 @@ PCIE = Profile.named("l40", "pcie4")
 MADE_UP = Workload(
     "made up", (crossed(1536),) * 8, heads=24, rows=Raster(64, 64, 1), text=64, joint=False, steps=20, branches=1
 )
-DECIBELS: dict[tuple[Any, bool], dict[int, float]] = {
+DECIBELS: dict[Any, dict[int, float]] = {
     (1, False): {8: 37.0, 16: 35.0}, (1, True): {8: 52.0, 16: 50.0}, ("streamed", True): {8: 45.0, 16: 43.0},
 }  # fmt: skip
 
@@ -76,6 +76,16 @@ def test_of_patches_that_were_not_measured_more_count(tmp_path: Path) -> None:
     assert of == [float("inf"), 52, 52, 50, 50, None]
     assert quality.of(ParallelConfig(patches=8, warmup=2), 8) is None
     assert quality.of(ParallelConfig(distrifusion=2), 1) is None
+
+
+def test_distrifusion_has_figures_of_its_own(tmp_path: Path) -> None:
+    """They count by ranks, and are nothing that patches which stream could be painted with."""
+    told = json.loads(measured(tmp_path).read_text())
+    told["found"].append({"patches": 4, "warmup": 1, "forecast": True, "distrifusion": True, "psnr": [46.0, 48.0]})
+    (tmp_path / "both.json").write_text(json.dumps(told))
+    both, streaming = Quality.read(tmp_path / "both.json", 40), Quality.read(measured(tmp_path), 40)
+    assert [both.of(ParallelConfig(distrifusion=ranks), 1) for ranks in (2, 4, 8)] == [47.0, 47.0, None]
+    assert both.ways == streaming.ways
 
 
 def test_plan_reads_what_quality_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

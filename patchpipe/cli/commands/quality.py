@@ -20,6 +20,11 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.files import check_new, free_name, write_text
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from patchpipe.cli.quality.measure import Setting
+    from patchpipe.engine import Engine
+    from patchpipe.loading.folder import PipelineFolder
     from patchpipe.planner import Workload
 
 EPILOG = """
@@ -29,7 +34,9 @@ EPILOG = """
 
   [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --prompts prompts.txt --patches 4,8 --warmup 1,2,streamed
 
-  [green]patchpipe quality[/] --patches 8 --forecast on -o forecast.html
+  [green]patchpipe quality[/] --patches 8 --forecast on --distrifusion 4 -o forecast.html
+
+  [green]patchpipe quality[/] --scheduler euler:stochastic_sampling=true
 """
 DEFAULT_OUT = Path("quality.html")
 SWITCH = {"on": True, "off": False}
@@ -46,6 +53,15 @@ Warmups = Annotated[
 Forecasts = Annotated[
     str,
     options.option(_PANEL, "Forecast stale rows: on, off or both.", "--forecast", metavar="on,off", default=True),
+]
+Ranks = Annotated[
+    str | None,
+    options.option(
+        _PANEL,
+        "DistriFusion on so many ranks too, each a process. [dim]Default: none.[/]",
+        "--distrifusion",
+        metavar="R,…",
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -73,11 +89,13 @@ def quality(
     patches: Patches = "2,4,8",
     warmup: Warmups = "1",
     forecast: Forecasts = "off,on",
+    distrifusion: Ranks = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     height: options.Height = None,
     width: options.Width = None,
     seed: options.Seed = 0,
+    scheduler: options.Scheduler = None,
     dtype: options.Dtype = None,
     device: Device = None,
     on: On = "8xl40",
@@ -86,11 +104,13 @@ def quality(
     force: options.Force = False,
     _debug: options.Debug = False,
 ) -> None:
-    """Compare pictures painted in patches with one device's: decibels, structure, and a page to look at."""
+    """Compare pictures painted in patches with one device's: decibels, structure, features, and a page to look at."""
     from patchpipe.cli.quality.front import Cards, drawing
     from patchpipe.cli.quality.measure import measure, settings
+    from patchpipe.engine import Engine
 
-    wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast))
+    ranks = [] if distrifusion is None else _counts("--distrifusion", distrifusion, 2)
+    wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast), ranks)
     asked, cards = _read_prompts(prompts), Cards.read(on, link)
     target = (out or (DEFAULT_OUT if force else free_name(DEFAULT_OUT))).expanduser()
     if target.suffix != ".html":
@@ -98,7 +118,8 @@ def quality(
     figures = target.with_suffix(".json")
     for path in (target, figures):
         check_new(path, force)
-    console, pipe, call = Console(highlight=False), *_load(model, dtype, device)
+    console, (pipe, source) = Console(highlight=False), _load(model, dtype, device, scheduler)
+    call = call_defaults(source.path)
     strength = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
     given = {"num_inference_steps": steps, strength: guidance, "height": height, "width": width}
     call |= {name: value for name, value in given.items() if value is not None}
@@ -109,7 +130,11 @@ def quality(
         def tell(text: str) -> None:
             progress.update(task, advance=1, description=text[:60])
 
-        plain, found = measure(pipe, asked, call, wanted, seed, tell)
+        def crew(setting: Setting) -> AbstractContextManager[Engine]:
+            options = {} if scheduler is None else {"scheduler": scheduler}
+            return Engine(source.path, setting.config, device, dtype=pipe.dtype, **options)
+
+        plain, found = measure(pipe, asked, call, wanted, seed, tell, crew)
     against_time = ""
     if workload is not None:
         for one in found:
@@ -118,28 +143,33 @@ def quality(
     _show(console, found)
     console.print(f"predicted on {cards.name}" if workload else "no seconds: the planner knows no clips", style="dim")
     name = str(model or "the bundled model")
-    about = f"{len(asked)} prompt{'' if len(asked) == 1 else 's'}, {_told(call)}."
+    about = f"{len(asked)} prompt{'' if len(asked) == 1 else 's'}, {_told(call)}, {type(pipe.scheduler).__name__}."
     from patchpipe.cli.quality.page import page
 
     write_text(page(name, about, asked, plain, found, against_time), target)
-    told = {"model": name, "prompts": asked, "seed": seed, "call": call, "found": [one.as_dict() for one in found]}
+    told = {"model": name, "prompts": asked, "seed": seed, "call": call, "scheduler": scheduler}
+    told["found"] = [one.as_dict() for one in found]
     write_text(json.dumps(told, indent=1, default=str) + "\n", figures)
     console.print(f"[green]→[/] {target}\n[green]→[/] {figures}", soft_wrap=True)
 
 
-def _load(model: str | None, dtype: str | None, device: str | None) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, plain, and its usual call."""
+def _load(model: str | None, dtype: str | None, device: str | None, scheduler: str | None) -> tuple[Any, PipelineFolder]:
+    """The pipeline, plain, and where it lies."""
     from patchpipe.distributed.joining import device_for
     from patchpipe.loading.dtypes import as_torch, default_dtype
     from patchpipe.loading.folder import PipelineFolder
+    from patchpipe.loading.schedulers import build_scheduler
 
     source, _ = PipelineFolder.locate(model or MODEL_DIR)
     source.plan()
+    kind, parts = source.pipeline_class, {}
+    if scheduler is not None:
+        parts["scheduler"] = build_scheduler(scheduler, source.scheduler_settings(), kind)
     place = device_for(device)
     told = as_torch(dtype or default_dtype(source.path, None, [place.type]) or "float32")
-    pipe = source.pipeline_class.from_pretrained(source.path, dtype=told).to(place)
+    pipe = kind.from_pretrained(source.path, dtype=told, **parts).to(place)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, call_defaults(source.path)
+    return pipe, source
 
 
 def _workload(
@@ -200,7 +230,7 @@ def _told(call: dict[str, Any]) -> str:
 def _show(console: Console, found: list[Any]) -> None:
     from patchpipe.cli.quality.measure import HEADER
 
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in HEADER:
         table.add_column(name, justify="right", no_wrap=True)
     best = max(found, key=lambda one: one.mean)

@@ -52,8 +52,9 @@ class Cards:
         """Seconds of a request, as the planner predicts them: on all cards, or plain on one."""
         from patchpipe.planner.predict import predict
 
-        stages = 1 if setting is None else min(self.number, len(workload.blocks))
-        config = ParallelConfig() if setting is None else replace(setting.config, pipefusion=stages)
+        config = ParallelConfig() if setting is None else setting.config
+        if setting is not None and not setting.distrifusion:
+            config = replace(config, pipefusion=min(self.number, len(workload.blocks)))
         return predict(workload, config, self.profile).seconds
 
 

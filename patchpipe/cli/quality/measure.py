@@ -5,18 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patchpipe.cli.pictures import as_pictures, psnr
+from patchpipe.cli.quality.features import Features
 from patchpipe.config import WATCHED, ParallelConfig, WarmupKind
 
 if TYPE_CHECKING:
     from PIL import Image
 
-HEADER = ("patches", "warm-up", "stale rows", "dB, mean", "dB, worst", "SSIM, mean", "SSIM, worst", "predicted")
+HEADER = ("patches", "warm-up", "stale rows", "dB", "SSIM", "features ‰", "predicted")
 WINDOW = 8  # pixels, each way, in which structure is compared
 TELL = Callable[[str], None]
+Painter = Callable[..., Sequence[Any]]  # takes a prompt and a seed, returns pictures
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,31 @@ class Setting:
         patches: Patches of the latent.
         warmup: Synchronous steps, ``"streamed"`` or ``"auto"``.
         forecast: Whether stale keys and values are forecast.
+        distrifusion: Whether every patch has a rank of its own, which sees the others one step late, in place of
+            streaming. The picture then does depend on the number of devices: it is that of patches.
     """
 
     patches: int
     warmup: WarmupKind
     forecast: bool
+    distrifusion: bool = False
 
     @property
     def label(self) -> str:
         """For people."""
-        return f"{self.patches} patches, warm-up {self.warmup}, {'forecast' if self.forecast else 'stale'}"
+        cut = f"DistriFusion on {self.patches}" if self.distrifusion else f"{self.patches} patches"
+        return f"{cut}, warm-up {self.warmup}, {self.stale}"
+
+    @property
+    def stale(self) -> str:
+        """For people: how stale rows are shown."""
+        return "forecast" if self.forecast else "as they were"
 
     @property
     def config(self) -> ParallelConfig:
-        """The same on one device; halves of a batch are left out, since they would change it too."""
+        """The same on as few devices as paint it; halves of a batch are left out, since they would change it too."""
+        if self.distrifusion:
+            return ParallelConfig(distrifusion=self.patches, warmup=self.warmup, forecast=self.forecast)
         return ParallelConfig(
             patches=self.patches, warmup=self.warmup, forecast=self.forecast, split_batch=False, share_blocks=False
         )
@@ -54,6 +68,8 @@ class Found:
         setting: It.
         decibels: Peak signal-to-noise ratio of each picture against one device's.
         structure: Structural similarity of each, 1 where they are the same.
+        features: How far each is from one device's to the model's picture encoder, 0 where they are the same; empty
+            if it has none.
         pictures: The pictures.
         seconds: What the planner predicts for it on many cards; ``None`` where nothing was asked.
     """
@@ -61,6 +77,7 @@ class Found:
     setting: Setting
     decibels: list[float] = field(default_factory=list)
     structure: list[float] = field(default_factory=list)
+    features: list[float] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
     seconds: float | None = None
 
@@ -76,25 +93,31 @@ class Found:
 
     @property
     def cells(self) -> list[str]:
-        """A row of the table of figures, as ``HEADER`` names its columns."""
-        setting, similar = self.setting, self.structure
+        """A row of the table of figures, as ``HEADER`` names its columns; a measure has its mean and its worst."""
+        setting = self.setting
         return [
-            str(setting.patches),
+            f"{setting.patches} ranks" if setting.distrifusion else str(setting.patches),
             str(setting.warmup),
-            "forecast" if setting.forecast else "as they were",
-            told(self.mean),
-            told(min(self.decibels)),
-            f"{sum(similar) / len(similar):.4f}",
-            f"{min(similar):.4f}",
+            setting.stale,
+            f"{told(self.mean)} / {told(min(self.decibels))}",
+            f"{_mean(self.structure):.3f} / {min(self.structure):.3f}",
+            f"{1000 * _mean(self.features):.2f} / {1000 * max(self.features):.2f}" if self.features else "",
             "" if self.seconds is None else f"{self.seconds:.3g} s",
         ]
+
+    def add(self, reference: Image.Image, picture: Image.Image, features: Features | None) -> None:
+        """Compares one more picture with one device's."""
+        self.pictures.append(picture)
+        self.decibels.append(psnr(reference, picture))
+        self.structure.append(structure(reference, picture))
+        if features is not None:
+            self.features.append(features.distance(reference, picture))
 
     def as_dict(self) -> dict[str, Any]:
         """The figures as plain data; an identical picture has no decibels."""
         decibels = [None if math.isinf(one) else round(one, 3) for one in self.decibels]
-        setting = {name: getattr(self.setting, name) for name in ("patches", "warmup", "forecast")}
-        similar = [round(one, 5) for one in self.structure]
-        return {**setting, "psnr": decibels, "ssim": similar, "seconds": self.seconds}
+        similar, apart = [round(one, 5) for one in self.structure], [round(one, 7) for one in self.features]
+        return {**asdict(self.setting), "psnr": decibels, "ssim": similar, "features": apart, "seconds": self.seconds}
 
 
 def told(decibels: float) -> str:
@@ -102,18 +125,35 @@ def told(decibels: float) -> str:
     return "identical" if math.isinf(decibels) else f"{decibels:.1f}"
 
 
-def settings(patches: Sequence[int], warmups: Sequence[WarmupKind], forecasts: Sequence[bool]) -> list[Setting]:
-    """Every combination there is: the warm-up that goes by a forecast needs one."""
-    every = (Setting(*each) for each in itertools.product(patches, warmups, forecasts))
-    return [one for one in every if one.forecast or one.warmup != WATCHED]
+def settings(
+    patches: Sequence[int], warmups: Sequence[WarmupKind], forecasts: Sequence[bool], ranks: Sequence[int] = ()
+) -> list[Setting]:
+    """Every combination there is: the warm-up that goes by a forecast needs one, and DistriFusion has a plain one.
+
+    Args:
+        patches: Numbers of patches that stream.
+        warmups: Warm-ups.
+        forecasts: With and without.
+        ranks: Numbers of ranks of DistriFusion.
+    """
+    streaming = (Setting(*each) for each in itertools.product(patches, warmups, forecasts))
+    beside = (Setting(*each, distrifusion=True) for each in itertools.product(ranks, warmups, forecasts))
+    every = [one for one in streaming if one.forecast or one.warmup != WATCHED]
+    return every + [one for one in beside if isinstance(one.warmup, int)]
 
 
 def measure(
-    pipe: Any, prompts: Sequence[str], call: dict[str, Any], wanted: Sequence[Setting], seed: int, tell: TELL
+    pipe: Any,
+    prompts: Sequence[str],
+    call: dict[str, Any],
+    wanted: Sequence[Setting],
+    seed: int,
+    tell: TELL,
+    crew: Callable[[Setting], AbstractContextManager[Painter]],
 ) -> tuple[list[Image.Image], list[Found]]:
     """Paints every prompt on one device, and then with every setting, and compares.
 
-    One process is enough: the schedule never shows in a picture.
+    One process is enough for patches that stream: the schedule never shows in a picture.
 
     Args:
         pipe: The pipeline, plain.
@@ -122,33 +162,50 @@ def measure(
         wanted: The settings.
         seed: Of the first prompt; the others count up.
         tell: Called with what is done now, before each picture.
+        crew: Opens what paints a setting that needs ranks of its own.
 
     Returns:
         One device's pictures, and what came of every setting.
     """
-    from patchpipe.pipeline.apply import parallelize, restore
+    features = Features.of(pipe)
 
-    def painted(title: str) -> Iterator[Image.Image]:
-        import torch
-
+    def painted(title: str, paint: Painter) -> Iterator[Image.Image]:
         for number, prompt in enumerate(prompts):
             tell(f"{title}: {prompt}")
-            output = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed + number), **call)
-            yield as_pictures(output.images, type(pipe).__name__)[0]
+            yield as_pictures(paint(prompt=prompt, seed=seed + number, **call), type(pipe).__name__)[0]
 
-    plain, all_found = list(painted("one device")), []
+    plain, all_found = list(painted("one device", _painter(pipe))), []
     for setting in wanted:
         found = Found(setting)
-        parallelize(pipe, setting.config)
-        try:
-            for reference, picture in zip(plain, painted(setting.label), strict=True):
-                found.decibels.append(psnr(reference, picture))
-                found.structure.append(structure(reference, picture))
-                found.pictures.append(picture)
-        finally:
-            restore(pipe)
+        with crew(setting) if setting.distrifusion else _parallel(pipe, setting) as paint:
+            for reference, picture in zip(plain, painted(setting.label, paint), strict=True):
+                found.add(reference, picture, features)
         all_found.append(found)
     return plain, all_found
+
+
+@contextmanager
+def _parallel(pipe: Any, setting: Setting) -> Iterator[Painter]:
+    from patchpipe.pipeline.apply import parallelize, restore
+
+    parallelize(pipe, setting.config)
+    try:
+        yield _painter(pipe)
+    finally:
+        restore(pipe)
+
+
+def _painter(pipe: Any) -> Painter:
+    def paint(seed: int, **call: Any) -> Sequence[Any]:
+        import torch
+
+        return pipe(generator=torch.Generator().manual_seed(seed), **call).images
+
+    return paint
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def structure(one: Image.Image, other: Image.Image) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from PIL import Image, ImageChops
 
 from patchpipe.cli.quality.measure import HEADER, Found, told
-from patchpipe.config import WarmupKind
 
 AMPLIFIED = 8  # times, in pictures of differences
 COLOURS = ("#9aa4ae", "#1f6feb", "#d1782c", "#3a9d5d", "#8a63d2", "#b0485a")
@@ -94,9 +93,10 @@ def _drawing(found: Sequence[Found]) -> str:
         return ""
     patches = sorted({one.setting.patches for one in finite})
     low, high = math.floor(min(one.mean for one in finite)) - 1, math.ceil(max(one.mean for one in finite)) + 1
-    lines: dict[tuple[WarmupKind, bool], list[Found]] = {}
+    lines: dict[str, list[Found]] = {}
     for one in finite:
-        lines.setdefault((one.setting.warmup, one.setting.forecast), []).append(one)
+        way = "DistriFusion" if one.setting.distrifusion else f"warm-up {one.setting.warmup}"
+        lines.setdefault(f"{way}, {one.setting.stale}", []).append(one)
 
     def across(count: int) -> float:
         return LEFT + (WIDTH - LEFT - LEGEND) * patches.index(count) / max(1, len(patches) - 1)
@@ -110,14 +110,14 @@ def _drawing(found: Sequence[Found]) -> str:
         parts.append(f"<text x='{LEFT - 8}' y='{up(value) + 4}' text-anchor='end'>{value}</text>")
     parts += [f"<text x='{across(count)}' y='{HEIGHT - 20}' text-anchor='middle'>{count}</text>" for count in patches]
     parts.append(f"<text x='{LEFT}' y='{HEIGHT - 4}'>patches; mean dB against one device</text>")
-    for index, ((warmup, forecast), row) in enumerate(lines.items()):
-        colour, dash = COLOURS[index % len(COLOURS)], "" if forecast else " stroke-dasharray='5 4'"
+    for index, (label, row) in enumerate(lines.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        dash = "" if row[0].setting.forecast else " stroke-dasharray='5 4'"
         points = " ".join(f"{across(one.setting.patches):.1f},{up(one.mean):.1f}" for one in row)
         parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='2'{dash}/>")
         parts += [
             f"<circle cx='{across(one.setting.patches):.1f}' cy='{up(one.mean):.1f}' r='3.5' fill='{colour}'/>"
             for one in row
         ]
-        label = f"warm-up {warmup}, {'forecast' if forecast else 'as they were'}"
         parts.append(f"<text x='{WIDTH - LEGEND + 20}' y='{TOP + 18 * index + 8}' fill='{colour}'>{label}</text>")
     return "".join([*parts, "</svg>"])

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchpipe.config import STREAMED, ParallelConfig, WarmupKind
 
-Way = tuple[WarmupKind | None, bool]  # of patches that stream: the warm-up, and whether stale rows are forecast
+Way = tuple[WarmupKind | None, bool, bool]  # the warm-up, whether stale rows are forecast, whether it is DistriFusion
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Quality:
         steps: Steps of its pictures; ``None`` where the file does not tell.
         pictures: How many were compared.
         least: Mean decibels of a layout that may win.
-        decibels: Mean decibels by warm-up and forecast, then by number of patches.
+        decibels: Mean decibels by warm-up and forecast, then by number of patches (DistriFusion: of ranks).
     """
 
     model: str
@@ -55,9 +55,9 @@ class Quality:
             raise ValueError(f"--quality {path} is not what `patchpipe quality` writes as .json: {error}") from error
 
     @property
-    def ways(self) -> list[Way]:
-        """What was measured, beside numbers of patches."""
-        return list(self.decibels)
+    def ways(self) -> list[tuple[WarmupKind | None, bool]]:
+        """Warm-up and forecast of what was measured of patches that stream."""
+        return [(warmup, forecast) for warmup, forecast, distrifusion in self.decibels if not distrifusion]
 
     def check(self, steps: int) -> None:
         """Refuses a request that is farther from one device's picture than those that were measured.
@@ -74,18 +74,18 @@ class Quality:
     def of(self, config: ParallelConfig, patches: int) -> float | None:
         """Mean decibels of a layout; infinite where its picture is one device's, ``None`` where nothing is known.
 
-        Of a number of patches that was not measured those of the next larger one count, which sees older rows.
+        Of a number of patches (DistriFusion: of ranks) that was not measured those of the next larger one count, which
+        sees older rows.
 
         Args:
             config: The layout.
             patches: Its patches.
         """
-        if config.distrifusion > 1:
-            return None
+        patches = max(patches, config.distrifusion)
         if config.synchronous or patches == 1:
             return math.inf
         warmup = 1 if config.warmup is None else config.warmup
-        measured = self.decibels.get((warmup, config.forecasts), {})
+        measured = self.decibels.get((warmup, config.forecasts, config.distrifusion > 1), {})
         return next((measured[count] for count in sorted(measured) if count >= patches), None)
 
     def meets(self, config: ParallelConfig, patches: int) -> bool:
@@ -104,7 +104,7 @@ def _way(one: dict[str, Any]) -> Way:
     warmup = one["warmup"]
     if warmup != STREAMED and not isinstance(warmup, int):
         raise ValueError(f"warm-up {warmup!r}")
-    return warmup, bool(one["forecast"])
+    return warmup, bool(one["forecast"]), bool(one.get("distrifusion", False))
 
 
 def _mean(decibels: list[float | None]) -> float:
