@@ -131,7 +131,7 @@ def quality(
             progress.update(task, advance=1, description=text[:60])
 
         def crew(setting: Setting) -> AbstractContextManager[Engine]:
-            options = {} if scheduler is None else {"scheduler": scheduler}
+            options: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
             return Engine(source.path, setting.config, device, dtype=pipe.dtype, **options)
 
         plain, found = measure(pipe, asked, call, wanted, seed, tell, crew)
@@ -153,7 +153,9 @@ def quality(
     console.print(f"[green]→[/] {target}\n[green]→[/] {figures}", soft_wrap=True)
 
 
-def _load(model: str | None, dtype: str | None, device: str | None, scheduler: str | None) -> tuple[Any, PipelineFolder]:
+def _load(
+    model: str | None, dtype: str | None, device: str | None, scheduler: str | None
+) -> tuple[Any, PipelineFolder]:
     """The pipeline, plain, and where it lies."""
     from patchpipe.distributed.joining import device_for
     from patchpipe.loading.dtypes import as_torch, default_dtype
