@@ -231,12 +231,7 @@ Strength = Annotated[
 ]
 Scheduler = Annotated[
     str | None,
-    _option(
-        _PICTURE,
-        "Another scheduler: euler, heun, unipc, dpm++ … or a class of diffusers; settings after a colon, such as "
-        "dpm++:use_karras_sigmas=true.",
-        metavar="NAME",
-    ),
+    _option(_PICTURE, "Another scheduler: euler, heun, unipc … (settings: dpm++:solver_order=3).", metavar="NAME"),
 ]
 InFlight = Annotated[
     int,

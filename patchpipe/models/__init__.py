@@ -8,7 +8,7 @@ from torch import nn
 
 from patchpipe.errors import UnsupportedModel
 from patchpipe.models.families.clips.allegro import ALLEGRO
-from patchpipe.models.families.clips.cogvideox import COGVIDEOX
+from patchpipe.models.families.clips.cogvideox import COGVIDEOX, CONSISID
 from patchpipe.models.families.clips.cosmos import COSMOS
 from patchpipe.models.families.clips.easyanimate import EASY_ANIMATE
 from patchpipe.models.families.clips.helios import HELIOS
@@ -51,7 +51,7 @@ PLANS: tuple[ModelPlan, ...] = (
     *(CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, KREA2, LUMINA2, ERNIE_IMAGE, AURAFLOW, COGVIEW3_PLUS, GLM_IMAGE),
     *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX),
     *(LTX2, HUNYUAN_VIDEO, COGVIDEOX, HUNYUAN_VIDEO_15, FRAMEPACK, MOCHI, COSMOS, KANDINSKY5, ALLEGRO, EASY_ANIMATE),
-    *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE),
+    *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE, CONSISID),
 )
 
 

@@ -5,7 +5,6 @@ REFUSED = {
     "reach over the edges of patches in space and time",
     "MotifVideoTransformer3DModel": "its blocks attend to rows of text that only the first patch has, and its last "
     "blocks begin with a state of the first ones",
-    "ConsisIDTransformer3DModel": "nothing tests the faces it adds between blocks",
     "AnyFlowFARTransformer3DModel": "it keeps keys and values of its own from chunk to chunk",
     "WanAnimate2Transformer3DModel": "it keeps keys and values of its own from chunk to chunk",
     "Cosmos3OmniTransformer": "it packs sequences of different lengths into one and masks them causally",

@@ -34,7 +34,8 @@ NAMES = (
     *(name for name in (*tiny_images.BUILD, *tiny_video.BUILD) if name not in TWICE),
 )
 ALONE = ("wan-animate", "wan-vace", "helios", "framepack", "prx")  # one a call, in diffusers itself
-PROMPTS = ("hunyuan-dit", "hunyuan-video15", "cogvideox", "chronoedit", "ltx2", "allegro")
+PROMPTS = ("hunyuan-dit", "hunyuan-video15", "cogvideox", "consisid", "chronoedit", "ltx2", "allegro")
+EACH = {"consisid": ("image",)}  # what diffusers wants one of for each prompt
 FLOAT32 = 1e-3
 OFFLOAD = OffloadConfig(resident=0.3, chunk=0.004, depth=2)
 RANKS: dict[str, Any] = {"warmup": "all", "offload": OFFLOAD}
@@ -57,7 +58,9 @@ def several(pipe: Any, name: str) -> dict[str, Any]:
     if name in ALONE:
         return arguments
     if name in PROMPTS:
-        prompts = {key: _doubled(value) for key, value in arguments.items() if "prompt" in key}
+        prompts = {
+            key: _doubled(value) for key, value in arguments.items() if "prompt" in key or key in EACH.get(name, ())
+        }
         return {**arguments, **prompts, "seeds": [3, 5]}
     for key in ("num_images_per_prompt", "num_videos_per_prompt"):
         if key in known:

@@ -64,6 +64,7 @@ CLIPS = {
     ),
     "HunyuanVideo15Transformer3DModel": Facts(pixels=1, aside=("context_embedder",)),
     "CogVideoXTransformer3DModel": Facts(dim=1, text_first=True),
+    "ConsisIDTransformer3DModel": Facts(dim=1, text_first=True, aside=("perceiver_cross_attention.*",)),
     "MochiTransformer3DModel": Facts(),
     "SkyReelsV2Transformer3DModel": Facts(),
     "ChronoEditTransformer3DModel": Facts(),

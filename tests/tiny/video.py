@@ -117,7 +117,7 @@ def _hunyuan15_embeddings() -> dict[str, Any]:
     return {**found, "num_frames": 17}
 
 
-# -- CogVideoX, Mochi ----------------------------------------------------------------------------
+# -- CogVideoX, ConsisID, Mochi ------------------------------------------------------------------
 
 
 def _cogvideox(blocks: int, channels: int = 4, of_1_5: bool = False) -> dict[str, Any]:
@@ -150,6 +150,22 @@ def _cogvideox_i2v(blocks: int) -> diffusers.CogVideoXImageToVideoPipeline:
     return diffusers.CogVideoXImageToVideoPipeline(**_cogvideox(blocks, channels=8))
 
 
+def _consisid(blocks: int) -> diffusers.ConsisIDPipeline:
+    """What is seen of the face is added after every other block, the last one among them if their number is odd."""
+    transformer = diffusers.ConsisIDTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8,
+        text_embed_dim=tiny.WIDTH, num_layers=blocks, sample_width=6, sample_height=8, sample_frames=17, patch_size=2,
+        max_text_seq_length=8, use_rotary_positional_embeddings=True, is_train_face=True, cross_attn_dim_head=8,
+        cross_attn_num_heads=2, LFE_id_dim=12, LFE_vit_dim=16, LFE_depth=2, LFE_dim_head=8, LFE_num_heads=2,
+        LFE_num_querie=4, LFE_output_dim=32, LFE_ff_mult=2, LFE_num_scale=2,
+    )  # fmt: skip
+    return diffusers.ConsisIDPipeline(**{**_cogvideox(1), "transformer": transformer})
+
+
+def _face() -> dict[str, Any]:
+    return {"id_cond": embeddings(2, 1, 12), "id_vit_hidden": [embeddings(seed, 1, 6, 16) for seed in (3, 4)]}
+
+
 def _mochi(blocks: int) -> diffusers.MochiPipeline:
     transformer = diffusers.MochiTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, num_layers=blocks, pooled_projection_dim=24, in_channels=12,
@@ -179,6 +195,7 @@ BUILD: dict[str, Callable[[int], Any]] = {
     "cogvideox": _cogvideox_1,
     "cogvideox-1.5": _cogvideox_1_5,
     "cogvideox-i2v": _cogvideox_i2v,
+    "consisid": _consisid,
     "mochi": _mochi,
     **tiny_video_cross.BUILD,
 }
@@ -191,12 +208,28 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "cogvideox": lambda: GUIDED,
     "cogvideox-1.5": lambda: GUIDED | {"num_frames": 37},
     "cogvideox-i2v": lambda: GUIDED | {"image": picture()},
+    "consisid": lambda: GUIDED | _face() | {"image": picture()},
     "mochi": lambda: GUIDED | {"num_frames": 25},
     **tiny_video_cross.CALLS,
 }  # fmt: skip
 FRAMES = dict.fromkeys(BUILD, 5)  # of tokens
-IN_FLOAT64 = ("hunyuan", "framepack", "cogvideox", "anyflow", "easyanimate")  # throughout, if that is the dtype
-IN_BATCH = ("cogvideox", "ltx2", "mochi", "anyflow", "allegro", "easyanimate")  # of both branches of guidance
+IN_FLOAT64 = (
+    "hunyuan",
+    "framepack",
+    "cogvideox",
+    "consisid",
+    "anyflow",
+    "easyanimate",
+)  # throughout, if that is the dtype
+IN_BATCH = (
+    "cogvideox",
+    "consisid",
+    "ltx2",
+    "mochi",
+    "anyflow",
+    "allegro",
+    "easyanimate",
+)  # of both branches of guidance
 TWO_CALLS = tuple(name for name in BUILD if not name.startswith(IN_BATCH))
 
 
