@@ -120,10 +120,23 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
     assert app(["quality", *arguments]) == 2, "nothing is overwritten unasked"
 
 
+def test_pictures_painted_at_once_are_as_near(tmp_path: Path) -> None:
+    prompts, found = tmp_path / "prompts.txt", []
+    prompts.write_text("red heart, flat style\nblue star\n a green leaf \n")
+    for batch in ("1", "2"):
+        out = tmp_path / f"{batch}.html"
+        arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "6", "--guidance", "3", "--batch", batch]
+        assert app(["quality", *arguments, "-o", str(out)]) == 0
+        found.append([one["psnr"] for one in json.loads(out.with_suffix(".json").read_text())["found"]])
+    assert len(found[0][0]) == 3
+    assert np.allclose(*found, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--patches", "0"], "--patches 0 must be whole numbers of 1 or more"),
+        (["--batch", "0"], "--batch 0 must be 1 or more"),
         (["--distrifusion", "1"], "--distrifusion 1 must be whole numbers of 2 or more"),
         (["--scheduler", "unipc:order=2"], "UniPCMultistepScheduler has no setting 'order'"),
         (["--warmup", "all"], '--warmup all: "all" is one device\'s picture'),

@@ -63,6 +63,7 @@ Ranks = Annotated[
         metavar="R,…",
     ),
 ]
+Batch = Annotated[int, options.option(_PANEL, "Pictures painted at once.", "--batch", metavar="N", default=True)]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -90,6 +91,7 @@ def quality(
     warmup: Warmups = "1",
     forecast: Forecasts = "off,on",
     distrifusion: Ranks = None,
+    batch: Batch = 1,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     height: options.Height = None,
@@ -111,6 +113,8 @@ def quality(
 
     ranks = [] if distrifusion is None else _counts("--distrifusion", distrifusion, 2)
     wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast), ranks)
+    if batch < 1:
+        raise ValueError(f"--batch {batch} must be 1 or more")
     asked, cards = _read_prompts(prompts), Cards.read(on, link)
     target = (out or (DEFAULT_OUT if force else free_name(DEFAULT_OUT))).expanduser()
     if target.suffix != ".html":
@@ -127,14 +131,14 @@ def quality(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("painting", total=len(asked) * (1 + len(wanted)))
 
-        def tell(text: str) -> None:
-            progress.update(task, advance=1, description=text[:60])
+        def tell(text: str, pictures: int) -> None:
+            progress.update(task, advance=pictures, description=text[:60])
 
         def crew(setting: Setting) -> AbstractContextManager[Engine]:
             options: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
             return Engine(source.path, setting.config, device, dtype=pipe.dtype, **options)
 
-        plain, found = measure(pipe, asked, call, wanted, seed, tell, crew)
+        plain, found = measure(pipe, asked, call, wanted, seed, tell, crew, batch)
     against_time = ""
     if workload is not None:
         for one in found:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HEADER = ("patches", "warm-up", "stale rows", "dB", "SSIM", "features ‰", "predicted")
 WINDOW = 8  # pixels, each way, in which structure is compared
-TELL = Callable[[str], None]
+TELL = Callable[[str, int], None]  # what is painted now, and how many pictures it is
 Painter = Callable[..., Sequence[Any]]  # takes a prompt and a seed, returns pictures
 
 
@@ -150,6 +150,7 @@ def measure(
     seed: int,
     tell: TELL,
     crew: Callable[[Setting], AbstractContextManager[Painter]],
+    batch: int = 1,
 ) -> tuple[list[Image.Image], list[Found]]:
     """Paints every prompt on one device, and then with every setting, and compares.
 
@@ -163,6 +164,7 @@ def measure(
         seed: Of the first prompt; the others count up.
         tell: Called with what is done now, before each picture.
         crew: Opens what paints a setting that needs ranks of its own.
+        batch: Pictures painted at once. Each has a forecast of its own, so that it changes only how sums are rounded.
 
     Returns:
         One device's pictures, and what came of every setting.
@@ -170,9 +172,14 @@ def measure(
     features = Features.of(pipe)
 
     def painted(title: str, paint: Painter) -> Iterator[Image.Image]:
-        for number, prompt in enumerate(prompts):
-            tell(f"{title}: {prompt}")
-            yield as_pictures(paint(prompt=prompt, seed=seed + number, **call), type(pipe).__name__)[0]
+        for start in range(0, len(prompts), batch):
+            some = list(prompts[start : start + batch])
+            seeds = list(range(seed + start, seed + start + len(some)))
+            tell(f"{title}: {some[0]}", len(some))
+            given: dict[str, Any] = (
+                {"prompt": some, "seed": seeds} if batch > 1 else {"prompt": some[0], "seed": seeds[0]}
+            )
+            yield from as_pictures(paint(**given, **call), type(pipe).__name__)[: len(some)]
 
     plain, all_found = list(painted("one device", _painter(pipe))), []
     for setting in wanted:
@@ -196,10 +203,11 @@ def _parallel(pipe: Any, setting: Setting) -> Iterator[Painter]:
 
 
 def _painter(pipe: Any) -> Painter:
-    def paint(seed: int, **call: Any) -> Sequence[Any]:
+    def paint(seed: int | list[int], **call: Any) -> Sequence[Any]:
         import torch
 
-        return pipe(generator=torch.Generator().manual_seed(seed), **call).images
+        many = [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
+        return pipe(generator=many[0] if isinstance(seed, int) else many, **call).images
 
     return paint
 
