@@ -99,9 +99,9 @@ class Found:
             f"{setting.patches} ranks" if setting.distrifusion else str(setting.patches),
             str(setting.warmup),
             setting.stale,
-            f"{told(self.mean)} / {told(min(self.decibels))}",
-            f"{_mean(self.structure):.3f} / {min(self.structure):.3f}",
-            f"{1000 * _mean(self.features):.2f} / {1000 * max(self.features):.2f}" if self.features else "",
+            f"{told(self.mean)}/{told(min(self.decibels))}",
+            f"{_mean(self.structure):.3f}/{min(self.structure):.3f}",
+            f"{1000 * _mean(self.features):.2f}/{1000 * max(self.features):.2f}" if self.features else "",
             "" if self.seconds is None else f"{self.seconds:.3g} s",
         ]
 
