@@ -26,7 +26,7 @@ from tests.tiny import images as tiny_images
 from tests.tiny import video as tiny_video
 
 TWICE = (  # classes that another one stands for
-    *("flux-kontext", "flux2-edit", "qwen-edit", "qwen-edit-plus", "kandinsky5-picture", "hunyuan-i2v"),
+    *("flux-kontext", "flux2-edit", "flux2-dev", "qwen-edit", "qwen-edit-plus", "kandinsky5-picture", "hunyuan-i2v"),
     *("hunyuan-replace", "cogvideox-1.5", "cogvideox-i2v", "cosmos-2.5"),
 )
 NAMES = (

@@ -99,6 +99,7 @@ def expected(name: str, schedule_text: str, call_text: str) -> np.ndarray:
     if not config.synchronous and config.patch_rows is not None:
         two_calls = arguments.get("true_cfg_scale", 1.0) > 1 and arguments.get("negative_prompt") is not None
         two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS, *tiny_images.TWO_CALLS))
+        two_calls &= name not in tiny_images.UNGUIDED
         references = tiny_images.REFERENCES.get(name, 0)
         guided = two_calls or plan_for(type(pipe.transformer).__name__).guidance == "batch"
         streamed = PASSES[guided] if config.warmup == STREAMED else ()

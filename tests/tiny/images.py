@@ -30,6 +30,8 @@ from diffusers import (
     ErnieImagePipeline,
     ErnieImageTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxKontextPipeline,
     GlmImagePipeline,
     GlmImageTransformer2DModel,
@@ -372,6 +374,16 @@ def _hunyuan_image_call(*_: int) -> dict[str, Any]:
     return found
 
 
+def _flux2_dev(blocks: int) -> Flux2Pipeline:
+    """Its text encoder is large in code: calls are given embeddings."""
+    transformer = Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=blocks // 2, num_single_layers=blocks - blocks // 2,
+        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=WIDTH, timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+    )  # fmt: skip
+    return Flux2Pipeline(FlowMatchEulerDiscreteScheduler(), tiny._flux2(2).vae, None, None, transformer)
+
+
 BUILD: dict[str, Callable[[int], Any]] = {
     "chroma": _chroma,
     "ovis": _ovis,
@@ -379,6 +391,7 @@ BUILD: dict[str, Callable[[int], Any]] = {
     "bria": _bria,
     "flux-kontext": _kontext,
     "flux2-edit": tiny._flux2,
+    "flux2-dev": _flux2_dev,
     "qwen-edit": _qwen_edit,
     "qwen-edit-plus": _qwen_edit_plus,
     "krea2": _krea2,
@@ -417,6 +430,7 @@ CALLS: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "guidance_scale": 3.0,
         "image": [_picture(64, 64)],
     },
+    "flux2-dev": lambda *_: {"prompt_embeds": _embeddings(0, 1, 9, WIDTH), "image": [_picture(64, 64)]},
     "qwen-edit": lambda *_: {**_qwen_edit_call(), "image": _picture(48, 112)},
     "qwen-edit-plus": lambda *_: {**_qwen_edit_call(), "image": [_picture(48, 112), _picture(64, 64)]},
     "krea2": lambda *_: {**TEXT, "max_sequence_length": 24},
@@ -452,10 +466,17 @@ TWO_CALLS = (
     "kandinsky5-picture",
 )  # to guide
 EXACT = ("flux", "qwen", "chroma", "ovis", "longcat", "bria")  # the others compute norms or rotations in float32
+UNGUIDED = ("flux2-dev",)  # but for a number it is given
 UNSHARED = ("sana",)  # whose patches no ranks can share
 UNCUT = ("kandinsky5-picture",)  # a clip of one frame, and clips are cut by frames
 DTYPES = {"kandinsky5-picture": torch.float32}  # which cannot do other
-REFERENCES = {"flux-kontext": 4 * 2, "flux2-edit": 4 * 4, "qwen-edit": 6 * 2, "qwen-edit-plus": 6 * 2 + 4 * 4}  # tokens
+REFERENCES = {
+    "flux-kontext": 4 * 2,
+    "flux2-edit": 4 * 4,
+    "flux2-dev": 4 * 4,
+    "qwen-edit": 6 * 2,
+    "qwen-edit-plus": 6 * 2 + 4 * 4,
+}  # tokens
 ROWS = {"dit": 7, "glm": 10, "hunyuan-image": 7, "sana": 10}
 
 

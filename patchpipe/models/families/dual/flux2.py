@@ -5,7 +5,7 @@ from patchpipe.models.plan import ModelPlan
 
 FLUX2 = ModelPlan(
     model="Flux2Transformer2DModel",
-    pipelines=("Flux2KleinPipeline",),
+    pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
     grid=WITH_REFERENCES,
     blocks=(DUAL, MERGED),
     inputs=("guidance", *IDS),
