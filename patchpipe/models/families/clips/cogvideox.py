@@ -7,7 +7,7 @@ from patchpipe.models.plan import ModelPlan
 
 COGVIDEOX = ModelPlan(
     model="CogVideoXTransformer3DModel",
-    pipelines=variants("CogVideoX", "", "ImageToVideo"),
+    pipelines=variants("CogVideoX", "", "ImageToVideo", "VideoToVideo", "FunControl"),
     grid=FRAMES_FIRST,
     blocks=(JOINT_WITH_ROTARY,),
     inputs=("ofs", "image_rotary_emb"),

@@ -63,7 +63,7 @@ FRAMEPACK = ModelPlan(
 
 HUNYUAN_VIDEO_15 = ModelPlan(
     model="HunyuanVideo15Transformer3DModel",
-    pipelines=("HunyuanVideo15Pipeline",),
+    pipelines=variants("HunyuanVideo15", "", "ImageToVideo"),
     grid=CLIP,
     blocks=(
         BlockList(

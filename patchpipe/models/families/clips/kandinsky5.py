@@ -9,7 +9,7 @@ POSITIONS = ("visual_rope_pos", "text_rope_pos", "scale_factor")
 
 KANDINSKY5 = ModelPlan(
     model="Kandinsky5Transformer3DModel",
-    pipelines=variants("Kandinsky5", "T2V", "T2I"),
+    pipelines=variants("Kandinsky5", "T2V", "I2V", "T2I"),
     grid=Latent("bfhwc", cut="f"),
     blocks=(
         BlockList(

@@ -1,7 +1,7 @@
 """LTX-2 (``LTX2VideoTransformer3DModel``): clips with sound, which ask each other in every block."""
 
 from patchpipe.models.blocks import CROSS, BlockList, of
-from patchpipe.models.families.kinds import MASKED_TEXT, NUMBERS, PACKED_CLIP
+from patchpipe.models.families.kinds import MASKED_TEXT, NUMBERS, PACKED_CLIP, variants
 from patchpipe.models.plan import ModelPlan
 
 CLIP, SOUND = ("image",), ("sound",)
@@ -23,10 +23,20 @@ OF_SOUND = tuple(f"audio_{name}" for name in (*MASKED_TEXT, "hidden_states", "nu
 
 LTX2 = ModelPlan(
     model="LTX2VideoTransformer3DModel",
-    pipelines=("LTX2Pipeline",),
+    pipelines=variants("LTX2", "", "ImageToVideo", "Condition"),
     grid=PACKED_CLIP,
     blocks=(BLOCKS,),
-    inputs=(*MASKED_TEXT, *NUMBERS, "sigma", "fps", "video_coords", "use_cross_timestep", *OF_SOUND),
+    inputs=(
+        *MASKED_TEXT,
+        *NUMBERS,
+        "sigma",
+        "audio_timestep",
+        "audio_sigma",
+        "fps",
+        "video_coords",
+        "use_cross_timestep",
+        *OF_SOUND,
+    ),
     second="sound",
     per_call=("audio_time_embed", "prompt_adaln", "audio_prompt_adaln"),
     per_request={"audio_caption_projection": ("audio_encoder_hidden_states",)},

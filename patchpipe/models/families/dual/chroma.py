@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 from patchpipe.models.families.dual.lists import ADAPTERS, DUAL, IDS, MERGED, PACKED
+from patchpipe.models.families.kinds import variants
 from patchpipe.models.plan import ModelPlan
 
 CHROMA = ModelPlan(
     model="ChromaTransformer2DModel",
-    pipelines=("ChromaPipeline",),
+    pipelines=variants("Chroma", "", "Img2Img"),
     grid=PACKED,
     blocks=tuple(replace(blocks, mask="attention_mask") for blocks in (DUAL, MERGED)),
     inputs=("attention_mask", *IDS),

@@ -5,11 +5,13 @@ from patchpipe.models.families.dual.lists import ADAPTERS, DUAL, IDS, SINGLE, WI
 from patchpipe.models.families.kinds import variants
 from patchpipe.models.plan import ModelPlan
 
+PLAIN = ("", "Img2Img", "Inpaint", "Fill")
+CONTROLS = ("Control", "ControlImg2Img", "ControlInpaint")
 CONTROLNETS = ("ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
 
 FLUX = ModelPlan(
     model="FluxTransformer2DModel",
-    pipelines=variants("Flux", "", "Img2Img", "Inpaint", "Fill", "Control", "Kontext", *CONTROLNETS),
+    pipelines=variants("Flux", *PLAIN, *CONTROLS, *CONTROLNETS, "Kontext", "KontextInpaint"),
     grid=WITH_REFERENCES,
     blocks=(DUAL, SINGLE),
     inputs=("pooled_projections", "guidance", "controlnet_blocks_repeat", *IDS),

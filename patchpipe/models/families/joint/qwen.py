@@ -6,6 +6,8 @@ from patchpipe.models.latent import Latent, sizes_by_shapes
 from patchpipe.models.plan import ModelPlan
 
 PICTURES = ("image", "reference")
+PAINTING = ("", "Img2Img", "Inpaint", "Layered")
+EDITING = ("Edit", "EditInpaint", "EditPlus")
 CONTROLLED = ("ControlNet", "ControlNetInpaint")
 BLOCKS = BlockList(
     streams=("encoder_hidden_states", "hidden_states"),
@@ -20,7 +22,7 @@ BLOCKS = BlockList(
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
-    pipelines=variants("QwenImage", *("", "Img2Img", "Inpaint", "Edit", "EditPlus", "Layered"), *CONTROLLED),
+    pipelines=variants("QwenImage", *PAINTING, *EDITING, *CONTROLLED),
     grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(BLOCKS,),
     inputs=("encoder_hidden_states_mask", "img_shapes", "additional_t_cond"),

@@ -1,6 +1,7 @@
 """Z-Image (``ZImageTransformer2DModel``): refiners for picture and text, then blocks on both as one."""
 
 from patchpipe.models.blocks import BlockList, of
+from patchpipe.models.families.kinds import variants
 from patchpipe.models.latent import Latent
 from patchpipe.models.plan import ModelPlan
 
@@ -9,7 +10,7 @@ LISTS = {("noise_refiner", "n_refiner_layers"): PICTURE, ("layers", "n_layers"):
 
 Z_IMAGE = ModelPlan(
     model="ZImageTransformer2DModel",
-    pipelines=("ZImagePipeline",),
+    pipelines=variants("ZImage", "", "Img2Img", "Inpaint"),
     grid=Latent("bc1hw", name="x", listed=True),
     blocks=tuple(
         BlockList(
