@@ -37,6 +37,8 @@ class ModelPlan:
             ``attention_kwargs`` and its like change nothing where they are empty or hold the strength of LoRA alone.
         residuals: Inputs with a list of tensors that the root adds to streams between blocks, such as those of a
             ControlNet, and whose rows each of them has.
+        apart_by: Inputs that change in some calls what layers do, such as attention of which each row sees itself alone.
+            Such a call is a guidance branch of its own.
         unbatched_inputs: Inputs without a batch dim, beside those that are mostly called so.
         batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
         adapters: Attention processors of IP-Adapters that are tested, by class name, and the segments whose keys their
@@ -78,6 +80,7 @@ class ModelPlan:
     grid: Latent = PICTURE
     inputs: tuple[str, ...] = ()
     residuals: Mapping[str, Holds] = field(default_factory=dict)
+    apart_by: tuple[str, ...] = ()
     unbatched_inputs: tuple[str, ...] = ()
     batch_dims: Mapping[str, int] = field(default_factory=dict)
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -108,7 +111,7 @@ class ModelPlan:
     @property
     def known_inputs(self) -> tuple[str, ...]:
         """Inputs beside the latent that it may be called with."""
-        return tuple(dict.fromkeys((self.text, self.time, *self.inputs, *self.leaving_out)))
+        return tuple(dict.fromkeys((self.text, self.time, *self.inputs, *self.apart_by, *self.leaving_out)))
 
     @property
     def leaving_out(self) -> tuple[str, ...]:
@@ -225,7 +228,7 @@ class ModelPlan:
     def unbatched(self, name: str, value: Any) -> bool:
         """Whether an input has no batch dim."""
         of_one = name in usual.IDS and isinstance(value, Tensor) and value.ndim == 2
-        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs, *self.leaving_out)
+        return of_one or name in (*usual.UNBATCHED, *self.unbatched_inputs, *self.apart_by, *self.leaving_out)
 
     def _ignorable(self, name: str, value: Any) -> bool:
         if value is None or value is False or (name in self.idle_inputs and self.idle_inputs[name](value)):

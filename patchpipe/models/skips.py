@@ -7,7 +7,7 @@ stage, or go to one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from diffusers.hooks import HookRegistry
@@ -16,6 +16,7 @@ from diffusers.hooks.layer_skip import AttentionProcessorSkipHook, FeedForwardSk
 from torch import nn
 
 _REGISTRY = "_diffusers_hook"
+_PERTURBED = "all_perturbed"  # an argument of attention layers that can do so themselves
 SKIPS = (AttentionProcessorSkipHook, FeedForwardSkipHook)
 
 
@@ -70,9 +71,10 @@ def changed(layer: nn.Module) -> bool:
     return any(isinstance(hook, SKIPS) for hook in _hooks(layer))
 
 
-def takes_values(layer: nn.Module) -> bool:
-    """Whether the call at hand has each row of a layer see itself alone."""
-    return any(getattr(hook, "skip_attention_scores", False) for hook in _hooks(layer))
+def takes_values(layer: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call of a layer has each row see itself alone, by a hook or by what it is given."""
+    hooked = any(getattr(hook, "skip_attention_scores", False) for hook in _hooks(layer))
+    return hooked or bool(arguments.get(_PERTURBED))
 
 
 def _hooks(module: nn.Module) -> Collection[Any]:

@@ -222,7 +222,7 @@ class Attended:
         attending = self.find()
         if attending is None:
             return self._alone(*args, **kwargs)
-        if takes_values(self.layer):
+        if takes_values(self.layer, kwargs):
             with _ValueMode(attending):
                 return self.compute(*args, **kwargs)
         ahead = self._ahead(attending)

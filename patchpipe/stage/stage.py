@@ -100,8 +100,8 @@ class Stage:
         return [self.places[index] for index in self.owned.held]
 
     def left_out(self, inputs: Mapping[str, Any]) -> frozenset[int | str]:
-        """What a call leaves out: blocks by their place among all, layers of other blocks by their names."""
-        found: set[int | str] = set()
+        """What a call leaves out: blocks by their place among all, layers of other blocks by names, or what says so."""
+        found: set[int | str] = {f"{name}={inputs[name]}" for name in self.plan.apart_by if inputs.get(name)}
         for index, place in enumerate(self.places):
             if place.left_out(inputs) or left_out(place.block):
                 found.add(index)

@@ -86,6 +86,7 @@ class Case:
 
 PAINTED_OVER = {"image": picture(), "strength": 0.8}
 INPAINTED = {**PAINTED_OVER, "mask_image": mask()}
+OF_FOUR_CALLS = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}  # in two branches
 TWO_STEPS = {"num_inference_steps": 2}
 SQUARE = {"height": 64, "width": 64}
 
@@ -112,6 +113,7 @@ CASES = {
     "CogVideoXVideoToVideo": Case("cogvideox", {"video": [picture(48, 64)] * 17, "strength": 0.8}),
     "HunyuanVideo15ImageToVideo": Case("hunyuan-video15", {"image": picture(48, 64)}, seeing),
     "Kandinsky5I2V": Case("kandinsky5", {"image": picture(48, 64)}),
+    "LTX2": Case("ltx2", OF_FOUR_CALLS, lambda parts: like(parts, perturbed_attn=True)),
     "LTX2Condition": Case("ltx2"),
     "LTX2ImageToVideo": Case("ltx2", {"image": picture(48, 64)}),
     "LTXImageToVideo": Case("ltx", {"image": picture(32, 64)}),

@@ -207,7 +207,7 @@ def _ltx2(blocks: int) -> diffusers.LTX2Pipeline:
 
 
 def _ltx2_embeddings() -> dict[str, Any]:
-    """Without the guidance that skips attention, or the one without sound, which nothing tests."""
+    """Without the guidance that skips attention, or the one without sound, which another test has."""
     found: dict[str, Any] = {}
     for seed, kind in enumerate(("", "negative_")):
         found[f"{kind}prompt_embeds"] = embeddings(seed, 1, 7, tiny.WIDTH)

@@ -37,6 +37,7 @@ LTX2 = ModelPlan(
         "use_cross_timestep",
         *OF_SOUND,
     ),
+    apart_by=("spatio_temporal_guidance_blocks", "isolate_modalities"),
     second="sound",
     per_call=("audio_time_embed", "prompt_adaln", "audio_prompt_adaln"),
     per_request={"audio_caption_projection": ("audio_encoder_hidden_states",)},
