@@ -37,8 +37,8 @@ class ModelPlan:
             ``attention_kwargs`` and its like change nothing where they are empty or hold the strength of LoRA alone.
         residuals: Inputs with a list of tensors that the root adds to streams between blocks, such as those of a
             ControlNet, and whose rows each of them has.
-        apart_by: Inputs that change in some calls what layers do, such as attention of which each row sees itself alone.
-            Such a call is a guidance branch of its own.
+        apart_by: Inputs that change in some calls what layers do, such as whether each row sees itself alone. Such a
+            call is a guidance branch of its own.
         unbatched_inputs: Inputs without a batch dim, beside those that are mostly called so.
         batch_dims: The batch dim of inputs where it is not the first; the items of a list count as a dim.
         adapters: Attention processors of IP-Adapters that are tested, by class name, and the segments whose keys their
