@@ -207,6 +207,7 @@ def _painter(pipe: Any) -> Painter:
         import torch
 
         many = [torch.Generator().manual_seed(one) for one in ([seed] if isinstance(seed, int) else seed)]
+        torch.manual_seed(many[0].initial_seed())  # some schedulers draw noise from the default generator
         return pipe(generator=many[0] if isinstance(seed, int) else many, **call).images
 
     return paint
