@@ -66,6 +66,19 @@ def seeing(parts: Parts) -> Parts:
     return {**like(parts, image_embed_dim=16), "image_encoder": vision, "feature_extractor": processor}
 
 
+def of_wan(parts: Parts, **changes: Any) -> Parts:
+    """With Wan's text encoder and autoencoder."""
+    others = {name: part for name, part in tiny.pipeline("wan").components.items() if name != "transformer"}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return {**like(parts, **changes), **others, "scheduler": scheduler}
+
+
+def skyreels(parts: Parts) -> Parts:
+    seen = tiny.pipeline("chronoedit").components
+    eyes = {name: seen[name] for name in ("image_encoder", "image_processor")}
+    return {**like(parts, in_channels=12, image_dim=16, added_kv_proj_dim=tiny.WIDTH), **eyes}
+
+
 @dataclass(frozen=True)
 class Case:
     """A pipeline to try.
@@ -111,12 +124,18 @@ CASES = {
     "ZImageInpaint": Case("zimage", INPAINTED),
     "CogVideoXFunControl": Case("cogvideox-i2v", {"control_video": [picture(48, 64)] * 17}),
     "CogVideoXVideoToVideo": Case("cogvideox", {"video": [picture(48, 64)] * 17, "strength": 0.8}),
+    "Cosmos2VideoToWorld": Case(
+        "cosmos", {"image": picture(48, 64), "num_frames": 17}, lambda parts: of_wan(parts, in_channels=5)
+    ),
+    "CosmosVideoToWorld": Case("cosmos", {"image": picture(48, 64)}, lambda parts: like(parts, in_channels=5)),
     "HunyuanVideo15ImageToVideo": Case("hunyuan-video15", {"image": picture(48, 64)}, seeing),
     "Kandinsky5I2V": Case("kandinsky5", {"image": picture(48, 64)}),
     "LTX2": Case("ltx2", OF_FOUR_CALLS, lambda parts: like(parts, perturbed_attn=True)),
     "LTX2Condition": Case("ltx2"),
     "LTX2ImageToVideo": Case("ltx2", {"image": picture(48, 64)}),
     "LTXImageToVideo": Case("ltx", {"image": picture(32, 64)}),
+    "LucyEdit": Case("wan", {"video": [picture()] * 17}, lambda parts: like(parts, in_channels=8)),
+    "SkyReelsV2ImageToVideo": Case("skyreels", {"image": picture(48, 64)}, skyreels),
     "WanVideoToVideo": Case("wan", {"video": [picture()] * 17, "strength": 0.8}),
 }
 

@@ -8,7 +8,7 @@ from patchpipe.models.plan import ModelPlan
 
 WAN = ModelPlan(
     model="WanTransformer3DModel",
-    pipelines=variants("Wan", "", "ImageToVideo", "VideoToVideo"),
+    pipelines=(*variants("Wan", "", "ImageToVideo", "VideoToVideo"), "LucyEditPipeline"),
     grid=CLIP,
     blocks=(replace(SELF_AND_CROSS, path="blocks", rows={"rotary_emb": of("image"), "temb": of("image", ndim=4)}),),
     inputs=("encoder_hidden_states_image",),

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from patchpipe.models.blocks import of
-from patchpipe.models.families.kinds import CLIP, ROTARY, SELF_AND_CROSS
+from patchpipe.models.families.kinds import CLIP, ROTARY, SELF_AND_CROSS, variants
 from patchpipe.models.plan import ModelPlan
 
 ROWS = {
@@ -14,7 +14,7 @@ ROWS = {
 
 COSMOS = ModelPlan(
     model="CosmosTransformer3DModel",
-    pipelines=("CosmosTextToWorldPipeline", "Cosmos2_5_PredictBasePipeline"),
+    pipelines=variants("Cosmos", "TextToWorld", "VideoToWorld", "2VideoToWorld", "2_5_PredictBase"),
     grid=CLIP,
     blocks=(replace(SELF_AND_CROSS, rows=ROWS),),
     inputs=("attention_mask", "fps", "condition_mask", "padding_mask"),

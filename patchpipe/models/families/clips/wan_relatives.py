@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from patchpipe.models.blocks import of
-from patchpipe.models.families.kinds import FRAMES_FIRST
+from patchpipe.models.families.kinds import FRAMES_FIRST, variants
 from patchpipe.models.families.wan import WAN
 
 BLOCKS = WAN.blocks[0]
@@ -26,7 +26,7 @@ ANYFLOW = replace(
 SKYREELS_V2 = replace(
     WAN,
     model="SkyReelsV2Transformer3DModel",
-    pipelines=("SkyReelsV2Pipeline",),
+    pipelines=variants("SkyReelsV2", "", "ImageToVideo"),
     blocks=(replace(BLOCKS, rows={"rotary_emb": of("image"), "temb": of("image", dim=2, ndim=4)}),),
     frames_per_second=24,
 )
