@@ -234,7 +234,7 @@ def _told(call: dict[str, Any]) -> str:
 
 
 def _show(console: Console, found: list[Any]) -> None:
-    from patchpipe.cli.quality.measure import HEADER
+    from patchpipe.cli.quality.measure import HEADER, MEASURES
 
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for name in HEADER:
@@ -243,3 +243,4 @@ def _show(console: Console, found: list[Any]) -> None:
     for one in found:
         table.add_row(*one.cells, style="bold green" if one is best else "")
     console.print(table)
+    console.print(MEASURES, style="dim")

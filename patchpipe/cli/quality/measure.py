@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HEADER = ("patches", "warm-up", "stale rows", "dB", "SSIM", "features ‰", "predicted")
+MEASURES = (
+    "Mean/worst. SSIM is 1 where structure is the same. Features, in thousandths, are how far apart two pictures are "
+    "to the model's own picture encoder."
+)
 WINDOW = 8  # pixels, each way, in which structure is compared
 TELL = Callable[[str, int], None]  # what is painted now, and how many pictures it is
 Painter = Callable[..., Sequence[Any]]  # takes a prompt and a seed, returns pictures

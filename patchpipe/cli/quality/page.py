@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageChops
 
-from patchpipe.cli.quality.measure import HEADER, Found, told
+from patchpipe.cli.quality.measure import HEADER, MEASURES, Found, told
 
 AMPLIFIED = 8  # times, in pictures of differences
 COLOURS = ("#9aa4ae", "#1f6feb", "#d1782c", "#3a9d5d", "#8a63d2", "#b0485a")
@@ -46,10 +46,11 @@ def page(
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         f"<title>Quality: {html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><p>{html.escape(about)} Every picture is compared with plain diffusers on one "
-        f"device, with the same seed. The number of devices changes none of them.</p>",
+        f"device, with the same seed. The number of devices changes none of them but DistriFusion's.</p>",
         _drawing(found),
         against_time,
         _table(found),
+        f"<p>{html.escape(MEASURES)}</p>",
         *(_pictures(one, prompts, plain) for one in found),
         "</html>",
     ]
