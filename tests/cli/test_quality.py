@@ -122,13 +122,13 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
 
 def test_pictures_painted_at_once_are_as_near(tmp_path: Path) -> None:
     prompts, found = tmp_path / "prompts.txt", []
-    prompts.write_text("red heart, flat style\nblue star\n a green leaf \n")
+    prompts.write_text("red heart, flat style\n a green leaf \n")
     for batch in ("1", "2"):
         out = tmp_path / f"{batch}.html"
-        arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "6", "--guidance", "3", "--batch", batch]
-        assert app(["quality", *arguments, "-o", str(out)]) == 0
+        arguments = ["--prompts", str(prompts), "--patches", "4", "--steps", "5", "--guidance", "1", "--batch", batch]
+        assert app(["quality", *arguments, "--forecast", "on", "-o", str(out)]) == 0
         found.append([one["psnr"] for one in json.loads(out.with_suffix(".json").read_text())["found"]])
-    assert len(found[0][0]) == 3
+    assert len(found[0][0]) == 2
     assert np.allclose(*found, atol=0.1)
 
 

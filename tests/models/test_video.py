@@ -120,9 +120,6 @@ def test_sound_comes_as_the_second_of_a_pair_or_not_at_all() -> None:
     patchpipe.parallelize(pipe, ParallelConfig(**STREAM))
     made = parity.call_pipeline(pipe, tiny.call_arguments("ltx2"))
     assert (made.frames.shape[2], made.audio.isfinite().all()) == (5, True)
-    call = {**tiny.call_arguments("ltx2"), "modality_scale": 3.0}
-    with pytest.raises(ValueError, match="was called with isolate_modalities"):
-        parity.call_pipeline(pipe, call)
     patchpipe.restore(pipe)
 
 

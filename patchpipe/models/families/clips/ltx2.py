@@ -19,6 +19,7 @@ BLOCKS = BlockList(
     attention={"attn1": CLIP, "attn2": CROSS, "audio_attn1": SOUND, "audio_attn2": CROSS, **ANSWERING},
     asking={"audio_to_video_attn": CLIP, "video_to_audio_attn": SOUND},
 )
+TIMES = ("sigma", "audio_timestep", "audio_sigma", "use_cross_timestep")
 OF_SOUND = tuple(f"audio_{name}" for name in (*MASKED_TEXT, "hidden_states", "num_frames", "coords"))
 
 LTX2 = ModelPlan(
@@ -26,17 +27,7 @@ LTX2 = ModelPlan(
     pipelines=variants("LTX2", "", "ImageToVideo", "Condition"),
     grid=PACKED_CLIP,
     blocks=(BLOCKS,),
-    inputs=(
-        *MASKED_TEXT,
-        *NUMBERS,
-        "sigma",
-        "audio_timestep",
-        "audio_sigma",
-        "fps",
-        "video_coords",
-        "use_cross_timestep",
-        *OF_SOUND,
-    ),
+    inputs=(*MASKED_TEXT, *NUMBERS, *TIMES, "fps", "video_coords", *OF_SOUND),
     apart_by=("spatio_temporal_guidance_blocks", "isolate_modalities"),
     second="sound",
     per_call=("audio_time_embed", "prompt_adaln", "audio_prompt_adaln"),
