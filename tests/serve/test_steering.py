@@ -179,6 +179,27 @@ def test_a_policy_that_fails_holds_nobody_up(tmp_path: Path) -> None:
         assert figure(running, "patchpipe_failed_decisions_total") >= 2
 
 
+class Forgetful:
+    """A policy that gives all devices to what comes, and to nothing once it runs."""
+
+    name, reviews = "forgetful", True
+
+    def plan(self, view: View) -> list[Wish]:
+        idle = [job for job in view.state.jobs if not view.state.running]
+        return [Wish((job,), 1) for job in idle]
+
+
+def test_what_runs_is_not_held_for_nothing(tmp_path: Path) -> None:
+    """Nothing would go on with it, since nothing more happens."""
+    with steered.service(tmp_path, both(), policy=Forgetful()) as running:
+        heard = Heard()
+        ask(running, heard, "long", model="clips", steps=400)
+        until(lambda: len(heard.ends) == 1, 20)
+        assert isinstance(heard.ends["long"], Painted)
+        assert figure(running, "patchpipe_preemptions_total") == 0
+        assert figure(running, "patchpipe_failed_decisions_total") >= 1
+
+
 def test_what_cannot_be_in_time_is_turned_away_where_asked_for(tmp_path: Path) -> None:
     with steered.service(tmp_path, both(), admission=True) as running:
         heard = Heard()

@@ -263,6 +263,8 @@ class Conductor:
         part.stage, part.asked, part.steady = "paused", None, False
         self._left(part, news.when)
         self._stands.left(part)
+        if not any(one.stage == "running" for one in self._parts):
+            self._review = 0.0  # or it would stay held until something else happens, and nothing may
 
     def _on_saved(self, part: Part, news: News) -> None:
         was, part.saving = part.stage, news.when - part.stepped

@@ -55,9 +55,9 @@ class Decider:
         try:
             state = self.state(now, parts)
             wanted = self._read(self._scheduler.decide(state).runs, parts, state)
-            if wanted or any(job.ending for job in state.jobs) or not any(part.idle for part in parts):
+            if wanted or any(job.ending for job in state.jobs):
                 return wanted
-            raise ValueError(f"{self.policy.name} leaves all devices idle while requests wait")
+            raise ValueError(f"{self.policy.name} leaves all devices idle although there are requests")
         except Exception:
             logger.exception("the policy failed", extra={"fields": {"policy": self.policy.name}})
             self._failed()
