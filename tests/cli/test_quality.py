@@ -137,6 +137,7 @@ def test_pictures_painted_at_once_are_as_near(tmp_path: Path) -> None:
     [
         (["--patches", "0"], "--patches 0 must be whole numbers of 1 or more"),
         (["--batch", "0"], "--batch 0 must be 1 or more"),
+        (["--distrifusion", "2", "--device", "cuda"], "cuda"),
         (["--distrifusion", "1"], "--distrifusion 1 must be whole numbers of 2 or more"),
         (["--scheduler", "unipc:order=2"], "UniPCMultistepScheduler has no setting 'order'"),
         (["--warmup", "all"], '--warmup all: "all" is one device\'s picture'),

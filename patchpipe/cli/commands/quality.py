@@ -110,9 +110,12 @@ def quality(
     from patchpipe.cli.quality.front import Cards, drawing
     from patchpipe.cli.quality.measure import measure, settings
     from patchpipe.engine import Engine
+    from patchpipe.engine.choosing import devices_for
 
     ranks = [] if distrifusion is None else _counts("--distrifusion", distrifusion, 2)
     wanted = settings(_counts("--patches", patches, 1), _warmups(warmup), _switches(forecast), ranks)
+    for beside in (setting for setting in wanted if setting.distrifusion):
+        devices_for(beside.config, device, None)  # so that too few are told before anything is painted
     if batch < 1:
         raise ValueError(f"--batch {batch} must be 1 or more")
     asked, cards = _read_prompts(prompts), Cards.read(on, link)
