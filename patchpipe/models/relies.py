@@ -40,7 +40,7 @@ def check_relied_on(plan: ModelPlan, model: nn.Module) -> None:
 
 
 def _changes(plan: ModelPlan, model: nn.Module) -> Iterator[str]:
-    inputs = (plan.latent, plan.time, plan.text, *plan.inputs, *plan.residuals, *plan.leaving_out)
+    inputs = (plan.latent, plan.time, plan.text, *plan.inputs, *plan.residuals, *plan.apart_by, *plan.leaving_out)
     for name in _lacking(type(model), inputs):
         yield f"its forward takes no {name}"
     for path in (plan.embed, plan.tail, *plan.shared_parts, *plan.between):

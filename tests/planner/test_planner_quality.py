@@ -21,7 +21,7 @@ PCIE = Profile.named("l40", "pcie4")
 MADE_UP = Workload(
     "made up", (crossed(1536),) * 8, heads=24, rows=Raster(64, 64, 1), text=64, joint=False, steps=20, branches=1
 )
-DECIBELS: dict[Any, dict[int, float]] = {
+DECIBELS: dict[tuple[Any, bool], dict[int, float]] = {
     (1, False): {8: 37.0, 16: 35.0}, (1, True): {8: 52.0, 16: 50.0}, ("streamed", True): {8: 45.0, 16: 43.0},
 }  # fmt: skip
 

@@ -125,7 +125,8 @@ def quality(
     figures = target.with_suffix(".json")
     for path in (target, figures):
         check_new(path, force)
-    console, (pipe, source) = Console(highlight=False), _load(model, dtype, device, scheduler)
+    other: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
+    console, (pipe, source) = Console(highlight=False), _load(model, dtype, device, other)
     call = call_defaults(source.path)
     strength = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
     given = {"num_inference_steps": steps, strength: guidance, "height": height, "width": width}
@@ -138,8 +139,7 @@ def quality(
             progress.update(task, advance=pictures, description=text[:60])
 
         def crew(setting: Setting) -> AbstractContextManager[Engine]:
-            options: dict[str, Any] = {} if scheduler is None else {"scheduler": scheduler}
-            return Engine(source.path, setting.config, device, dtype=pipe.dtype, **options)
+            return Engine(source.path, setting.config, device, pipe.dtype, **other)
 
         plain, found = measure(pipe, asked, call, wanted, seed, tell, crew, batch)
     against_time = ""
@@ -161,22 +161,19 @@ def quality(
 
 
 def _load(
-    model: str | None, dtype: str | None, device: str | None, scheduler: str | None
+    model: str | None, dtype: str | None, device: str | None, options: dict[str, Any]
 ) -> tuple[Any, PipelineFolder]:
     """The pipeline, plain, and where it lies."""
     from patchpipe.distributed.joining import device_for
+    from patchpipe.loading.choice import load_chosen
     from patchpipe.loading.dtypes import as_torch, default_dtype
     from patchpipe.loading.folder import PipelineFolder
-    from patchpipe.loading.schedulers import build_scheduler
 
     source, _ = PipelineFolder.locate(model or MODEL_DIR)
     source.plan()
-    kind, parts = source.pipeline_class, {}
-    if scheduler is not None:
-        parts["scheduler"] = build_scheduler(scheduler, source.scheduler_settings(), kind)
     place = device_for(device)
     told = as_torch(dtype or default_dtype(source.path, None, [place.type]) or "float32")
-    pipe = kind.from_pretrained(source.path, dtype=told, **parts).to(place)
+    pipe = load_chosen(source.pipeline_class, str(source.path), {"dtype": told, **options}).to(place)
     pipe.set_progress_bar_config(disable=True)
     return pipe, source
 
