@@ -54,6 +54,21 @@ def libraries_stay_loaded() -> Iterator[None]:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    _name_no_test()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    _name_no_test()
+
+
+def _name_no_test() -> None:
+    """Workers are forked from one process as long as their environment is the same: pytest puts each test's name there."""
+    os.environ["PYTEST_CURRENT_TEST"] = "a test"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread, as the ranks have: another number of threads adds sums up in another order."""
     torch.set_num_threads(1)
