@@ -50,19 +50,20 @@ def told(act: Callable[[int, Any], Any], *names: str) -> str:
     return str(caught.value)
 
 
-def test_the_double_catches_a_first_contact_that_both_ranks_make_elsewhere() -> None:
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    rules = "tests.support.nccl_rules"
+    with mock.patch(f"{rules}.STUCK_SECONDS", 1.0), mock.patch(f"{rules}.CONTACT_SECONDS", 1.0):
+        yield
+
+
+def test_the_double_catches_a_first_contact_that_both_ranks_make_elsewhere(impatient: None) -> None:
     """As a receive of the prediction on one communicator met a receive of hidden states on another."""
 
     def act(rank: int, groups: Any) -> None:
         groups[rank].recv([torch.empty(1)], 1 - rank, 0)
 
     assert "blocks for ever in the first contact of 0:1" in told(act, "return", "forward")
-
-
-@pytest.fixture
-def impatient() -> Iterator[None]:
-    with mock.patch("tests.support.nccl_rules.STUCK_SECONDS", 1.0):
-        yield
 
 
 def test_the_double_catches_two_ranks_that_receive_before_they_send(impatient: None) -> None:

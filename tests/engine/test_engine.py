@@ -397,7 +397,10 @@ def test_lone_consequence_is_told_at_last(two: list[tuple[Worker, Channel]]) -> 
     assert time.monotonic() - began < 3
 
 
-def test_failure_is_clean_only_where_every_rank_says_so(two: list[tuple[Worker, Channel]]) -> None:
+def test_failure_is_clean_only_where_every_rank_says_so(
+    two: list[tuple[Worker, Channel]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchpipe.engine.watch.SETTLE_CLEAN", 1.0)
     for _, far in two:
         far.send(failed("wrong height", clean=True, kind="ValueError"))
     result = outcome(two)
