@@ -135,7 +135,8 @@ class ModelPlan:
     def spreads_text(self) -> bool:
         """Whether rows of text may ride with several patches: they then meet in the same attention as the picture's."""
         held = [each for listing in self.blocks for mixed in listing.attention.values() for each in mixed]
-        return self.plain and len(set(held) - {IMAGE, REFERENCE}) == 1
+        special = self.second or self.sections or any(each.special for each in self.blocks)
+        return self.attends and not special and len(set(held) - {IMAGE, REFERENCE}) == 1
 
     @property
     def attends(self) -> bool:
