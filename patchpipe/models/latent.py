@@ -62,8 +62,8 @@ class Latent:
             not packed they follow from its shape.
         name: The input.
         references: Whether pictures given as references may follow it, in its dim of tokens; see ``Holds``.
-        room: Whether room for the text may come before it there. What a class predicts of it counts for nothing: patches
-            that have no text's rows leave it zero.
+        room: Whether room for the text may come before it there. What a class predicts of it counts for nothing: where
+            the text's rows are spread or shared, some of it is left zero.
         listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
             wherever patchpipe holds it.
     """

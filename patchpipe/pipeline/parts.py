@@ -117,9 +117,9 @@ class Parts:
             hooks.set(part, "generate", _generates_nothing)
 
     def _apart(self, pipe: Any) -> bool:
-        """Whether encoders, or their layers, are shared; a single one runs within its pipeline's method on its rank."""
-        encoders = [name for name in modules_of(pipe) if name.startswith("text_encoder")]
-        several = len(encoders) > 1 or is_modular(pipe) or not hasattr(pipe, "encode_prompt")
+        """Whether each encoder, or its layers, has a rank; one by itself runs with what its pipeline's method does."""
+        taken = inspect.signature(type(pipe).__init__).parameters
+        several = sum(name.startswith("text_encoder") for name in taken) != 1 or not hasattr(pipe, "encode_prompt")
         return self._config.text_rank == LAYERS or (self._config.text_rank == SPREAD and several)
 
     @property

@@ -141,7 +141,7 @@ class Cut:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Offsets of the patches along the latent's cut dim: what comes before is the first one's, joined the last's."""
+        """Offsets of the patches along the latent's cut dim, with what comes before the first or follows the last."""
         _, *ends = (self.rows.room + row * self.rows.units for row in self.row_bounds)
         return (0, *ends[:-1], ends[-1] + self.rows.joined)
 
