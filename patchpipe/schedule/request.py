@@ -27,8 +27,8 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-# Of a branch: the transformer's part, its name, its prompt, what is left out, its order on a latent.
-BranchKey = tuple[Stage, str | None, int, frozenset[int | str], int]
+# Of a branch: the id of the transformer's part, its name, its prompt, what is left out, its order on a latent.
+BranchKey = tuple[int, str | None, int, frozenset[int | str], int]
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Request:
         self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
         self._branches: dict[BranchKey, Branch] = {}
         self._prompts = Prompts()
-        self._cuts: dict[Stage, tuple[torch.Size, Cut]] = {}  # with the shape of the latent
+        self._cuts: dict[int, tuple[torch.Size, Cut]] = {}  # by a transformer's part, with the shape of the latent
         self._shapes: dict[tuple[Any, ...], CallShapes] = {}
         self._last: tuple[Any, BranchKey] | None = None
         self._level: float | None = None  # of noise, in the last call
@@ -261,14 +261,14 @@ class Request:
 
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
         """The cut of this request's latent; a latent of another shape starts afresh."""
-        shape, known = inputs[self.plan.latent].shape[1:], self._cuts.get(self.stage)
+        shape, known = inputs[self.plan.latent].shape[1:], self._cuts.get(id(self.stage))
         if known is not None and known[0] != shape:
             self._branches.clear()
             self.memo.clear()
             self._cuts.clear()
-        if self.stage not in self._cuts:
-            self._cuts[self.stage] = shape, self._cut_of(inputs)
-        return self._cuts[self.stage][1]
+        if id(self.stage) not in self._cuts:
+            self._cuts[id(self.stage)] = shape, self._cut_of(inputs)
+        return self._cuts[id(self.stage)][1]
 
     def _cut_of(self, inputs: Mapping[str, Any]) -> Cut:
         """A latent's cut: as that of the transformer before, whose prediction is to meet this one's patch by patch."""
@@ -319,7 +319,7 @@ class Request:
         """
         latent = inputs[self.plan.latent]
         left_out = self.stage.left_out(inputs)
-        key: BranchKey = (self.stage, context, self._prompts.number(inputs.get(self.plan.text)), left_out, 0)
+        key: BranchKey = (id(self.stage), context, self._prompts.number(inputs.get(self.plan.text)), left_out, 0)
         if self._last is not None:
             last_latent, last_key = self._last
             if last_latent is latent and last_key[:-1] == key[:-1]:
