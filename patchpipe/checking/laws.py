@@ -15,6 +15,7 @@ from patchpipe.checking.threads import on_ranks
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
 from patchpipe.models import plan_for
+from patchpipe.models.latent import Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.pipeline.apply import fit, parallelize, restore
 
@@ -102,10 +103,20 @@ class Trial:
         self._known: dict[tuple[str, bool], Tensor] = {}
 
     @property
+    def _raster(self) -> Raster:
+        """How the latent divides."""
+        sample, latent = self.sample, self.sample.latents[0]
+        return self.plan.grid.rows(self.model, latent.shape, sample.inputs(0, latent) | {sample.latent: latent})
+
+    @property
     def _rows(self) -> int:
         """Rows of tokens of the latent, along the axis that is cut."""
-        sample, latent = self.sample, self.sample.latents[0]
-        return self.plan.grid.rows(self.model, latent.shape, sample.inputs(0, latent) | {sample.latent: latent}).count
+        return self._raster.count
+
+    def _pictures(self, images: Tensor) -> Tensor:
+        """What a loop gave, without the room for the text: what is predicted there no pipeline looks at."""
+        room, dim = self._raster.room, self.plan.grid.dim + 1  # the first dim is the call's
+        return images.narrow(dim, room, images.shape[dim] - room)
 
     def findings(self, laws: Sequence[Law] = LAWS, tell: Callable[[str], None] = lambda _: None) -> Iterator[Finding]:
         """Tries one law after the other.
@@ -152,7 +163,9 @@ class Trial:
 
     def _plain(self, *, still: bool) -> Tensor:
         if ("plain", still) not in self._known:
-            self._known["plain", still] = Loop.of(copy.deepcopy(self.model), self.sample)(STEPS, still).images
+            self._known["plain", still] = self._pictures(
+                Loop.of(copy.deepcopy(self.model), self.sample)(STEPS, still).images
+            )
         return self._known["plain", still]
 
     def _run(self, config: ParallelConfig, still: bool) -> Tensor:
@@ -165,7 +178,7 @@ class Trial:
             restore(loop)
             if not config.synchronous and not streamed:
                 raise RuntimeError("no patch streamed, so that this shows nothing")
-            return None if output is None else output.images
+            return None if output is None else self._pictures(output.images)
 
         found = on_ranks(config, rank, SECONDS)[0]
         assert found is not None

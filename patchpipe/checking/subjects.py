@@ -20,7 +20,7 @@ from patchpipe.checking.inputs import GRID, fitted
 from patchpipe.checking.loop import Call, Sample, in_halves, record
 from patchpipe.checking.tiny import build, tiny_settings
 from patchpipe.errors import UnsupportedModel
-from patchpipe.models import plan_for
+from patchpipe.models import names_transformer, plan_for
 from patchpipe.models.latent import patch_sizes
 from patchpipe.models.plan import ModelPlan
 
@@ -149,7 +149,7 @@ def _tiny_transformers(folder: Path, settings: Mapping[str, Any], *, narrow: boo
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     tiny = {}
     for name, entry in index.items():
-        if name.startswith("transformer") and isinstance(entry, list) and entry[1]:
+        if names_transformer(name) and isinstance(entry, list) and entry[1]:
             config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
             kind = transformer_class(entry[1])
             fields = {**tiny_settings(kind, config, alone=False, narrow=narrow), **settings}
@@ -197,6 +197,7 @@ def small_call(pipe: Any) -> dict[str, Any]:
     known = {
         "prompt": "a red apple", "negative_prompt": "a blue dog and a cherry blossom", "height": height, "width": width,
         "num_frames": frames, "num_inference_steps": 2, "guidance_scale": 3.0, "true_cfg_scale": 3.0,
+        "guidance_schedule": None,
         "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False, "output_type": "latent",
         "generator": torch.Generator().manual_seed(0),
     }  # fmt: skip

@@ -55,6 +55,7 @@ def asked(ready: Ready, arguments: dict[str, Any], seed: Seed, trace: str | None
         TypeError: The pipeline takes no such argument, or the seed is none.
     """
     check_names(arguments, ready.arguments, ready.any_argument, ready.info.pipeline_class)
+    arguments = with_one_strength(arguments, ready.arguments)
     if seed is None and arguments.get("generator") is None:
         seed = fresh_seed()
     used = None if seed is None else check_seed(seed)
@@ -231,3 +232,16 @@ def guidance_name(arguments: Collection[str], defaults: Mapping[str, Any]) -> st
         defaults: Their defaults, of those that have any beside ``None``.
     """
     return "true_cfg_scale" if "true_cfg_scale" in arguments and "guidance_scale" not in defaults else "guidance_scale"
+
+
+def with_one_strength(arguments: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """A call's arguments, where one strength of guidance takes the place of a usual one for every step.
+
+    Ideogram's pipeline has the latter as a default, and takes no strength beside it.
+
+    Args:
+        arguments: The call's arguments.
+        known: Names that the pipeline takes.
+    """
+    instead = arguments.get("guidance_scale") is not None and "guidance_schedule" in known
+    return {**({"guidance_schedule": None} if instead else {}), **arguments}

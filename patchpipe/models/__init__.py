@@ -39,6 +39,7 @@ from patchpipe.models.families.joint.qwen import QWEN_IMAGE
 from patchpipe.models.families.joint.sd3 import SD3
 from patchpipe.models.families.ltx import LTX
 from patchpipe.models.families.single.ernie import ERNIE_IMAGE
+from patchpipe.models.families.single.ideogram4 import IDEOGRAM4
 from patchpipe.models.families.single.krea2 import KREA2
 from patchpipe.models.families.single.lumina2 import LUMINA2
 from patchpipe.models.families.single.zimage import Z_IMAGE
@@ -49,7 +50,7 @@ from patchpipe.models.refused import REFUSED
 PLANS: tuple[ModelPlan, ...] = (
     *(FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX),
     *(CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, KREA2, LUMINA2, ERNIE_IMAGE, AURAFLOW, COGVIEW3_PLUS, GLM_IMAGE),
-    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX),
+    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX, IDEOGRAM4),
     *(LTX2, HUNYUAN_VIDEO, COGVIDEOX, HUNYUAN_VIDEO_15, FRAMEPACK, MOCHI, COSMOS, KANDINSKY5, ALLEGRO, EASY_ANIMATE),
     *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE, CONSISID),
 )
@@ -62,11 +63,12 @@ def supported() -> list[str]:
 
 def names_transformer(name: str) -> bool:
     """Whether a pipeline's component of this name is a transformer."""
-    return name == "transformer" or name.startswith("transformer_")
+    beside = any(plan.beside == name for plan in PLANS)
+    return name == "transformer" or name.startswith("transformer_") or beside
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by name: one, or several that take turns over the steps, as in Wan 2.2.
+    """The transformers of a pipeline by name: one, several that take turns as in Wan 2.2, or one and another beside it.
 
     Those that ``torch.compile`` has wrapped come without its wrapper.
 

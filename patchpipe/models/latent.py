@@ -29,6 +29,7 @@ class Raster:
         outer: Pieces that the tokens of one row lie in, in the model's order: 1 where a picture is cut by rows or a
             clip by frames, the number of frames where a clip is cut by rows.
         joined: Entries of the latent's cut dim, tokens, that follow the picture's: pictures given as references.
+        room: Entries of it that come before the picture's: room for the text, whose rows ride with the first patch.
     """
 
     count: int
@@ -36,6 +37,7 @@ class Raster:
     units: int
     outer: int = 1
     joined: int = 0
+    room: int = 0
 
     @property
     def total(self) -> int:
@@ -60,6 +62,8 @@ class Latent:
             not packed they follow from its shape.
         name: The input.
         references: Whether pictures given as references may follow it, in its dim of tokens; see ``Holds``.
+        room: Whether room for the text may come before it there. What a class predicts of it counts for nothing: where
+            the text's rows are spread or shared, some of it is left zero.
         listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
             wherever patchpipe holds it.
     """
@@ -70,6 +74,7 @@ class Latent:
     name: str = "hidden_states"
     listed: bool = False
     references: bool = False
+    room: bool = False
 
     @property
     def dim(self) -> int:
@@ -109,6 +114,8 @@ class Latent:
             return Raster(sizes[self.cut], outer * inner, self.spans_of(model)[self.cut], outer)
         assert outer == 1, "a packed latent is cut along its first axis"
         joined = shape[self.dim] - sizes[self.cut] * inner
+        if self.room:
+            return Raster(sizes[self.cut], inner, inner, room=joined)
         if joined and not self.references:
             raise ValueError(
                 f"a picture of {sizes[self.cut]} × {inner} tokens is followed by {joined} others: pictures joined to "
@@ -200,5 +207,33 @@ def sizes_by_shapes(shapes: str = "img_shapes") -> Callable[[nn.Module, Mapping[
         if any(each != entries[0][0] for each in entries[0][:layers]):
             raise ValueError(f"{shapes}={inputs[shapes]} has layers of different sizes: only those of one size are cut")
         return {"h": layers * count, "w": width}
+
+    return sizes
+
+
+def sizes_by_roles(
+    roles: str, picture: int, ids: str = "position_ids", column: int = 1
+) -> Callable[[nn.Module, Mapping[str, Any]], Sizes]:
+    """Rows and columns of a picture at the end of a sequence, ``[batch, tokens]``, that an input gives roles.
+
+    Args:
+        roles: The input.
+        picture: The role of the picture's tokens.
+        ids: The input with their positions, ``[batch, tokens, axes]``.
+        column: The axis of the positions that counts rows.
+    """
+
+    def sizes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
+        painted = inputs[roles] == picture
+        count = int(painted[0].sum())
+        at_end = torch.arange(painted.shape[1], device=painted.device) >= painted.shape[1] - count
+        rows = inputs[ids][0, painted.shape[1] - count :, column]
+        height = len(rows.unique_consecutive())
+        if not count or (painted != at_end).any() or count % height or rows.unflatten(0, (height, -1)).diff().any():
+            raise ValueError(
+                f"{roles} and {ids} do not describe one picture in raster order at the end of each sequence: several "
+                f"pictures packed into one are not supported, paint them one after the other"
+            )
+        return {"h": height, "w": count // height}
 
     return sizes

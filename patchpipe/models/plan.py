@@ -69,6 +69,8 @@ class ModelPlan:
         lengths: Masks whose number of ones decides how many rows a segment has.
         same_lengths: Whether they must have as many ones for every entry of the batch, since rows of the picture begin
             after them.
+        beside: Name in pipelines of a second transformer, alike, that is called in every step beside the first, as for
+            guidance; it has branches of its own. Other transformers of a pipeline take turns over the steps.
         second: The segment whose rows the class predicts too, as its second output, such as the sound of a clip. All
             ranks get it at the end of every call, so that the stages wait for each other once a step.
         frames_per_second: How fast its clips play, as its makers show them.
@@ -99,6 +101,7 @@ class ModelPlan:
     tensor: Mapping[str, Any] | Literal["class", "usual"] | None = None
     lengths: tuple[str, ...] = ()
     same_lengths: bool = False
+    beside: str = ""
     second: str = ""
     frames_per_second: float = 24
     pipelines: tuple[str, ...] = ()
@@ -132,7 +135,8 @@ class ModelPlan:
     def spreads_text(self) -> bool:
         """Whether rows of text may ride with several patches: they then meet in the same attention as the picture's."""
         held = [each for listing in self.blocks for mixed in listing.attention.values() for each in mixed]
-        return self.plain and len(set(held) - {IMAGE, REFERENCE}) == 1
+        special = self.second or self.sections or any(each.special for each in self.blocks)
+        return self.attends and not special and len(set(held) - {IMAGE, REFERENCE}) == 1
 
     @property
     def attends(self) -> bool:

@@ -51,6 +51,8 @@ def check_guidance(
 
 def guided(given: Mapping[str, Any], plan: ModelPlan) -> bool:
     """Whether a call with these arguments, defaults among them, has two branches of guidance, as far as they tell."""
+    if plan.beside:  # which is called whatever the strength
+        return True
     true = plan.guidance == "calls" and "true_cfg_scale" in given  # a scale of its own, beside a distilled one
     scale = given.get("true_cfg_scale" if true else "guidance_scale")
     negative = [given[name] for name in ("negative_prompt", "negative_prompt_embeds") if name in given]

@@ -105,7 +105,7 @@ class Parts:
 
     def hook_encoders(self, pipe: Any, hooks: Hooks) -> None:
         """Each text encoder, or each of its layers, runs on a rank of its own and gives all its result, if it is to."""
-        for name, part in modules_of(pipe).items() if self._config.text_rank in (SPREAD, LAYERS) else ():
+        for name, part in modules_of(pipe).items() if self._apart(pipe) else ():
             if not name.startswith("text_encoder"):
                 continue
             if self._config.text_rank == SPREAD:
@@ -115,6 +115,12 @@ class Parts:
                 module = part.get_submodule(layer)
                 hooks.set(module, "forward", self._layer(module.forward, home))
             hooks.set(part, "generate", _generates_nothing)
+
+    def _apart(self, pipe: Any) -> bool:
+        """Whether each encoder, or its layers, has a rank; one by itself runs with what its pipeline's method does."""
+        taken = inspect.signature(type(pipe).__init__).parameters
+        several = sum(name.startswith("text_encoder") for name in taken) != 1 or not hasattr(pipe, "encode_prompt")
+        return self._config.text_rank == LAYERS or (self._config.text_rank == SPREAD and several)
 
     @property
     def _text_ranks(self) -> list[int]:
@@ -136,7 +142,9 @@ class Parts:
         Returns:
             The method; ``None`` if there is none, or each text encoder has a rank of its own.
         """
-        shared = self._config.text_rank not in (SPREAD, LAYERS)
+        shared = not self._apart(pipe)
+        if hasattr(pipe, "upsample_prompt") and self._group.world_size > 1:
+            hooks.set(pipe, "upsample_prompt", _writes_nothing)
         if is_modular(pipe):
             for undo in hook_steps(pipe):
                 hooks.undone_by(undo)
@@ -223,4 +231,11 @@ def _generates_nothing(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         'text_rank="layers" cannot write text, since no rank has the keys and values of all layers: give text_rank a '
         "rank, or leave out what writes prompts"
+    )
+
+
+def _writes_nothing(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        "prompts are not rewritten on several ranks, since nothing tests it and one rank alone holds the text encoder: "
+        "call upsample_prompt() on the pipeline before it is made parallel, and give the prompt it wrote"
     )

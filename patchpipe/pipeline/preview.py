@@ -26,6 +26,7 @@ from torch import Tensor
 from patchpipe.distributed.agreement import attempt
 from patchpipe.lazy.latent import PatchTensor
 from patchpipe.lockstep.board import Board
+from patchpipe.models import transformers_of
 from patchpipe.pipeline.callbacks import NAMES
 
 logger = logging.getLogger("patchpipe")
@@ -256,7 +257,8 @@ def _still(pipe: Any, clean: Tensor, texts: list[Any]) -> Any:
     own["encode_prompt"] = lambda *args, **kwargs: next(encoded)
     own["progress_bar"] = _NoBar
     nothing = {"run": _no_work, "cache_context": lambda *_: nullcontext(), "_reset_stateful_cache": lambda *_: None}
-    own["transformer"] = _Stand(pipe.transformer, **nothing)
+    for name, part in transformers_of(pipe).items():
+        own[name] = _Stand(part, **nothing)
     vae, kind = pipe.vae, type(pipe.vae)
     whole = {name: getattr(kind, name).__get__(vae) for name in ("decode", "encode") if hasattr(kind, name)}
     own["vae"] = _Stand(vae, **whole)  # not the ones that all ranks run together

@@ -16,7 +16,7 @@ from torch import nn
 from patchpipe.config import AutoLayout, ParallelConfig
 from patchpipe.demo import call_defaults
 from patchpipe.errors import UnsupportedModel
-from patchpipe.models import plan_for
+from patchpipe.models import names_transformer, plan_for
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.refusals import guided
 from patchpipe.planner.automatic import Taken, one_device, take
@@ -104,7 +104,9 @@ def workload_of_pipeline(pipe: Any, auto: AutoLayout) -> Workload:
     name = str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)
     request = {**call_defaults(name), **auto.request}
     parts = {
-        part: value for part, value in pipe.components.items() if isinstance(value, nn.Module) and value is not model
+        part: value
+        for part, value in pipe.components.items()
+        if isinstance(value, nn.Module) and not names_transformer(part)
     }
     sizes = {part: sum(one.numel() * one.element_size() for one in value.parameters()) for part, value in parts.items()}
     dtype = {torch.float32: "fp32", torch.float16: "fp16"}.get(next(model.parameters()).dtype, "bf16")

@@ -58,7 +58,7 @@ def rank_memory(layout: Layout, offloads: Sequence[Chosen] = ()) -> tuple[RankMe
         stage = Mesh(layout.config.mesh_shape, rank).at("pipe")
         blocks = layout.held(stage)
         if offloads:
-            parameters = offloads[stage].bytes + layout.workload.embedders * layout.workload.itemsize
+            parameters = offloads[stage].bytes + _around(layout)
         else:
             parameters = stage_parameters(layout, blocks) * layout.workload.itemsize
         decoding = _decoding(layout) if layout.config.parallel_vae or rank == layout.config.output_rank else 0
@@ -75,15 +75,19 @@ def rank_memory(layout: Layout, offloads: Sequence[Chosen] = ()) -> tuple[RankMe
 
 def block_memory(layout: Layout, memory: int) -> int:
     """Bytes that every rank of a layout has left for its blocks' weights, of so many in all."""
-    own = layout.workload.embedders * layout.workload.itemsize
-    return memory - max(rank.total - rank.parameters + own for rank in rank_memory(layout))
+    return memory - max(rank.total - rank.parameters + _around(layout) for rank in rank_memory(layout))
+
+
+def _around(layout: Layout) -> int:
+    """Bytes of what surrounds the blocks."""
+    return layout.workload.transformers * layout.workload.embedders * layout.workload.itemsize
 
 
 def stage_parameters(layout: Layout, blocks: tuple[Block, ...]) -> int:
-    """Parameters of the transformer that a rank of a stage holds."""
+    """Parameters of the transformer, or of several alike, that a rank of a stage holds."""
     tensor = layout.config.tensor
     own = sum(block.parameters - block.split_parameters + block.split_parameters // tensor for block in blocks)
-    return own + layout.workload.embedders
+    return layout.workload.transformers * (own + layout.workload.embedders)
 
 
 def stored(layout: Layout, stage: int) -> int:

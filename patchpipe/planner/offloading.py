@@ -36,7 +36,8 @@ def choice_for(layout: Layout, stage: int, seconds: Sequence[float], exchanges: 
     asked = layout.config.offload
     assert asked is not None
     weights = tuple(tuple(_weights(block, layout)) for block in layout.held(stage))
-    return choose(asked, Inventory(weights, tuple(seconds), tuple(exchanges)), upload_link(layout.profile))
+    inventory = Inventory(weights, tuple(seconds), tuple(exchanges), layout.workload.transformers)
+    return choose(asked, inventory, upload_link(layout.profile))
 
 
 def stalled(chosen: Chosen, seconds: Sequence[float], exchanges: Sequence[float]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -27,7 +27,8 @@ from patchpipe.stage.patches import Cut
 from patchpipe.stage.stage import Stage
 from patchpipe.stage.survey import CallShapes, shapes_key
 
-BranchKey = tuple[str | None, int, frozenset[int | str], int]  # its name, prompt, what is left out, order on a latent
+# Of a branch: the id of the transformer's part, its name, its prompt, what is left out, its order on a latent.
+BranchKey = tuple[int, str | None, int, frozenset[int | str], int]
 
 
 @dataclass
@@ -155,8 +156,7 @@ class Request:
         self.memo: dict[tuple[Any, ...], tuple[Any, Any]] = {}  # results every call of the request shares
         self._branches: dict[BranchKey, Branch] = {}
         self._prompts = Prompts()
-        self._cut: Cut | None = None
-        self._latent_shape: torch.Size | None = None
+        self._cuts: dict[int, tuple[torch.Size, Cut]] = {}  # by a transformer's part, with the shape of the latent
         self._shapes: dict[tuple[Any, ...], CallShapes] = {}
         self._last: tuple[Any, BranchKey] | None = None
         self._level: float | None = None  # of noise, in the last call
@@ -213,10 +213,11 @@ class Request:
             self.context = outer
 
     def turn_to(self, stage: Stage) -> None:
-        """The calls from here on are another transformer's, whose keys and values no patch has yet."""
-        if stage is not self.stage:
-            self.stage, self._last = stage, None
+        """The calls from here on are another transformer's; where they take turns, no patch has its keys and values."""
+        if stage is not self.stage and not self.plan.beside:
+            self._last = None
             self._branches.clear()
+        self.stage = stage
 
     def known(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A call's inputs, of which only the latent is lazy: not the frames of a section before, say."""
@@ -260,23 +261,31 @@ class Request:
 
     def cut_for(self, inputs: Mapping[str, Any]) -> Cut:
         """The cut of this request's latent; a latent of another shape starts afresh."""
-        shape = inputs[self.plan.latent].shape
-        spatial = shape[1:]
-        if self._cut is None or self._latent_shape != spatial:
+        shape, known = inputs[self.plan.latent].shape[1:], self._cuts.get(id(self.stage))
+        if known is not None and known[0] != shape:
             self._branches.clear()
             self.memo.clear()
-            shapes = self.shapes_of(inputs)
-            costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
-            entries = [share.size for share in self.shares_of(inputs)]
-            halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
-            spreads = self.plan.spreads_text
-            self._cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries), spreads)
-            self._latent_shape = spatial
-            self._check_shares(self._cut)
-            self.stats.patches = len(self._cut.patches)
-            self.stats.text_patches = self._cut.text_patches
-            self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in self._cut.patches)
-        return self._cut
+            self._cuts.clear()
+        if id(self.stage) not in self._cuts:
+            self._cuts[id(self.stage)] = shape, self._cut_of(inputs)
+        return self._cuts[id(self.stage)][1]
+
+    def _cut_of(self, inputs: Mapping[str, Any]) -> Cut:
+        """A latent's cut: as that of the transformer before, whose prediction is to meet this one's patch by patch."""
+        shapes = self.shapes_of(inputs)
+        for _, other in self._cuts.values():
+            if replace(other.rows, room=shapes.raster.room) == shapes.raster:
+                return replace(other, rows=shapes.raster)
+        costs = patch_costs(shapes.width, len(self.stage.places), self.config, self.group.backend)
+        entries = [share.size for share in self.shares_of(inputs)]
+        halves = 2 if self._halves and all(size % 2 == 0 for size in entries) else 1
+        spreads = self.plan.spreads_text
+        cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries), spreads)
+        self._check_shares(cut)
+        self.stats.patches = len(cut.patches)
+        self.stats.text_patches = cut.text_patches
+        self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in cut.patches)
+        return cut
 
     def shares_of(self, inputs: Mapping[str, Any], branch: int = 0) -> tuple[BatchShare, ...]:
         """Who runs what of a call of a guidance branch; see ``share_batch``."""
@@ -310,11 +319,11 @@ class Request:
         """
         latent = inputs[self.plan.latent]
         left_out = self.stage.left_out(inputs)
-        key: BranchKey = (context, self._prompts.number(inputs.get(self.plan.text)), left_out, 0)
+        key: BranchKey = (id(self.stage), context, self._prompts.number(inputs.get(self.plan.text)), left_out, 0)
         if self._last is not None:
             last_latent, last_key = self._last
-            if last_latent is latent and last_key[:3] == key[:3]:
-                key = (*key[:3], last_key[3] + 1)
+            if last_latent is latent and last_key[:-1] == key[:-1]:
+                key = (*key[:-1], last_key[-1] + 1)
         self._last = (latent, key)
         alone = self.plan.guidance == "calls" and list(self._branches) == [key]
         if self.config.cfg > 1 and alone and not self.config.idle_branch:

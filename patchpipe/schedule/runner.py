@@ -220,6 +220,8 @@ class Runner:
             ValueError: An input the plan does not cover, or a latent that cannot be cut or shared as configured.
         """
         assert self.request is not None
+        if self.plan.beside:  # a step begins with the first of them
+            self.request.turn_to(self.stages[0])
         inputs = self.plan.bind(self._signature, args, kwargs)
         self.request.cut_for(inputs)
         self.request.shares_of(inputs)

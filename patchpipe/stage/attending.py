@@ -12,7 +12,7 @@ from torch import Tensor
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.keys.early import Ahead, Part
 from patchpipe.stage.keys.forecast import Pace
-from patchpipe.stage.keys.masks import as_mask
+from patchpipe.stage.keys.masks import added, as_mask
 from patchpipe.stage.keys.store import Entries, LayerStore, LayerStores
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -34,6 +34,7 @@ class Attend:
         grouped: Its ``enable_gqa``.
         further: Keys and values of all heads that every rank has, to be seen beside those of the rows: of the picture
             of an IP-Adapter.
+        dtype: Of the query.
     """
 
     compute: Callable[..., Tensor]
@@ -44,6 +45,7 @@ class Attend:
     scale: float | None = None
     grouped: bool = False
     further: tuple[Tensor, ...] = ()
+    dtype: torch.dtype = torch.float32
 
     def of_heads(self, heads: tuple[int, int]) -> Attend:
         """The same where a rank has the rows of some heads alone."""
@@ -65,7 +67,7 @@ class Attend:
             return as_mask(column)
         asking = self.column if asking is None else asking
         assert asking is not None
-        return self.table[:, :, asking[0, 0, :, 0]][..., column[0, 0, :, 0]]
+        return added(self.table[:, :, asking[0, 0, :, 0]][..., column[0, 0, :, 0]], self.dtype)
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, column: Tensor | None = None, *, asking: Tensor | None = None

@@ -107,7 +107,7 @@ class _StoreMode(TorchFunctionMode):
     ) -> Tensor:
         func = func if layer.kernels is None else layer.kernels.watching(func)
         column, table = self._column(layer, attn_mask, query, key)
-        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa)
+        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa, dtype=query.dtype)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
         seen = layer.remember(layer.patch, key, value, *attend.columns)
@@ -127,7 +127,7 @@ class _StoreMode(TorchFunctionMode):
                 "the model masks self-attention, but its plan does not say so (mask): not supported if patches "
                 "stream or are shared. Use warmup='all' on one device, or warmup='all' with pipefusion alone"
             )
-        table = table_of(mask, layer.rows, query.dtype) if layer.masked else None
+        table = table_of(mask, layer.rows) if layer.masked else None
         if table is not None:
             column = row_numbers(layer.rows.ranges(layer.patch), key)
         else:

@@ -141,9 +141,9 @@ class Cut:
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """Offsets of the patches along the latent's cut dim; what was joined to it follows the last one's rows."""
-        *starts, end = (row * self.rows.units for row in self.row_bounds)
-        return (*starts, end + self.rows.joined)
+        """Offsets of the patches along the latent's cut dim, with what comes before the first or follows the last."""
+        _, *ends = (self.rows.room + row * self.rows.units for row in self.row_bounds)
+        return (0, *ends[:-1], ends[-1] + self.rows.joined)
 
     @property
     def total_tokens(self) -> int:
@@ -187,12 +187,12 @@ class Cut:
         return self._patch(0, 0, self.rows.count, whole=True)
 
     def _patch(self, index: int, start: int, stop: int, whole: bool = False) -> Patch:
-        units, tokens = self.rows.units, self.rows.tokens
+        units, tokens, room = self.rows.units, self.rows.tokens, self.rows.room
         parts = 1 if whole else self.text_patches
         low, high = (0, self.rows.joined) if whole else shares(self.rows.joined, len(self.row_bounds) - 1)[index]
         return Patch(
             index=index,
-            units=(start * units, stop * units),
+            units=(room + start * units if start else 0, room + stop * units),
             rows=(start, stop),
             tokens=(start * tokens, stop * tokens),
             total_tokens=self.total_tokens,

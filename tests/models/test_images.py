@@ -37,7 +37,15 @@ from tests.tiny import images as tiny_images
 NAMES = tuple(tiny_images.BUILD)
 SYNCHRONOUS, STREAM = {"warmup": "all"}, {"patches": 3, "warmup": 1, "split_batch": False}
 TWO: list[dict[str, int]] = [{degree: 2} for degree in ("pipefusion", "cfg", "ulysses", "ring")]
-FOUR_STAGES = ("qwen-edit", "fibo", "hidream", "hunyuan-dit", "sana", "ernie")  # whose hops or rows are special
+FOUR_STAGES = (
+    "qwen-edit",
+    "fibo",
+    "hidream",
+    "hunyuan-dit",
+    "sana",
+    "ernie",
+    "ideogram4",
+)  # whose hops or rows are special
 STEPS = {"num_inference_steps": 3}
 
 

@@ -246,7 +246,7 @@ def test_slower_links_and_devices_take_longer(method: str) -> None:
 # -- memory, traffic, quality --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "pixart", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "pixart", "qwen", "ideogram4"])
 def test_workload_of_a_folder_equals_what_info_and_explain_tell(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path)
     workload = workload_for(folder, Asked(height=64, width=64, text_tokens=8, dtype="fp32"))

@@ -40,6 +40,7 @@ class Facts:
         sound: The argument that is the sound of the clip: it asks the clip, and the clip asks it.
         sections: Whether one call makes a clip section by section.
         joined: Whether the picture attends to itself and the text at once, though the text asks nothing.
+        room: How many of the latent's entries come before the picture's: they are the first patch's.
         mixes: Whether rows meet in sums and convolutions instead of attention.
     """
 
@@ -52,6 +53,7 @@ class Facts:
     sound: str = ""
     sections: bool = False
     joined: bool = False
+    room: Callable[[dict[str, Any]], int] | None = None
     mixes: bool = False
 
 
@@ -93,6 +95,9 @@ IMAGES = {
     **dict.fromkeys(("DiTTransformer2DModel", "HiDreamImageTransformer2DModel", "HunyuanDiT2DModel"), PICTURE),
     "Krea2Transformer2DModel": replace(TEXT_THEN_TOKENS, aside=("text_fusion",)),
     "ErnieImageTransformer2DModel": replace(PICTURE, pixels=1),
+    "Ideogram4Transformer2DModel": replace(
+        TEXT_THEN_TOKENS, room=lambda call: int((call["indicator"][0] != 2).sum())
+    ),
     "HunyuanImageTransformer2DModel": replace(PICTURE, pixels=1, aside=("context_embedder",)),
     "SanaTransformer2DModel": replace(PICTURE, mixes=True),
     "PRXTransformer2DModel": replace(TEXT_THEN_PICTURE, joined=True),
@@ -333,8 +338,9 @@ class _Naive:
         latent = torch.stack(args[0]) if self.listed else args[0]
         dim = 1 if self.packed else 3 if self.listed else 2 if self.facts is None else self.facts.dim
         rows = sum(self.patch_rows)
-        units = (latent.shape[dim] - self.references) // rows  # of the latent, per row of tokens
-        assert units * rows == latent.shape[dim] - self.references
+        room = 0 if self.facts is None or self.facts.room is None else self.facts.room(given)
+        units = (latent.shape[dim] - self.references - room) // rows  # of the latent, per row of tokens
+        assert units * rows == latent.shape[dim] - self.references - room
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
         if self.facts is not None:
             plane = prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
@@ -362,7 +368,8 @@ class _Naive:
             result = result[0] if isinstance(result, tuple) else result
             whole = torch.stack(result) if self.listed else result
             others = self.references if stop == rows else 0
-            results.append(whole.narrow(dim, start * units, count * units + others))
+            first = room + start * units if start else 0
+            results.append(whole.narrow(dim, first, room + stop * units + others - first))
             start = stop
         prediction = torch.cat(results, dim=dim)
         if second is not None:
@@ -441,7 +448,8 @@ def naive_pipefusion(
         text_patches: Over how many of the first patches the text is spread.
         streamed: How often the patches of the first calls per transformer and guidance branch are run.
     """
-    models = [part for name, part in pipe.components.items() if name.startswith("transformer") and part is not None]
+    named = [part for name, part in pipe.components.items() if name.startswith(("transformer", "unconditional_"))]
+    models = [part for part in named if part is not None]
     for model in models:
         model.forward = _Naive(model, patch_rows, warmup, branches, forecast, references, text_patches, streamed)
     try:

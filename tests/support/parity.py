@@ -101,7 +101,8 @@ def expected(name: str, schedule_text: str, call_text: str) -> np.ndarray:
         two_calls |= name.startswith((*SEPARATE, *tiny_video.TWO_CALLS, *tiny_images.TWO_CALLS))
         two_calls &= name not in tiny_images.UNGUIDED
         references = tiny_images.REFERENCES.get(name, 0)
-        guided = two_calls or plan_for(type(pipe.transformer).__name__).guidance == "batch"
+        plan = plan_for(type(pipe.transformer).__name__)
+        guided = two_calls or plan.guidance == "batch" or bool(plan.beside)
         streamed = PASSES[guided] if config.warmup == STREAMED else ()
         oracle = naive_pipefusion(
             pipe, config.patch_rows, 0 if streamed else int(config.warmup), branches=1 + two_calls,

@@ -41,6 +41,8 @@ from diffusers import (
     HunyuanDiTPipeline,
     HunyuanImagePipeline,
     HunyuanImageTransformer2DModel,
+    Ideogram4Pipeline,
+    Ideogram4Transformer2DModel,
     Kandinsky5T2IPipeline,
     Kandinsky5Transformer3DModel,
     Krea2Pipeline,
@@ -60,7 +62,7 @@ from diffusers import (
     SanaTransformer2DModel,
 )
 from PIL import Image
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, Qwen3VLConfig, Qwen3VLModel
 
 from tests import tiny
 
@@ -188,6 +190,25 @@ def _ernie(blocks: int) -> ErnieImagePipeline:
         text_in_dim=WIDTH, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     return ErnieImagePipeline(transformer, tiny._flux2(2).vae, scheduler=_euler(), **_t5_parts())
+
+
+def _ideogram4(blocks: int) -> Ideogram4Pipeline:
+    """The pipeline looks at layers of its text encoder up to the 36th."""
+    sizes = {"in_channels": 16, "intermediate_size": 48, "adaln_dim": 16, "llm_features_dim": 13 * 8}
+    both = [
+        Ideogram4Transformer2DModel(**HEADS, **sizes, num_layers=blocks, rope_theta=10000, mrope_section=(3, 3, 2))
+        for _ in range(2)
+    ]
+    tokenizer = tiny._qwen_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
+    text = {
+        "hidden_size": 8, "num_hidden_layers": 36, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 16, "head_dim": 8, "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {"hidden_size": 8, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 8}
+    encoder = Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}))
+    return Ideogram4Pipeline(_euler(), tiny._flux2(2).vae, encoder.eval(), tokenizer, *both)
 
 
 # -- two sequences -------------------------------------------------------------------------------
@@ -397,6 +418,7 @@ BUILD: dict[str, Callable[[int], Any]] = {
     "krea2": _krea2,
     "lumina2": _lumina2,
     "ernie": _ernie,
+    "ideogram4": _ideogram4,
     "auraflow": _auraflow,
     "cogview3": _cogview3,
     "glm": _glm,
@@ -436,6 +458,12 @@ CALLS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "krea2": lambda *_: {**TEXT, "max_sequence_length": 24},
     "lumina2": lambda *_: {**T5_TEXT, "max_sequence_length": 24, "system_prompt": "a"},
     "ernie": lambda *_: {**TEXT, "use_pe": False},
+    "ideogram4": lambda *_: {
+        "prompt": tiny.PROMPT,
+        "max_sequence_length": 24,
+        "guidance_scale": 3.0,
+        "guidance_schedule": None,
+    },
     "auraflow": lambda *_: T5_TEXT,
     "cogview3": lambda *_: T5_TEXT,
     "glm": _glm_call,

@@ -117,7 +117,7 @@ def _stages(
     """What every rank holds; ``stored`` has the bytes of tensors that are quantised."""
     places, stages = plan.blocks_of(transformer), []
     sizes = {name: value.numel() for name, value in transformer.state_dict().items()}
-    parts = _components(source)
+    parts, count = _components(source), len(source.transformers)
     split = split_blocks(transformer, plan, config)
     check_tensor(transformer, plan, config.tensor)
     for rank in range(config.world_size):
@@ -126,8 +126,8 @@ def _stages(
         needed = needs(transformer, plan, owned.held)
         held = dict(_held(part, model, config, rank) for part, model in parts.items())
         held.pop("", None)
-        own, others = _sum(sizes, needed), sum(held.values())
-        weights = _sum(stored, needed) if stored else own * itemsize
+        own, others = count * _sum(sizes, needed), sum(held.values())
+        weights = count * _sum(stored, needed) if stored else own * itemsize
         blocks = _blocks(places, owned)
         stages.append(StageInfo(rank, blocks, own + others, weights + others * itemsize, list(held)))
     return stages

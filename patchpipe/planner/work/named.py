@@ -30,6 +30,7 @@ USUAL_TEXT = {
     "SD3Transformer2DModel": 333,  # CLIP's 77 and T5's 256
     "PixArtTransformer2DModel": 300,
     "QwenImageTransformer2DModel": 128,
+    "Ideogram4Transformer2DModel": 2048,
 }
 USUAL_SIZE, USUAL_STEPS = 1024, 28
 TOKEN = 2  # pixels of the latent to a token, each way, where the pipeline packs them
@@ -180,6 +181,7 @@ def workload_of(
         pixels=height * width,
         transformer=plan.model,
         tensor=tensor_plan(transformer, plan) is not None,
+        transformers=2 if plan.beside else 1,
     )
 
 
@@ -190,8 +192,8 @@ def _text(plan: ModelPlan, advised: Mapping[str, Any]) -> int:
 
 def _guided(plan: ModelPlan, advised: Mapping[str, Any], asked: Asked) -> bool:
     """FLUX has its guidance distilled into one branch, unless ``true_cfg_scale`` asks for two."""
-    if asked.guidance is not None:
-        return asked.guidance
+    if plan.beside or asked.guidance is not None:
+        return bool(plan.beside or asked.guidance)
     if plan.model == "FluxTransformer2DModel" or "true_cfg_scale" in advised:
         return advised.get("true_cfg_scale", 1.0) > 1
     return advised.get("guidance_scale", 2.0) > 1

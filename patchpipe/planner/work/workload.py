@@ -114,6 +114,7 @@ class Workload:
         transformer: The diffusers class, if known.
         runnable: Whether patchpipe has a plan for the class.
         tensor: Whether the plan says how matrices split.
+        transformers: How many of them a rank holds its part of.
     """
 
     model: str
@@ -134,6 +135,7 @@ class Workload:
     transformer: str = ""
     runnable: bool = True
     tensor: bool = True
+    transformers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "pictures", "heads"):

@@ -44,26 +44,27 @@ def key_column(mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor:
             f"stream or are shared, only one that is alike for all queries: use warmup='all' on one device, or with "
             f"pipefusion alone"
         )
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask.to(dtype).expand(batch, -1, 1, rows).transpose(2, 3)
+    return added(mask, dtype).to(dtype).expand(batch, -1, 1, rows).transpose(2, 3)
 
 
-def table_of(mask: Tensor | None, rows: Rows, dtype: torch.dtype) -> Tensor | None:
-    """A mask of all rows by all rows as what it adds to scores; ``None`` for any other mask.
+def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to scores: nothing where a key takes part, minus infinity where it does not."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def table_of(mask: Tensor | None, rows: Rows) -> Tensor | None:
+    """A mask of all rows by all rows as ``[batch, heads, rows, rows]``, as it is; ``None`` for any other mask.
 
     Args:
         mask: As ``scaled_dot_product_attention`` takes it.
         rows: The layer's sequence.
-        dtype: Of the query, as the kernels ask.
     """
     whole = (rows.total, rows.total)
     if mask is None or mask.shape[-2:] != whole or rows.total == 1 or rows.raster.outer > 1:
         return None
-    mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    return mask
+    return mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
 
 
 def row_numbers(ranges: Sequence[tuple[int, int]], key: Tensor) -> Tensor:
