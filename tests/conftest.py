@@ -64,7 +64,7 @@ def pytest_pyfunc_call() -> None:
 
 
 def _name_no_test() -> None:
-    """Workers are forked from one process as long as their environment is the same: pytest puts each test's name there."""
+    """One process forks all workers while their environment stays the same: pytest puts each test's name into it."""
     os.environ["PYTEST_CURRENT_TEST"] = "a test"
 
 
