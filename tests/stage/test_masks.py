@@ -46,7 +46,7 @@ def setup_module() -> None:
 # -- pipelines ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize(
     ("layouts", "schedules"),
     [(TWO, SCHEDULES), (THREE, SCHEDULES), (FOUR, SCHEDULES[1:]), (EIGHT, SCHEDULES[1:2])],
