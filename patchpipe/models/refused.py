@@ -7,8 +7,6 @@ REFUSED = {
     "blocks begin with a state of the first ones",
     "AnyFlowFARTransformer3DModel": "it keeps keys and values of its own from chunk to chunk",
     "WanAnimate2Transformer3DModel": "it keeps keys and values of its own from chunk to chunk",
-    "QwenImage21Transformer2DModel": "its text is causal, in an attention for each run of it, and its pipeline keeps "
-    "keys and values of the text from step to step",
     "Ideogram4Transformer2DModel": "its latent begins with room for the text, and a second transformer, called in "
     "every step, predicts without it",
     "MiniMaxH3Transformer3DModel": "clip, sound and text are one sequence, in an order that its inputs give",
