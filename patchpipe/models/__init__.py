@@ -42,6 +42,7 @@ from patchpipe.models.families.single.ernie import ERNIE_IMAGE
 from patchpipe.models.families.single.ideogram4 import IDEOGRAM4
 from patchpipe.models.families.single.krea2 import KREA2
 from patchpipe.models.families.single.lumina2 import LUMINA2
+from patchpipe.models.families.single.qwen21 import QWEN_IMAGE_21
 from patchpipe.models.families.single.zimage import Z_IMAGE
 from patchpipe.models.families.wan import WAN
 from patchpipe.models.plan import ModelPlan
@@ -50,7 +51,7 @@ from patchpipe.models.refused import REFUSED
 PLANS: tuple[ModelPlan, ...] = (
     *(FLUX, SD3, PIXART, QWEN_IMAGE, FLUX2, WAN, Z_IMAGE, COGVIEW4, LTX),
     *(CHROMA, OVIS_IMAGE, LONGCAT_IMAGE, BRIA, KREA2, LUMINA2, ERNIE_IMAGE, AURAFLOW, COGVIEW3_PLUS, GLM_IMAGE),
-    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX, IDEOGRAM4),
+    *(BRIA_FIBO, HIDREAM, HUNYUAN_DIT, HUNYUAN_IMAGE, SANA, DIT, PRX, IDEOGRAM4, QWEN_IMAGE_21),
     *(LTX2, HUNYUAN_VIDEO, COGVIDEOX, HUNYUAN_VIDEO_15, FRAMEPACK, MOCHI, COSMOS, KANDINSKY5, ALLEGRO, EASY_ANIMATE),
     *(HELIOS, CHRONO_EDIT, ANYFLOW, SKYREELS_V2, WAN_VACE, WAN_ANIMATE, CONSISID),
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from patchpipe.models import usual
-from patchpipe.models.latent import IMAGE, TEXT
+from patchpipe.models.latent import IMAGE, PREFIX, TEXT
 
 CROSS = ()  # the rows of an attention layer whose keys and values no patch changes
 
@@ -74,6 +74,8 @@ class BlockList:
             given it: it calls all blocks, and these hand their streams through.
         counts: Arguments that say how many of the picture's tokens, from its first on, are special, such as those of
             a given first frame. A patch is told how many of them it has.
+        cache: Argument with the block's part of what a pipeline keeps of its first call, see ``plan.Prefix``; of a dict
+            with a dot and the key. Rows of the prefix stand before those of the picture in whatever has these.
         text_parameters: Parts of parameter names that serve the text stream alone. Where no parameter of a block has
             one of them, and a stream has rows of text, its matrices serve both.
         per_call: Modules of a block whose result is the same for every patch of a call, such as modulation. A block
@@ -100,13 +102,18 @@ class BlockList:
     passes: tuple[str, ...] = ()
     left_out_by: str = ""
     counts: tuple[str, ...] = ()
+    cache: str = ""
     text_parameters: tuple[str, ...] = usual.TEXT_PARAMETERS
     per_call: tuple[str, ...] = usual.BLOCK_TIME
     per_request: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         streams = {name: of(TEXT if name == "encoder_hidden_states" else IMAGE) for name in self.streams}
-        object.__setattr__(self, "rows", {**streams, **self.rows})
+        rows = {**streams, **self.rows}
+        if self.cache:
+            object.__setattr__(self, "attention", {path: _prefixed(held) for path, held in self.attention.items()})
+            rows = {name: _with_prefix(held) for name, held in rows.items()}
+        object.__setattr__(self, "rows", rows)
 
     @property
     def special(self) -> bool:
@@ -180,3 +187,17 @@ def attention_width(layer: Any) -> int:
     """Channels of all heads of an attention module, whatever its projections are called or fused with."""
     query = getattr(layer, "to_q", None) or getattr(layer, "to_query", None)
     return layer.inner_dim if query is None else query.out_features
+
+
+def _prefixed(segments: tuple[str, ...]) -> tuple[str, ...]:
+    """Segments with the prefix before the picture."""
+    if PREFIX in segments or IMAGE not in segments:
+        return segments
+    at = segments.index(IMAGE)
+    return (*segments[:at], PREFIX, *segments[at:])
+
+
+def _with_prefix(held: Holds | tuple[Holds | None, ...]) -> Holds | tuple[Holds | None, ...]:
+    if isinstance(held, Holds):
+        return replace(held, segments=_prefixed(held.segments))
+    return tuple(each and replace(each, segments=_prefixed(each.segments)) for each in held)

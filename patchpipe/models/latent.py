@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 IMAGE, TEXT, REFERENCE = "image", "text", "reference"
+PREFIX = "prefix"  # rows before the picture that a pipeline's first call alone has; see ``plan.Prefix``
+AHEAD = "ahead of the latent"  # of a call's inputs: what stands before the picture in its latent
 SPACE = "fhw"  # frames, rows and columns, the order in which every model numbers its tokens
 PACKED = "n"  # a dim that holds the tokens of all of them
 NAMES = {"f": "frames", "h": "rows", "w": "columns"}
@@ -66,6 +68,7 @@ class Latent:
             the text's rows are spread or shared, some of it is left zero.
         listed: Whether the model takes and gives a list, with a tensor for each entry of the batch. It is one tensor
             wherever patchpipe holds it.
+        ahead: How many tokens stand before the picture in its dim of tokens, by the inputs of a call.
     """
 
     axes: str
@@ -75,6 +78,7 @@ class Latent:
     listed: bool = False
     references: bool = False
     room: bool = False
+    ahead: Callable[[Mapping[str, Any]], int] | None = None
 
     @property
     def dim(self) -> int:
@@ -95,6 +99,25 @@ class Latent:
                 f"pictures of one size, each by itself, are supported"
             )
         return torch.stack(list(given))
+
+    def parted(self, inputs: Mapping[str, Any], *, read: bool) -> dict[str, Any]:
+        """A call's inputs with what stands before the picture taken off the latent.
+
+        Args:
+            inputs: The inputs.
+            read: Whether the call reads it; else zeros stand for it, and a lazy latent stays lazy.
+        """
+        latent = inputs[self.name]
+        ahead = 0 if self.ahead is None else self.ahead(inputs)
+        if not ahead:
+            return dict(inputs)
+        shape = [*latent.shape]
+        shape[self.dim] = ahead
+        first = latent.narrow(self.dim, 0, ahead) if read else None
+        if first is None:
+            first = torch.zeros((), dtype=latent.dtype, device=latent.device).expand(shape)
+        rest = latent.narrow(self.dim, ahead, latent.shape[self.dim] - ahead)
+        return {**inputs, self.name: rest, AHEAD: first}
 
     def given(self, latent: Tensor) -> Any:
         """The reverse: as the model takes or gives it."""
@@ -237,3 +260,19 @@ def sizes_by_roles(
         return {"h": height, "w": count // height}
 
     return sizes
+
+
+def last_of_shapes(model: nn.Module, inputs: Mapping[str, Any]) -> Sizes:
+    """Rows and columns of the last of the pictures in ``img_shapes``, which is the one that is painted."""
+    _, count, width = inputs["img_shapes"][0][-1]
+    return {"h": count, "w": width}
+
+
+def others_of_shapes(inputs: Mapping[str, Any]) -> int:
+    """Tokens of all pictures in ``img_shapes`` but the last."""
+    return sum(map(prod, inputs["img_shapes"][0][:-1]))
+
+
+def number_of_references(inputs: Mapping[str, Any]) -> int:
+    """Tokens that ``num_ref_tokens`` says stand before the picture."""
+    return int(inputs.get("num_ref_tokens") or 0)

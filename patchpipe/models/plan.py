@@ -19,10 +19,28 @@ from patchpipe.errors import UnsupportedModel
 from patchpipe.models import usual
 from patchpipe.models.adapters import PICTURES, PROJECTIONS, check_batch
 from patchpipe.models.blocks import BlockList, BlockPlace, Holds
-from patchpipe.models.latent import IMAGE, REFERENCE, Latent
+from patchpipe.models.latent import IMAGE, PREFIX, REFERENCE, Latent
 from patchpipe.models.lora import SCALE
 
 PICTURE = Latent("bchw")  # one picture, cut by rows
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Rows before the picture that see no row of it: a pipeline keeps their keys and values from its first call on.
+
+    The first call is whole, and each block puts its keys and values of these rows into a cache; in later calls the
+    blocks have the other rows alone.
+
+    Args:
+        mode: Input that is ``"extract"`` in the first call and ``"cached"`` in later ones.
+        always: Whether calls that keep nothing have such rows too; these are refused.
+        mask: Input that masks some of these rows, if it is given: refused where patches stream.
+    """
+
+    mode: str = "kv_cache_mode"
+    always: bool = False
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,7 @@ class ModelPlan:
         second: The segment whose rows the class predicts too, as its second output, such as the sound of a clip. All
             ranks get it at the end of every call, so that the stages wait for each other once a step.
         frames_per_second: How fast its clips play, as its makers show them.
+        prefix: What its pipelines keep of their first call, if they do.
         pipelines: Pipeline classes that are tested; docs/pipelines.md says how.
     """
 
@@ -104,6 +123,7 @@ class ModelPlan:
     beside: str = ""
     second: str = ""
     frames_per_second: float = 24
+    prefix: Prefix | None = None
     pipelines: tuple[str, ...] = ()
 
     @property
@@ -124,7 +144,7 @@ class ModelPlan:
     @property
     def joint(self) -> bool:
         """Whether text takes part in self-attention."""
-        return any(set(mixed) - {IMAGE} for listing in self.blocks for mixed in listing.attention.values())
+        return any(set(mixed) - {IMAGE, PREFIX} for listing in self.blocks for mixed in listing.attention.values())
 
     @property
     def plain(self) -> bool:
@@ -136,7 +156,7 @@ class ModelPlan:
         """Whether rows of text may ride with several patches: they then meet in the same attention as the picture's."""
         held = [each for listing in self.blocks for mixed in listing.attention.values() for each in mixed]
         special = self.second or self.sections or any(each.special for each in self.blocks)
-        return self.attends and not special and len(set(held) - {IMAGE, REFERENCE}) == 1
+        return self.attends and not special and len(set(held) - {IMAGE, REFERENCE, PREFIX}) == 1
 
     @property
     def attends(self) -> bool:
@@ -193,7 +213,15 @@ class ModelPlan:
             self._check_lengths(inputs[name])
         inputs = {**inputs, self.latent: self.grid.joined(inputs[self.latent])}
         check_batch(inputs, inputs[self.latent].shape[0])
-        return inputs
+        return self.grid.parted(inputs, read=self.prefix is None or self.extracts(inputs))
+
+    def keeps_prefix(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call fills or reads the cache of its prefix."""
+        return self.prefix is not None and inputs.get(self.prefix.mode) is not None
+
+    def extracts(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a call fills the cache of its prefix."""
+        return self.prefix is not None and inputs.get(self.prefix.mode) == "extract"
 
     def _check_lengths(self, mask: Tensor) -> None:
         lengths = mask.sum(-1).tolist() if len(mask) > 1 else []

@@ -7,8 +7,6 @@ REFUSED = {
     "blocks begin with a state of the first ones",
     "AnyFlowFARTransformer3DModel": "it keeps keys and values of its own from chunk to chunk",
     "WanAnimate2Transformer3DModel": "it keeps keys and values of its own from chunk to chunk",
-    "QwenImage21Transformer2DModel": "its text is causal, in an attention for each run of it, and its pipeline keeps "
-    "keys and values of the text from step to step",
     "MiniMaxH3Transformer3DModel": "clip, sound and text are one sequence, in an order that its inputs give",
     "Cosmos3OmniTransformer": "it packs sequences of different lengths into one and masks them causally",
     "Kandinsky6Transformer3DModel": "its blocks mix clip and sound in one stream, which no plan can tell apart",

@@ -57,6 +57,7 @@ def _changes(plan: ModelPlan, model: nn.Module) -> Iterator[str]:
 
 def _changes_of_block(listing: BlockList, block: nn.Module) -> Iterator[str]:
     kind, mask = type(block).__name__, () if listing.mask is None else (listing.mask,)
+    mask = (*mask, listing.cache.partition(".")[0])
     told = (*listing.rows, *mask, *listing.row_counts, *listing.links, *listing.passes, *listing.counts)
     for name in _lacking(type(block), told):
         yield f"its {kind} takes no {name}"

@@ -126,7 +126,68 @@ def check_special(plan: ModelPlan, config: ParallelConfig) -> None:
         raise ValueError(f"compile=True is not for {plan.model}, which attends to one clip of a batch after the other")
     if config.compile and not plan.attends:
         raise ValueError(f"compile=True is not for {plan.model}, in which rows meet in sums and convolutions")
+    if plan.prefix is not None and plan.prefix.always:
+        _check_keeping(plan, config)
     _check_tested(plan, config)
+
+
+def check_prefix(plan: ModelPlan, config: ParallelConfig, inputs: Mapping[str, Any], *, streams: bool) -> None:
+    """Refuses what nothing tests with a request that keeps keys and values of its first call.
+
+    Args:
+        plan: The plan.
+        config: The layout.
+        inputs: Of the request's first call.
+        streams: Whether patches stream in later ones.
+
+    Raises:
+        ValueError: It is asked for.
+    """
+    if plan.prefix is None or not (plan.prefix.always or plan.keeps_prefix(inputs)):
+        return
+    if not plan.keeps_prefix(inputs):
+        raise ValueError(
+            f"{plan.model} without the keys and values that its pipeline keeps of the first step has not been tested: "
+            f"leave out use_kv_cache=False"
+        )
+    _check_keeping(plan, config)
+    if streams and inputs.get(plan.prefix.mask) is not None:
+        raise ValueError(
+            f"{plan.model} keeps keys and values of its first step, which has not been tested with prompts of "
+            f'different lengths where patches stream: paint them one after the other, or use warmup="all"'
+        )
+
+
+def _check_keeping(plan: ModelPlan, config: ParallelConfig) -> None:
+    """Refuses methods that nothing tests where keys and values of the first call are kept."""
+    for name in ("ulysses", "ring", "distrifusion"):
+        degree = getattr(config, name)
+        if degree > 1:
+            raise _untested_keeping(plan, f"{name}={degree}", f"pipefusion={degree}")
+    if config.compile:
+        raise _untested_keeping(plan, "compile=True", "compile=False")
+    if config.warmup == WATCHED:
+        raise _untested_keeping(plan, f'warmup="{config.warmup}"', "warmup=1")
+
+
+def _untested_keeping(plan: ModelPlan, what: str, instead: str) -> ValueError:
+    return ValueError(
+        f"{plan.model} keeps keys and values of its first step, which has not been tested with {what}: use {instead}"
+    )
+
+
+def check_elsewhere(plan: ModelPlan, inputs: Mapping[str, Any]) -> None:
+    """Refuses to go on with a request whose first calls were made on other ranks, where these gave more than a latent.
+
+    Raises:
+        ValueError: They gave more.
+    """
+    if plan.keeps_prefix(inputs):
+        raise ValueError(
+            f"{plan.model} keeps keys and values of its first step, so its requests cannot go on elsewhere"
+        )
+    if plan.second:
+        raise ValueError(f"{plan.model} gives clip and sound, so its requests cannot go on elsewhere")
 
 
 def _check_tested(plan: ModelPlan, config: ParallelConfig) -> None:

@@ -20,6 +20,7 @@ from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.prefix import Prefixes
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
 from patchpipe.stage.rows import Rows
@@ -55,6 +56,7 @@ class Call:
         shares: Who runs which part of its batch.
         stores: The branch's keys and values on this rank, of each half of its batch; ``None`` where nothing is ever
             stale.
+        prefixes: What each half of its batch keeps of the branch's first call; see ``plan.Prefix``.
         shared: What comes and goes for blocks that two stages share.
         shapes: The shapes inside it.
         paces: How the noise level of each pass of the patches follows the last ones; ``None`` where stale rows are not
@@ -68,6 +70,7 @@ class Call:
     patches: tuple[Patch, ...]
     shares: tuple[BatchShare, ...]
     stores: tuple[LayerStores, LayerStores] | None
+    prefixes: tuple[Prefixes, Prefixes]
     shared: Sequence[SharedKeys]
     shapes: CallShapes
     paces: tuple[Pace | None, ...]

@@ -21,6 +21,7 @@ from patchpipe.parallel.lossy.residuals import Residuals
 from patchpipe.parallel.lossy.ulysses import ChangedLayer
 from patchpipe.schedule.shared_keys import SharedKeys
 from patchpipe.stage.keys.forecast import Clock, Pace
+from patchpipe.stage.keys.prefix import Prefixes
 from patchpipe.stage.keys.store import LayerStore, LayerStores
 
 ROUGH = 0.5  # of the last change: an error of the forecast beyond which it is of little use
@@ -41,6 +42,7 @@ class Branch:
         told: Rows of keys and values as other ranks have them, where changes are sent.
         changed: The same where ranks send only the tokens that have changed.
         first_level: The noise level of its first call, or 0.
+        prefixes: What each half of its batch keeps of the first call; see ``plan.Prefix``.
         shared: What comes and goes for blocks that two stages share.
         clock: The noise levels of its calls.
         cold: Whether keys and values of earlier calls are gone, so that the next call must be synchronous.
@@ -55,6 +57,7 @@ class Branch:
     told: Residuals = field(default_factory=Residuals)
     changed: list[ChangedLayer] = field(default_factory=list)
     first_level: float = 0.0
+    prefixes: tuple[Prefixes, Prefixes] = field(default_factory=lambda: ({}, {}))
     shared: list[SharedKeys] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     cold: bool = False
@@ -63,12 +66,12 @@ class Branch:
     @property
     def bytes(self) -> int:
         """Memory of its keys and values."""
-        layers = sum(store.bytes for half in self.stores for store in half.values())
+        layers = sum(store.bytes for half in (*self.stores, *self.prefixes) for store in half.values())
         return layers + sum(store.bytes for store in (*self.parts, *self.changed, self.told))
 
     def move(self, device: torch.device) -> None:
         """Takes all keys and values to another device; nothing of the request is under way."""
-        stores = [store for half in self.stores for store in half.values()]
+        stores = [store for half in (*self.stores, *self.prefixes) for store in half.values()]
         for store in (*stores, *self.parts, *self.changed, self.told):
             store.move(device)
 

@@ -17,7 +17,7 @@ from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare, share_batch
-from patchpipe.parallel.refusals import no_guidance
+from patchpipe.parallel.refusals import check_prefix, no_guidance
 from patchpipe.schedule.branches import Branch, watch_for
 from patchpipe.schedule.prompts import Prompts
 from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
@@ -282,6 +282,7 @@ class Request:
         spreads = self.plan.spreads_text
         cut = Cut.of(shapes.raster, self.config, shapes.riders, costs, halves, max(entries), spreads)
         self._check_shares(cut)
+        check_prefix(self.plan, self.config, inputs, streams=self.keeps_stores(cut))
         self.stats.patches = len(cut.patches)
         self.stats.text_patches = cut.text_patches
         self.stats.patch_rows = tuple(patch.rows[1] - patch.rows[0] for patch in cut.patches)
@@ -369,7 +370,9 @@ class Request:
     def drop_keys(self) -> None:
         """Lets go of all keys and values; nothing of the request is under way."""
         for key, branch in self._branches.items():
-            self._branches[key] = self._begun(Branch(branch.index, branch.left_out, branch.calls, cold=True))
+            self._branches[key] = self._begun(
+                Branch(branch.index, branch.left_out, branch.calls, prefixes=branch.prefixes, cold=True)
+            )
 
     def move_keys(self, device: torch.device) -> None:
         """Takes all keys and values to another device, where they wait; nothing of the request is under way."""

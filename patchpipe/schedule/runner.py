@@ -22,6 +22,7 @@ from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.displaced import displaced_for
+from patchpipe.parallel.refusals import check_elsewhere
 from patchpipe.parallel.sharing import changed_for, sharing_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.branches import Branch
@@ -197,8 +198,7 @@ class Runner:
         branch = self.request.branch_for(inputs, self.request.context)
         prediction: Any
         if self.request.answering:
-            if self.plan.second:
-                raise ValueError(f"{self.plan.model} gives clip and sound, so its requests cannot go on elsewhere")
+            check_elsewhere(self.plan, inputs)
             prediction = self.plan.grid.given(self.request.answer(inputs, branch))
         else:
             plain, scale = split_scale(inputs, usual.ATTENTION_ARGUMENTS)
@@ -209,9 +209,9 @@ class Runner:
                 if inputs.get("return_dict", True):
                     raise ValueError(f"a parallel {self.plan.model} gives clip and sound as a pair: return_dict=False")
                 return prediction, second
-        if inputs.get("return_dict", True):
-            return Transformer2DModelOutput(sample=prediction)
-        return (prediction,)
+        if (cache := self.request.shapes_of(inputs).cache) is not None:
+            return prediction, cache
+        return Transformer2DModelOutput(sample=prediction) if inputs.get("return_dict", True) else (prediction,)
 
     def check(self, *args: Any, **kwargs: Any) -> None:
         """Refuses what ``forward`` would refuse of a request's first call, before anything is sent.
@@ -220,8 +220,7 @@ class Runner:
             ValueError: An input the plan does not cover, or a latent that cannot be cut or shared as configured.
         """
         assert self.request is not None
-        if self.plan.beside:  # a step begins with the first of them
-            self.request.turn_to(self.stages[0])
+        self.request.turn_to(self.stages[0] if self.plan.beside else self.request.stage)  # where a step begins
         inputs = self.plan.bind(self._signature, args, kwargs)
         self.request.cut_for(inputs)
         self.request.shares_of(inputs)
@@ -243,7 +242,7 @@ class Runner:
     def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> tuple[PatchTensor, Tensor | None]:
         assert self.request is not None
         latent = inputs[self.plan.latent]
-        synchronous = self.request.synchronous(branch, cut, latent.shape[0])
+        synchronous = self.request.synchronous(branch, cut, latent.shape[0]) or self.plan.extracts(inputs)
         keeps = self.request.keeps_stores(cut)
         stored = keeps and self.config.changed_tokens is None
         passes = 1 if synchronous else self.request.passes(branch, latent.shape[0])
@@ -254,6 +253,7 @@ class Runner:
             patches=(cut.whole,) if synchronous or self._displaced or len(cut.patches) == 1 else cut.patches,
             shares=self.request.shares_of(inputs, branch.index),
             stores=branch.stores if stored else None,
+            prefixes=branch.prefixes,
             shared=() if synchronous else branch.shared,
             shapes=self.request.shapes_of(inputs),
             paces=branch.paces(inputs[self.plan.time], passes, asked=stored and self.config.forecasts),
@@ -348,6 +348,7 @@ class Runner:
         stores = None if call.stores is None else call.stores[half or 0]
         context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
         context.sharing = alone or sharing_for(self.group, patch, part.pieces)
+        context.prefixes = call.prefixes[half or 0]
         context.entries, context.pace, context.draft = part.share.entries, part.pace, part.draft
         context.turn, context.patches = part.turn, call.cut.patches
         for keys in call.shared:

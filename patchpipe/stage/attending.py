@@ -13,6 +13,7 @@ from patchpipe.kernels.choice import KernelWatch
 from patchpipe.stage.keys.early import Ahead, Part
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.masks import added, as_mask
+from patchpipe.stage.keys.prefix import PrefixKeys
 from patchpipe.stage.keys.store import Entries, LayerStore, LayerStores
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
@@ -134,6 +135,7 @@ class Attending:
         adapted: Whether the attention of an IP-Adapter may follow the layer's own.
         again: What that one needs, where rows of the patches are among its keys, and those of the adapter's picture
             after them; ``None`` where it sees the picture alone, which no patch changes.
+        prefix: Keys and values of rows before the picture, as the request's first call made them.
     """
 
     patch: Patch
@@ -153,6 +155,12 @@ class Attending:
     ahead: Ahead | None = None
     adapted: bool = False
     again: Attending | None = None
+    prefix: PrefixKeys | None = None
+
+    @property
+    def further(self) -> tuple[Tensor, ...]:
+        """Keys and values that are seen beside those of a patch."""
+        return () if self.prefix is None or self.patch.uncut else self.prefix.beside(self.entries)
 
     @property
     def asking(self) -> Rows:

@@ -15,10 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.kernels.processors import can_exchange, exchanged
+from patchpipe.models.latent import PREFIX
 from patchpipe.models.skips import takes_values
 from patchpipe.stage.attending import Attend, Attending
 from patchpipe.stage.keys.early import Ahead, Early
 from patchpipe.stage.keys.masks import SHARED_BY_HEADS, key_column, row_numbers, table_of
+from patchpipe.stage.keys.prefix import PrefixKeys
 
 logger = logging.getLogger("patchpipe")
 
@@ -106,8 +108,11 @@ class _StoreMode(TorchFunctionMode):
         enable_gqa: bool,
     ) -> Tensor:
         func = func if layer.kernels is None else layer.kernels.watching(func)
+        if layer.prefix is not None and layer.patch.uncut:
+            self._keep_beside(layer, layer.prefix, key, value)
+            return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
         column, table = self._column(layer, attn_mask, query, key)
-        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa, dtype=query.dtype)
+        attend = Attend(func, column, table, dropout_p, is_causal, scale, enable_gqa, layer.further, query.dtype)
         if layer.sharing is not None:
             return layer.sharing.attend(attend, query, key, value, layer)
         seen = layer.remember(layer.patch, key, value, *attend.columns)
@@ -115,6 +120,19 @@ class _StoreMode(TorchFunctionMode):
             options = {"enable_gqa": True} if enable_gqa else {}
             return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
         return attend(query, *seen)
+
+    def _keep_beside(self, layer: Attending, prefix: PrefixKeys, key: Tensor, value: Tensor) -> None:
+        """Keeps the other rows' keys and values in a call that has those before the picture among them.
+
+        Of the calls a layer makes then, the one that sees all rows counts.
+        """
+        held = zip(layer.rows.segments, layer.rows.sizes, strict=True)
+        sizes = [prefix.count if name == PREFIX else size for name, size in held]
+        if key.shape[2] != sum(sizes):
+            self.calls -= 1
+            return
+        at = sum(sizes[: layer.rows.segments.index(PREFIX)])
+        layer.remember(layer.patch, prefix.without(key, at), prefix.without(value, at))
 
     def _column(
         self, layer: Attending, mask: Tensor | None, query: Tensor, key: Tensor

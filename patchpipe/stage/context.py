@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 from patchpipe.models.blocks import Holds
 from patchpipe.stage.attending import Sharing
 from patchpipe.stage.keys.forecast import Pace
+from patchpipe.stage.keys.prefix import Prefixes, PrefixKeys
 from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Cutter
@@ -50,6 +52,7 @@ class CallContext:
             ``"whole"``, or, where a block of another stage was handed through, ``"nothing"`` that counts.
         left_out: What the call leaves out; see ``Stage.left_out``.
         passed: What came from the stage before for a later list; see ``BlockList.passes``.
+        prefixes: What the branch keeps of its first call, by block; see ``plan.Prefix``.
         alike: What self-attention layers of the same kind need, but for their stores.
         kept_keys: Of a block that drops masked rows, what of its mask is this rank's, by argument; see
             ``BlockList.drops_masked``.
@@ -80,6 +83,7 @@ class CallContext:
     streams_are: Literal["rows", "whole", "nothing"] = "whole"
     left_out: frozenset[int | str] = frozenset()
     passed: Streams = field(default_factory=dict)
+    prefixes: Prefixes = field(default_factory=dict)
     alike: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _narrowed: dict[tuple[int, Any], tuple[Any, Any]] = field(default_factory=dict)
 
@@ -106,6 +110,10 @@ class CallContext:
             self._narrowed[key] = (value, self.cutter.narrow(value, held))
         return self._narrowed[key][1]
 
+    def prefix_of(self, block: str) -> PrefixKeys:
+        """What a block keeps of the branch's first call."""
+        return self.prefixes.setdefault(block, PrefixKeys())
+
     def before(self, index: int) -> None:
         """Does what is asked for before a block."""
         if index in self.entering:
@@ -115,3 +123,35 @@ class CallContext:
         """Does what is asked for after a block."""
         if index in self.leaving:
             self.leaving[index]()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Results of modules that are not computed anew for every patch.
+
+    Attributes:
+        call: Of the call at work.
+        request: Of its request, with what they follow from.
+        inputs: The call's arguments.
+        turns: How often each module has been called in this run.
+    """
+
+    call: dict[Any, Any]
+    request: dict[tuple[Any, ...], tuple[Any, Any]]
+    inputs: Mapping[str, Any]
+    turns: Counter[str] = field(default_factory=Counter)
+
+    def turn(self, path: str) -> int:
+        """Counts a call of a module: in every run its calls follow one another alike."""
+        self.turns[path] += 1
+        return self.turns[path]
+
+
+def identity_of(value: Any) -> Any:
+    """Tells a tensor from another one, and from itself after an in-place change; a number is its own identity."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, list):
+        return tuple(map(identity_of, value))
+    versioned = isinstance(value, Tensor) and not value.is_inference()
+    return id(value), value._version if versioned else 0

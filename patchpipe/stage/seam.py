@@ -21,6 +21,7 @@ from torch import Tensor
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockPlace, Holds
 from patchpipe.stage.context import CallContext, Streams
+from patchpipe.stage.keys.prefix import BlockCache
 from patchpipe.stage.survey import Survey, has_tensor, result_name
 
 
@@ -79,7 +80,7 @@ class Seam:
     """
 
     def __init__(self, passage: Passage, place: BlockPlace, index: int, *, last: bool, ends: bool) -> None:
-        self.passage, self.listing, self.index = passage, place.listing, index
+        self.passage, self.listing, self.index, self.name = passage, place.listing, index, place.name
         self.first, self.last, self.ends = place.index == 0, last, ends
         self.compute: Callable[..., Any] = place.block.forward
         self.names = [name for name in inspect.signature(type(place.block).forward).parameters if name != "self"]
@@ -160,6 +161,7 @@ class Seam:
         if context.cutter is not None:
             arguments = {**arguments, **self._others(arguments, context)}
         arguments = {**arguments, **{name: context.passed[name] for name in listing.passes if name in context.passed}}
+        arguments |= self._cached(arguments, context)
         if listing.drops_masked and context.keeps:
             arguments |= self._undropped(arguments, context)
         context.before(self.index)
@@ -182,6 +184,15 @@ class Seam:
                 for at, (name, value) in enumerate(named)
             ]
         )
+
+    def _cached(self, arguments: Mapping[str, Any], context: CallContext) -> dict[str, Any]:
+        """The stage's own cache in the place of the pipeline's, if the block is given one."""
+        name, _, key = self.listing.cache.partition(".")
+        given: Any = arguments.get(name)
+        if not given or (key and given.get(key) is None):
+            return {}
+        own = BlockCache(context.prefix_of(self.name), context.entries, apart=context.cutter is not None)
+        return {name: {**given, key: own} if key else own}
 
     def _computed(self, arguments: dict[str, Any], context: CallContext) -> Any:
         """What the block makes of its streams: nothing new where the call leaves it out."""

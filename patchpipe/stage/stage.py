@@ -7,9 +7,8 @@ widens; see there.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,12 +18,12 @@ from torch import Tensor, nn
 from patchpipe.kernels.choice import KernelWatch
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockList, BlockPlace, part_of
-from patchpipe.models.latent import IMAGE, Raster
+from patchpipe.models.latent import AHEAD, IMAGE, PREFIX, Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.models.skips import changed, layers_of, left_out, note_skips
 from patchpipe.stage.attending import Attending
 from patchpipe.stage.attention import attend_through, override
-from patchpipe.stage.context import CallContext, Streams
+from patchpipe.stage.context import CallContext, Kept, Streams, identity_of
 from patchpipe.stage.keys.early import Early, parts_of
 from patchpipe.stage.keys.store import LayerStore, again_of
 from patchpipe.stage.mixing import bordered, summed
@@ -32,28 +31,6 @@ from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Residuals, Seam, StageDone
 from patchpipe.stage.survey import CallShapes, Survey
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Results of modules that are not computed anew for every patch.
-
-    Attributes:
-        call: Of the call at work.
-        request: Of its request, with what they follow from.
-        inputs: The call's arguments.
-        turns: How often each module has been called in this run.
-    """
-
-    call: dict[Any, Any]
-    request: dict[tuple[Any, ...], tuple[Any, Any]]
-    inputs: Mapping[str, Any]
-    turns: Counter[str] = field(default_factory=Counter)
-
-    def turn(self, path: str) -> int:
-        """Counts a call of a module: in every run its calls follow one another alike."""
-        self.turns[path] += 1
-        return self.turns[path]
 
 
 class Stage:
@@ -92,6 +69,7 @@ class Stage:
         self._undo: list[Callable[[], None]] = []
         self._seams: list[Callable[[], None]] = []
         self._forward: Callable[..., Any] = model.forward
+        self._cache: Any = None  # that the root returned in the last run
         self._beside: Tensor | None = None  # the class's second output
 
     @property
@@ -134,7 +112,7 @@ class Stage:
                 self._idle_before(path)
         embed = self.plan.embed_of(self.model)
         if not self.first and embed:
-            self._share_between_calls(embed, (self.plan.latent,))
+            self._share_between_calls(embed, (self.plan.latent, AHEAD))
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
@@ -222,20 +200,26 @@ class Stage:
         self.passage.survey, self._kept = survey, Kept({}, memo, inputs)
         try:
             prediction = self._root(inputs, blank)
-            return survey.shapes(prediction, self._beside)
+            return replace(survey.shapes(prediction, self._beside), cache=self._cache)
         finally:
             self.passage.survey = self._kept = None
 
     def _root(self, inputs: Mapping[str, Any], latent: Tensor) -> Tensor:
         """The class's own forward for a whole latent."""
         given = {name: value for name, value in inputs.items() if name not in ("return_dict", *self.plan.leaving_out)}
+        ahead, dim, rows = given.pop(AHEAD, None), self.plan.grid.dim, latent.shape[self.plan.grid.dim]
+        latent = latent if ahead is None else torch.cat((ahead, latent), dim)
         given[self.plan.latent] = self.plan.grid.given(latent)
         for name, held in self.plan.residuals.items():
             if given.get(name) is not None:
                 given[name] = Residuals(given[name], held, self.passage)
         result = self._forward(**given, return_dict=False)
         self._beside = result[1] if self.plan.second else None
-        return self.plan.grid.joined(result[0] if isinstance(result, tuple) else result)
+        self._cache = result[1] if self.plan.extracts(inputs) and len(result) > 1 else None
+        prediction = self.plan.grid.joined(result[0] if isinstance(result, tuple) else result)
+        if self.plan.prefix is None or prediction.shape[dim] == rows:
+            return prediction
+        return prediction.narrow(dim, prediction.shape[dim] - rows, rows).contiguous()
 
     def _whole(self, shape: Tensor, latent: Tensor | None, context: CallContext) -> Tensor:
         """The latent uncut, with zeros wherever this stage does not know it."""
@@ -306,9 +290,17 @@ class Stage:
             assert self._kept is not None
             memo, inputs = self._kept.request, self._kept.inputs
             sources = tuple(inputs.get(name) for name in names)
-            latent = inputs[self.plan.latent]
+            shaped = (inputs[self.plan.latent], inputs.get(AHEAD))
             turn = self._kept.turn(path)
-            key = (self, path, turn, *(tuple(each.shape) if each is latent else _identity(each) for each in sources))
+            key = (
+                self,
+                path,
+                turn,
+                *(
+                    identity_of(each) if each is None or not any(each is one for one in shaped) else tuple(each.shape)
+                    for each in sources
+                ),
+            )
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
                 memo[key] = (sources, compute(*args, **kwargs))
             return memo[key][1]
@@ -343,6 +335,8 @@ class Stage:
         if listing.drops_masked:
             assert context.kept_keys is not None
             return attending.one_by_one(name, stores, context.kept_keys, listing.rows[listing.mask or ""].segments)  # type: ignore[union-attr]
+        if self.plan.keeps_prefix(context.inputs):
+            attending = replace(attending, prefix=context.prefix_of(place.name))
         return self._adapted(self._stored(attending, name, segments), place.block.get_submodule(path), name)
 
     def _needs(
@@ -361,7 +355,8 @@ class Stage:
         if context.stores is None:
             return attending
         if name not in context.stores:
-            context.stores[name] = LayerStore(Rows.of(segments, context.shapes.sizes, context.shapes.raster))
+            sizes = {**context.shapes.sizes, PREFIX: 0}
+            context.stores[name] = LayerStore(Rows.of(segments, sizes, context.shapes.raster))
         return replace(attending, store=context.stores[name])
 
     def _adapted(self, attending: Attending, layer: Any, name: str) -> Attending:
@@ -387,13 +382,3 @@ class Stage:
 def spans_of(whole: Tensor, dim: int, piece: Patch) -> list[Tensor]:
     """What a piece has of a whole latent, as views."""
     return [whole.narrow(dim, start, stop - start) for start, stop in piece.spans]
-
-
-def _identity(value: Any) -> Any:
-    """Tells a tensor from another one, and from itself after an in-place change; a number is its own identity."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, list):
-        return tuple(map(_identity, value))
-    versioned = isinstance(value, Tensor) and not value.is_inference()
-    return id(value), value._version if versioned else 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchpipe.models.blocks import BlockList, Holds
-from patchpipe.models.latent import IMAGE, REFERENCE, Raster
+from patchpipe.models.latent import IMAGE, PREFIX, REFERENCE, Raster
 from patchpipe.models.plan import ModelPlan
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.rows import Rows, has_rows
@@ -55,6 +55,7 @@ class CallShapes:
         second: Shape of the class's second output, where the plan has one.
         carried: Blocks whose results later ones need, by their place among all blocks: the list whose first stream has
             rows like theirs, and the last place that needs them.
+        cache: What a call returns for its pipeline to keep, with nothing in it; see ``plan.Prefix``.
     """
 
     raster: Raster
@@ -64,11 +65,12 @@ class CallShapes:
     dtype: torch.dtype
     carried: Mapping[int, tuple[str, int]] = field(default_factory=dict)
     second: torch.Size | None = None
+    cache: Any = None
 
     @property
     def riders(self) -> int:
         """Rows that go through the blocks with the first patch, beside the picture's."""
-        return sum(size for name, size in self.sizes.items() if name not in (IMAGE, REFERENCE))
+        return sum(size for name, size in self.sizes.items() if name not in (IMAGE, PREFIX, REFERENCE))
 
     @property
     def width(self) -> int:
@@ -153,6 +155,8 @@ class Survey:
 
     def _sizes(self) -> dict[str, int]:
         sizes = {IMAGE: self._raster.total}
+        if self._plan.prefix is not None:
+            sizes[REFERENCE] = self._raster.joined
         for listing in self._plan.blocks:
             for name, held in listing.rows.items():
                 for each, value in _pairs(held, self._seen[listing.path].get(name)):

@@ -16,8 +16,9 @@ from tests.support import parity
 from tests.support.nccl_rules import over
 from tests.support.threads import run_threads
 
-FAMILIES = ("flux", "sd3", "qwen-padded", "flux2", "cogview4", "ovis", "longcat", "bria", "krea2", "lumina2", "ernie",
-            "auraflow", "cogview3", "glm", "chroma", "ideogram4", "cogvideox", "easyanimate", "consisid")  # fmt: skip
+FAMILIES = ("flux", "sd3", "qwen-padded", "flux2", "flux2-kv", "cogview4", "ovis", "longcat", "bria", "krea2",
+            "lumina2", "ernie", "auraflow", "cogview3", "glm", "chroma", "ideogram4", "cogvideox", "easyanimate",
+            "consisid")  # fmt: skip
 THOROUGH, CLIPS = FAMILIES[:3], FAMILIES[-3:]
 SCHEDULES: list[dict[str, Any]] = [
     {"patches": 3, "warmup": 1, "text_patches": 2},

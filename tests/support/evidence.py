@@ -16,7 +16,7 @@ from diffusers.loaders import PeftAdapterMixin
 from patchpipe.layout.axes import DEGREES
 from tests import tiny
 from tests.loading import test_quantised
-from tests.models import test_family_features, test_flux_relatives, test_images, test_video
+from tests.models import test_family_features, test_flux_relatives, test_images, test_prefix, test_video
 from tests.offload import test_offload_parity
 from tests.parallel import test_displaced, test_parallel, test_tensor
 from tests.pipeline import test_lora, test_pipelines
@@ -80,6 +80,7 @@ def _streaming() -> list[Evidence]:
     found.append(_of(apart, test_displaced.MODELS, *methods(layouts)))
     for names, split in test_tensor.SPLIT:
         found.append(_of(test_tensor.test_split_matrices_paint_what_whole_ones_paint, names, *methods(split)))
+    found.append(_of(test_prefix.test_ranks_may_share_matrices, [test_prefix.SHARED], "tensor"))
     relatives = test_flux_relatives.test_they_are_exact_and_stream_as_they_should
     found.append(_of(relatives, tuple(test_flux_relatives.KINDS), SYNCHRONOUS, "pipefusion"))
     return found

@@ -93,6 +93,7 @@ IMAGES = {
          "Lumina2Transformer2DModel"), TEXT_THEN_PICTURE,
     ),
     **dict.fromkeys(("DiTTransformer2DModel", "HiDreamImageTransformer2DModel", "HunyuanDiT2DModel"), PICTURE),
+    "QwenImage21Transformer2DModel": TEXT_THEN_TOKENS,
     "Krea2Transformer2DModel": replace(TEXT_THEN_TOKENS, aside=("text_fusion",)),
     "ErnieImageTransformer2DModel": replace(PICTURE, pixels=1),
     "Ideogram4Transformer2DModel": replace(
@@ -184,8 +185,10 @@ class _Pass(TorchFunctionMode):
         references: tuple[int, range, range] = (0, range(0), range(0)),
         text: tuple[int, int] = (0, 1),
         adapted: bool = False,
+        prefix: range | None = None,
     ) -> None:
         super().__init__()
+        self.prefix = prefix  # rows among the keys that no pass but the first computes: they are never old
         self.part_of_text = text  # which part of the text this pass refreshes, of how many
         self.text_grows = len(exist) < tokens  # as the picture's rows do, where no pass has computed all of them
         self.references = references  # how many rows follow the picture's, which are refreshed, and which there at all
@@ -200,6 +203,8 @@ class _Pass(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         named = {**dict(zip(("query", "key", "value"), args, strict=False)), **(kwargs or {})}
         query, key, value = named.pop("query"), named.pop("key"), named.pop("value")
+        if self.prefix is not None:
+            return self._with_prefix(func, query, key, value, named)
         known = self.sound and key.shape[2] in (self.sound, self.tokens)
         if self.adapted and query.shape[2] == self.tokens < key.shape[2]:  # the picture, and then an adapter's
             return func(query, *self._with_adapter(key, value), **named)
@@ -210,6 +215,21 @@ class _Pass(TorchFunctionMode):
         if named.get("attn_mask") is not None:  # of keys, the same in every pass
             named["attn_mask"] = named["attn_mask"][..., seen]
         return func(query, *rows, **named)
+
+    def _with_prefix(self, func: Any, query: Tensor, key: Tensor, value: Tensor, named: Any) -> Tensor:
+        """Of a layer's calls the one that sees the picture; what comes before it sees none of it."""
+        assert self.prefix is not None
+        at, stop = self.prefix.start, self.prefix.stop
+        if key.shape[2] < stop + self.tokens:
+            return func(query, key, value, **named)
+        self.layer += 1
+        own = [torch.cat((rows[:, :, :at], rows[:, :, stop:]), 2) for rows in (key, value)]
+        shown, _ = self._rows(*own)
+        whole = [
+            torch.cat((seen[:, :, :at], rows[:, :, at:stop], seen[:, :, at:]), 2)
+            for seen, rows in zip(shown, (key, value), strict=True)
+        ]
+        return func(query, *whole, **named)
 
     def _with_adapter(self, *computed: Tensor) -> list[Tensor]:
         """Of the picture's rows what is known of them; an adapter's follow from the time alone and are never old."""
@@ -339,8 +359,9 @@ class _Naive:
         dim = 1 if self.packed else 3 if self.listed else 2 if self.facts is None else self.facts.dim
         rows = sum(self.patch_rows)
         room = 0 if self.facts is None or self.facts.room is None else self.facts.room(given)
-        units = (latent.shape[dim] - self.references - room) // rows  # of the latent, per row of tokens
-        assert units * rows == latent.shape[dim] - self.references - room
+        prefix, ahead = _prefix(given)
+        units = (latent.shape[dim] - self.references - room - ahead) // rows  # of the latent, per row of tokens
+        assert units * rows == latent.shape[dim] - self.references - room - ahead
         tokens_per_row = units if self.packed else prod(size // 2 for size in latent.shape[dim + 1 :])
         if self.facts is not None:
             plane = prod(latent.shape[axis] for axis in self.facts.plane) // self.facts.pixels
@@ -348,7 +369,8 @@ class _Naive:
         after = 0 if self.text_first else None
         if self.facts is not None and self.facts.after is not None:
             after = self.facts.after(given)
-        patches = [rows] if step < self.warmup else list(self.patch_rows)
+        extracts = given.get("kv_cache_mode") == "extract"
+        patches = [rows] if step < self.warmup or extracts else list(self.patch_rows)
         results, start, second = [], 0, None
         for index, count in enumerate(patches):
             stop = start + count
@@ -360,20 +382,24 @@ class _Naive:
             joined = self.facts is not None and self.facts.joined
             text = index, 1 if len(patches) == 1 else self.text_patches
             self.attention = _Pass(
-                self.tables[branch], *sizes, index == 0, after, pace, sound, joined, references, text, self.adapted
-            )
+                self.tables[branch], *sizes, index == 0, after, pace, sound, joined, references, text, self.adapted,
+                prefix,
+            )  # fmt: skip
             with self.attention, self._mixing(branch, fresh, tokens_per_row):
                 result = self.forward(*args, **{**kwargs, "return_dict": False})
+            cache = result[1] if extracts and len(result) > 1 else None
             second = result[1] if sound and index == 0 else second
             result = result[0] if isinstance(result, tuple) else result
             whole = torch.stack(result) if self.listed else result
             others = self.references if stop == rows else 0
+            if prefix is not None:
+                whole = whole[:, -units * rows :]
             first = room + start * units if start else 0
             results.append(whole.narrow(dim, first, room + stop * units + others - first))
             start = stop
         prediction = torch.cat(results, dim=dim)
-        if second is not None:
-            return prediction, second
+        if second is not None or cache is not None:
+            return prediction, cache if second is None else second
         if kwargs.get("return_dict", True):
             return Transformer2DModelOutput(sample=list(prediction) if self.listed else prediction)
         return (list(prediction) if self.listed else prediction,)
@@ -407,6 +433,17 @@ class _Naive:
         if not again:
             known.append(now)
         return min(max(ahead, 0.0), 4.0), again
+
+
+def _prefix(given: dict[str, Any]) -> tuple[range | None, int]:
+    """Where among the keys rows are that the first call alone computes, and how many of them its latent begins with."""
+    if given.get("kv_cache_mode") is None:
+        return None, 0
+    if "img_mask" in given:
+        *others, picture = map(prod, given["img_shapes"][0])
+        return range(int(given["img_mask"][0].int().mul(3).add(1).sum()) - picture), sum(others)
+    ahead, start = given.get("num_ref_tokens", 0), given["encoder_hidden_states"].shape[1]
+    return range(start, start + (ahead or given["kv_cache"].num_ref_tokens)), ahead
 
 
 def _aside(model: Any) -> list[Any]:

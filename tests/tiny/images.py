@@ -65,6 +65,7 @@ from PIL import Image
 from transformers import CLIPTextModelWithProjection, Qwen3VLConfig, Qwen3VLModel
 
 from tests import tiny
+from tests.tiny import prefixes
 
 WIDTH = tiny.WIDTH
 HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
@@ -413,6 +414,8 @@ BUILD: dict[str, Callable[[int], Any]] = {
     "flux-kontext": _kontext,
     "flux2-edit": tiny._flux2,
     "flux2-dev": _flux2_dev,
+    "flux2-kv": prefixes.flux2_kv,
+    "kv-qwen": prefixes.kv_qwen,
     "qwen-edit": _qwen_edit,
     "qwen-edit-plus": _qwen_edit_plus,
     "krea2": _krea2,
@@ -451,6 +454,19 @@ CALLS: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "text_encoder_out_layers": (1,),
         "guidance_scale": 3.0,
         "image": [_picture(64, 64)],
+    },
+    "flux2-kv": lambda *_: {
+        "prompt": tiny.PROMPT,
+        "max_sequence_length": 24,
+        "text_encoder_out_layers": (1,),
+        "image": [_picture(64, 64)],
+    },
+    "kv-qwen": lambda *_: {
+        "prompt": tiny.PROMPT,
+        "negative_prompt": tiny.OTHER_PROMPT,
+        "true_cfg_scale": 3.0,
+        "image": [_picture(64, 64), _picture(64, 32)],
+        "output_resolution": 64,
     },
     "flux2-dev": lambda *_: {"prompt_embeds": _embeddings(0, 1, 9, WIDTH), "image": [_picture(64, 64)]},
     "qwen-edit": lambda *_: {**_qwen_edit_call(), "image": _picture(48, 112)},
@@ -494,8 +510,11 @@ TWO_CALLS = (
     "kandinsky5-picture",
 )  # to guide
 EXACT = ("flux", "qwen", "chroma", "ovis", "longcat", "bria")  # the others compute norms or rotations in float32
-UNGUIDED = ("flux2-dev",)  # but for a number it is given
-UNSHARED = ("sana",)  # whose patches no ranks can share
+UNGUIDED = ("flux2-dev", "flux2-kv")  # but for a number it is given
+UNSHARED = ("sana", "flux2-kv", "kv-qwen")  # whose patches no ranks can share
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
+    "kv-qwen": lambda: {"processor": prefixes.Processor()}
+}  # what is not read from a folder
 UNCUT = ("kandinsky5-picture",)  # a clip of one frame, and clips are cut by frames
 DTYPES = {"kandinsky5-picture": torch.float32}  # which cannot do other
 REFERENCES = {
@@ -505,7 +524,7 @@ REFERENCES = {
     "qwen-edit": 6 * 2,
     "qwen-edit-plus": 6 * 2 + 4 * 4,
 }  # tokens
-ROWS = {"dit": 7, "glm": 10, "hunyuan-image": 7, "sana": 10}
+ROWS = {"dit": 7, "kv-qwen": 6, "glm": 10, "hunyuan-image": 7, "sana": 10}
 
 
 def call_arguments(
