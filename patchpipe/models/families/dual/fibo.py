@@ -13,8 +13,8 @@ BRIA_FIBO = ModelPlan(
     pipelines=("BriaFiboPipeline",),
     grid=PACKED,
     blocks=tuple(
-        replace(blocks, rows={**blocks.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True)
-        for blocks in (DUAL, MERGED)
+        replace(each, rows={**each.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True)
+        for each in (DUAL, MERGED)
     ),
     inputs=("text_encoder_layers", MASK, *IDS),
     batch_dims={"text_encoder_layers": 1},
