@@ -13,8 +13,7 @@ BRIA_FIBO = ModelPlan(
     pipelines=("BriaFiboPipeline",),
     grid=PACKED,
     blocks=tuple(
-        replace(each, rows={**each.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True)
-        for each in (DUAL, MERGED)
+        replace(one, rows={**one.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True) for one in (DUAL, MERGED)
     ),
     inputs=("text_encoder_layers", MASK, *IDS),
     batch_dims={"text_encoder_layers": 1},
