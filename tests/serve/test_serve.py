@@ -43,7 +43,7 @@ pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"num_inference_steps": 4}
-LONG = {"prompt": "red apple", "num_inference_steps": 200}
+LONG = {"prompt": "red apple", "num_inference_steps": 200, "size": "64x64"}
 CLIP = {"num_frames": 17, "num_inference_steps": 4}
 
 
@@ -344,6 +344,7 @@ def test_the_page_paints_by_keyboard_alone_and_fits_a_phone(running: Running, tm
 
 
 def test_clients_that_leave_and_a_queue_that_is_full(running: Running) -> None:
+    cancelled = _cancelled(running)
     clients = [_asking(running.address)]
     until(lambda: running.get("/v1/state").json()["running"])
     clients += [_asking(running.address) for _ in range(2)]
@@ -354,9 +355,15 @@ def test_clients_that_leave_and_a_queue_that_is_full(running: Running) -> None:
     assert "patchpipe_requests_waiting" in running.get("/metrics").text
     for client in clients:
         client.close()
-    until(lambda: not running.get("/v1/state").json()["running"])
+    until(lambda: not running.get("/v1/state").json()["running"], 10)
     assert not running.get("/v1/state").json()["waiting"]
+    assert _cancelled(running) == cancelled + len(clients)
     assert running.client.images.generate(prompt="owl", size="64x64", extra_body=SHORT).data
+
+
+def _cancelled(running: Running) -> int:
+    lines = [line for line in running.get("/metrics").text.splitlines() if line.startswith("patchpipe_requests_total{")]
+    return sum(int(float(line.split()[-1])) for line in lines if 'outcome="cancelled"' in line)
 
 
 def _asking(address: str) -> HTTPConnection:

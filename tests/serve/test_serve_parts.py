@@ -1,9 +1,11 @@
-"""The service's parts by themselves: the checks, the clips' table, the door."""
+"""The service's parts by themselves: the checks, the clips' table, the door, who follows a request."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ from patchpipe.serve.refusals import Refusal
 from patchpipe.serve.service import Service
 from patchpipe.serve.settings import Limits, Settings, read_keys
 from patchpipe.serve.web.app import make_app
+from patchpipe.serve.web.follow import Following
 from patchpipe.serve.work.asking import ask, read_loras
 from patchpipe.serve.work.model import Facts, Model
 from patchpipe.serve.work.tickets import Ended, Listener, Painted, Started, Stepped, Ticket, Work
@@ -264,3 +267,45 @@ def test_the_api_describes_itself(tmp_path: Path) -> None:
     asked = found["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"prompt", "seed", "deadline_s", "partial_images"} <= set(asked["properties"])
     assert json.dumps(found)
+
+
+# -- who follows a request -----------------------------------------------------------------------------
+
+
+class Quick:
+    """Paints in steps of a few milliseconds, as long as anybody wants it."""
+
+    def __init__(self) -> None:
+        self.cancelled = threading.Event()
+
+    def submit(self, work: Work, listen: Listener) -> Ticket:
+        ticket = Ticket(work, listen, arrived=0.0)
+        threading.Thread(target=self._paint, args=(listen,), daemon=True).start()
+        return ticket
+
+    def _paint(self, listen: Listener) -> None:
+        for step in range(2000):
+            if self.cancelled.wait(0.005):
+                return
+            listen(Stepped(step, 2000))
+
+    def cancel(self, ticket: Ticket) -> None:
+        self.cancelled.set()
+
+
+class Gone:
+    """A connection whose client has left."""
+
+    async def is_disconnected(self) -> bool:
+        return True
+
+
+def test_a_client_that_leaves_is_noticed_also_where_steps_are_quick() -> None:
+    quick = Quick()
+
+    async def follow() -> Any:
+        following = await Following.begin(quick, work("a"), Gone())  # type: ignore[arg-type]
+        return await asyncio.wait_for(following.end(), 5)
+
+    assert asyncio.run(follow()) is None
+    assert quick.cancelled.wait(5)

@@ -48,15 +48,16 @@ class Following:
 
     async def events(self) -> AsyncIterator[Event | None]:
         """What happens, up to the end; ``None`` at every beat. Cancels the work if the client leaves."""
+        looked = self._loop.time()
         try:
             while True:
-                try:
+                event: Event | None = None
+                with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
                     event = await asyncio.wait_for(self._events.get(), BEAT)
-                except (TimeoutError, asyncio.TimeoutError):
+                if event is None or self._loop.time() > looked + BEAT:  # steps may come quicker than beats
+                    looked = self._loop.time()
                     if await self._request.is_disconnected():
                         return
-                    yield None
-                    continue
                 yield event
                 if isinstance(event, (Painted, Ended)):
                     return
