@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def _join_and_close(place: Place) -> tuple[int, int]:
     place.store.set(f"joined/{place.rank}", "yes")
     place.store.wait([f"joined/{rank}" for rank in range(place.world_size)])
     group.close()
+    deadline = time.monotonic() + 5
+    while _threads() and time.monotonic() < deadline:  # a thread that has ended is listed a moment longer
+        time.sleep(0.01)
     return joined, _threads()
 
 
