@@ -111,10 +111,10 @@ class Latent:
         ahead = 0 if self.ahead is None else self.ahead(inputs)
         if not ahead:
             return dict(inputs)
-        shape = [*latent.shape]
-        shape[self.dim] = ahead
-        first = latent.narrow(self.dim, 0, ahead) if read else None
-        if first is None:
+        if read:
+            first = latent.narrow(self.dim, 0, ahead)
+        else:
+            shape = (*latent.shape[: self.dim], ahead, *latent.shape[self.dim + 1 :])
             first = torch.zeros((), dtype=latent.dtype, device=latent.device).expand(shape)
         rest = latent.narrow(self.dim, ahead, latent.shape[self.dim] - ahead)
         return {**inputs, self.name: rest, AHEAD: first}

@@ -292,15 +292,11 @@ class Stage:
             sources = tuple(inputs.get(name) for name in names)
             shaped = (inputs[self.plan.latent], inputs.get(AHEAD))
             turn = self._kept.turn(path)
-            key = (
-                self,
-                path,
-                turn,
-                *(
-                    identity_of(each) if each is None or not any(each is one for one in shaped) else tuple(each.shape)
-                    for each in sources
-                ),
-            )
+            kinds = [
+                tuple(each.shape) if each is not None and any(each is one for one in shaped) else identity_of(each)
+                for each in sources
+            ]
+            key = (self, path, turn, *kinds)
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
                 memo[key] = (sources, compute(*args, **kwargs))
             return memo[key][1]
