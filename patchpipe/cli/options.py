@@ -160,8 +160,8 @@ TextRank = Annotated[
     str | None,
     _option(
         _DETAIL,
-        'Rank with the text encoders; "spread" for one each, "layers" for their layers on all, "disk" to read '
-        "layer by layer. [dim]Default: the last.[/]",
+        'Rank with the text encoders; "spread" for one each, "layers" for their layers on all, "host" to keep them in '
+        'host memory, "disk" to read layer by layer. [dim]Default: the last.[/]',
     ),
 ]
 BackendChoice = Annotated[Backend, _option(_DETAIL, "How ranks talk; with gloo they can share a GPU.", default=True)]

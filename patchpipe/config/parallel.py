@@ -70,7 +70,8 @@ class ParallelConfig:
         output_rank: The rank that holds the VAE and gets the images.
         text_rank: The rank that holds the text encoders and encodes prompts for all. ``None`` takes the last rank;
             ``"spread"`` puts each encoder on its own rank, as far as there are ranks; ``"layers"`` puts the layers of
-            each on all. With ``"disk"`` the last rank reads them layer by layer for every new prompt and keeps none.
+            each on all. With ``"host"`` the last rank has them in host memory, and layers come to its device while they
+            run; with ``"disk"`` it reads them layer by layer for every new prompt and keeps none.
         data: Number of parts of the batch. Each part has its own ranks.
         cfg: Guidance branches that run side by side: with 2, each branch has its own ranks.
         idle_branch: Whether ``cfg=2`` also takes requests without guidance. Their only branch then runs on half of the

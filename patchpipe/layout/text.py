@@ -6,10 +6,12 @@ from typing import Literal
 
 SPREAD: Literal["spread"] = "spread"  # each encoder on a rank of its own
 LAYERS: Literal["layers"] = "layers"  # the layers of each encoder on all ranks
+HOST: Literal["host"] = "host"  # in the last rank's host memory; layers come to the device while they run
 DISK: Literal["disk"] = "disk"  # on the last rank, which reads one layer after the other and keeps none
-WAYS = (SPREAD, LAYERS, DISK)
+ON_THE_LAST = (HOST, DISK)
+WAYS = (SPREAD, LAYERS, *ON_THE_LAST)
 WAYS_TOLD = ", ".join(f'"{way}"' for way in WAYS[:-1]) + f' or "{WAYS[-1]}"'
-TextRank = int | Literal["spread", "layers", "disk"] | None
+TextRank = int | Literal["spread", "layers", "host", "disk"] | None
 # More than these no pipeline of diffusers has.
 ENCODERS = {"text_encoder": "text encoder 1", **{f"text_encoder_{n}": f"text encoder {n}" for n in (2, 3, 4)}}
 
@@ -26,7 +28,7 @@ def encoder_rank(text_rank: TextRank, encoder: str, world_size: int, output_rank
     """
     if isinstance(text_rank, int):
         return text_rank
-    if text_rank in (None, DISK):
+    if text_rank in (None, *ON_THE_LAST):
         return world_size - 1
     ranks = from_the_last(world_size, output_rank)
     number = encoder.rpartition("_")[2]
@@ -42,4 +44,5 @@ def text_held(text_rank: TextRank, rank: int, world_size: int, output_rank: int)
         return ["layers of every text encoder"]
     if rank != homes["text_encoder"]:
         return []
-    return ["text encoders, one layer at a time" if text_rank == DISK else "text encoders"]
+    words: dict[TextRank, str] = {HOST: "text encoders, in host memory", DISK: "text encoders, one layer at a time"}
+    return [words.get(text_rank, "text encoders")]

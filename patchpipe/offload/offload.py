@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -232,8 +232,8 @@ class AttachedBlocks:
         for place, weights in zip(places, coming, strict=True):
             if weights:
                 key = self.offload.key(self.stage, place)
-                self.streamed[key] = Streamed(self._home(weights), _sizes(weights), following[key])
-                block = StreamedBlock(place, key, weights, self.offload)
+                self.streamed[key] = Streamed(self._home(weights), sizes_of(weights), following[key])
+                block = StreamedBlock(place.block, key, weights, self.offload)
                 self._blocks.append(block)
                 self._undo.append(override(place.block, block))
 
@@ -272,47 +272,61 @@ class AttachedBlocks:
             self._undo.pop()()
         while self._moved:
             weight, device = self._moved.pop()
-            _put_back(weight, device)
+            weight.move(device)
         for home in self._homes:
             home.close()
         self._homes.clear()
         self._blocks.clear()
 
 
+class WorkingBuffer(Protocol):
+    """What blocks find their weights in."""
+
+    @property
+    def mover(self) -> Mover:
+        """What fills it."""
+        ...
+
+    @property
+    def ring(self) -> Tensor:
+        """Its memory, once the mover is there."""
+        ...
+
+
 class StreamedBlock:
     """Stands in for the ``forward`` of a block whose weights come and go.
 
     Args:
-        place: The block.
+        block: The block.
         key: Its name for the mover.
-        weights: Its weights, as they are at home.
-        offload: The rank's.
+        weights: Its weights; what the block has in their place now it has whenever it does not run.
+        buffer: Where they come to.
     """
 
-    def __init__(self, place: BlockPlace, key: Any, weights: Sequence[Weight], offload: Offload) -> None:
-        self.key, self.weights, self.offload = key, weights, offload
-        self.compute: Callable[..., Any] = place.block.forward
+    def __init__(self, block: nn.Module, key: Any, weights: Sequence[Weight], buffer: WorkingBuffer) -> None:
+        self.key, self.weights, self.buffer = key, weights, buffer
+        self.compute: Callable[..., Any] = block.forward
         self._at_home = [module._parameters[leaf] for module, leaf in (each.owners[0] for each in weights)]
         self._views: dict[int, list[nn.Parameter]] = {}  # by where in the buffer the block begins
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's streams."""
-        placement = self.offload.mover.need(self.key)
+        placement = self.buffer.mover.need(self.key)
         try:
             self._put(self._placed(placement))
             return self.compute(*args, **kwargs)
         finally:
             self._put(self._at_home)
-            self.offload.mover.done()
+            self.buffer.mover.done()
 
     def forget(self) -> None:
         """The views that were made are no longer of the buffer."""
         self._views.clear()
 
     def _placed(self, placement: Placement) -> list[nn.Parameter]:
-        at = placement.start % self.offload.ring.numel()
+        at = placement.start % self.buffer.ring.numel()
         if at not in self._views:
-            self._views[at] = views(self.weights, placement, self.offload.ring)
+            self._views[at] = views(self.weights, placement, self.buffer.ring)
         return self._views[at]
 
     def _put(self, parameters: Sequence[nn.Parameter | None]) -> None:
@@ -321,7 +335,8 @@ class StreamedBlock:
             weight.put(parameter)
 
 
-def _sizes(weights: Sequence[Weight]) -> tuple[int, ...]:
+def sizes_of(weights: Sequence[Weight]) -> tuple[int, ...]:
+    """Bytes that each plain tensor of some weights takes in a buffer."""
     return tuple(size for weight in weights for size in weight.sizes)
 
 
@@ -329,8 +344,3 @@ def _uses(model: nn.Module) -> Counter[int]:
     """How often each parameter of a model is in it."""
     modules = (module for _, module in model.named_modules(remove_duplicate=False))
     return Counter(id(each) for module in modules for each in module._parameters.values())
-
-
-def _put_back(weight: Weight, device: torch.device) -> None:
-    weight.plain = [each.to(device) for each in weight.plain]
-    weight.settle()

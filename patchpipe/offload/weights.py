@@ -74,6 +74,11 @@ class Weight:
             self.found = self.made_of(iter(self.plain))
         self.put(self.found)
 
+    def move(self, device: torch.device) -> None:
+        """Has the block compute with it on a device."""
+        self.plain = [each.to(device) for each in self.plain]
+        self.settle()
+
     def made_of(self, plain: Iterator[Tensor]) -> nn.Parameter:
         """The parameter, of other plain tensors."""
         return nn.Parameter(_joined(self.found, plain), requires_grad=self.found.requires_grad)

@@ -15,8 +15,9 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
-from patchpipe.layout.text import DISK
+from patchpipe.layout.text import DISK, HOST
 from patchpipe.loading.choice import check_served
+from patchpipe.loading.encoders.hosting import check_hosted
 from patchpipe.loading.quantised import check_in_memory, recipe_in_memory
 from patchpipe.models import plan_for, settings_of, transformers_of
 from patchpipe.models.matrix import check_tested, forecast_of
@@ -28,6 +29,7 @@ from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.pipeline.modular.steps import is_modular
+from patchpipe.pipeline.parts import encoders_of
 from patchpipe.recipes.checks import check_recipes
 from patchpipe.stage.balance import split_blocks
 
@@ -146,7 +148,12 @@ def _fit_in_memory(
     if config.offload is not None and config.offload.tier == "disk":
         raise ValueError("offload tier='disk' reads the model's files each time: use from_pretrained, or tier='host'")
     if config.text_rank == DISK:
-        raise ValueError('text_rank="disk" reads the encoders\' files each time: use from_pretrained, or "layers"')
+        raise ValueError(
+            'text_rank="disk" reads the encoders\' files each time: use from_pretrained, "host" or "layers"'
+        )
+    if config.text_rank == HOST:
+        for name, part in encoders_of(pipe).items():
+            check_hosted(name, part)
     plan, stages = fit(pipe, models, config)
     check_offload(next(iter(models)), plan, stages, config, device)
     return plan, stages

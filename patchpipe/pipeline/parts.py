@@ -11,8 +11,9 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
-from patchpipe.layout.text import DISK, LAYERS, SPREAD, from_the_last
+from patchpipe.layout.text import HOST, LAYERS, ON_THE_LAST, SPREAD, from_the_last
 from patchpipe.lazy.latent import materialise_tree
+from patchpipe.loading.encoders.hosting import HostedEncoder
 from patchpipe.loading.encoders.layers import Layers
 from patchpipe.loading.encoders.passing import Prompts, mark_given, put_given
 from patchpipe.pipeline.callbacks import Callbacks
@@ -48,6 +49,11 @@ class Hooks:
         """Takes all changes back, the last one first."""
         while self._undo:
             self._undo.pop()()
+
+
+def encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's text encoders, by name."""
+    return {name: part for name, part in modules_of(pipe).items() if name.startswith("text_encoder")}
 
 
 def quieten(pipe: Any, hooks: Hooks) -> None:
@@ -105,8 +111,10 @@ class Parts:
 
     def hook_encoders(self, pipe: Any, hooks: Hooks) -> None:
         """Each text encoder, or each of its layers, runs on a rank of its own and gives all its result, if it is to."""
-        for name, part in modules_of(pipe).items() if self._apart(pipe) else ():
-            if not name.startswith("text_encoder"):
+        for name, part in encoders_of(pipe).items():
+            if self._config.text_rank == HOST and self._encodes(pipe):
+                hooks.undone_by(self._hosted(name, part).attach())
+            if not self._apart(pipe):
                 continue
             if self._config.text_rank == SPREAD:
                 hooks.set(part, "forward", self.on_owner(part.forward, self._config.encoder_rank(name), "text"))
@@ -115,6 +123,16 @@ class Parts:
                 module = part.get_submodule(layer)
                 hooks.set(module, "forward", self._layer(module.forward, home))
             hooks.set(part, "generate", _generates_nothing)
+
+    def _encodes(self, pipe: Any) -> bool:
+        """Whether this rank runs the text encoders."""
+        return self._group.rank == self._config.encoder_rank() or not (
+            hasattr(pipe, "encode_prompt") or is_modular(pipe)
+        )
+
+    def _hosted(self, name: str, part: nn.Module) -> HostedEncoder:
+        throttle = None if self._config.offload is None else self._config.offload.throttle
+        return HostedEncoder(name, part, self._group.device, self._config.timeout, throttle)
 
     def _apart(self, pipe: Any) -> bool:
         """Whether each encoder, or its layers, has a rank; one by itself runs with what its pipeline's method does."""
@@ -158,7 +176,8 @@ class Parts:
 
     def share_prompts(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """A pipeline's ``encode_prompt``, run on the rank of its text encoders for all."""
-        return self.share_text(self._prompts.remembering(encode) if self._config.text_rank == DISK else encode)
+        comes_anew = self._config.text_rank in ON_THE_LAST
+        return self.share_text(self._prompts.remembering(encode) if comes_anew else encode)
 
     def share_text(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """What encodes a pipeline's text, run on the rank of its text encoders for all."""

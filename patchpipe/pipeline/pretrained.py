@@ -18,7 +18,7 @@ from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.joining import device_for, meet, settle
 from patchpipe.distributed.mesh import Group
 from patchpipe.layout.split import StageBlocks
-from patchpipe.layout.text import LAYERS
+from patchpipe.layout.text import HOST, LAYERS
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.dtypes import as_torch, default_dtype, dtype_name, dtype_of, one_dtype
 from patchpipe.loading.encoders.placing import LayeredEncoder, layered_encoders
@@ -33,6 +33,7 @@ from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
 from patchpipe.pipeline.apply import attach, check_offload, fit, parts_of
+from patchpipe.pipeline.parts import encoders_of
 from patchpipe.stage.balance import split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None
@@ -126,7 +127,8 @@ def _load(found: _Found, config: ParallelConfig, group: Group) -> Any:
     parts = {**others, **found.options, **{one.name: one.model for one in found.transformers}}
     with BUILDING:
         pipe = kind.from_pretrained(source.path, dtype=found.dtype, **parts)
-    _place(pipe, group, [] if config.offload is None else models)
+    hosted = encoders_of(pipe).values() if config.text_rank == HOST else ()
+    _place(pipe, group, [*hosted, *([] if config.offload is None else models)])
     if config.offload is not None:
         for model in models:
             move_around(model, found.plan, group.device)

@@ -8,7 +8,7 @@ from math import ceil
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
-from patchpipe.layout.text import DISK, LAYERS
+from patchpipe.layout.text import LAYERS, ON_THE_LAST
 from patchpipe.offload.choice import Chosen
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.devices import GIB
@@ -137,4 +137,4 @@ def _encoder(config: ParallelConfig, part: str, size: int, rank: int) -> int:
         return ceil(size / config.world_size)
     if rank != config.encoder_rank(part):
         return 0
-    return ceil(size * LARGEST_MODULE) if config.text_rank == DISK else size
+    return ceil(size * LARGEST_MODULE) if config.text_rank in ON_THE_LAST else size

@@ -14,7 +14,7 @@ from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
 from patchpipe.layout.split import shared_blocks, sizes_of
-from patchpipe.layout.text import DISK, LAYERS, SPREAD
+from patchpipe.layout.text import HOST, LAYERS, SPREAD
 from patchpipe.models.matrix import untested
 from patchpipe.planner.layout import Layout, balanced_stages
 from patchpipe.planner.machine.devices import GIB
@@ -258,14 +258,14 @@ def _least_offloaded(workload: Workload, placed: list[Prediction], profile: Prof
 
 
 def _placements(config: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Other homes for text encoders and VAE; at last encoders that are read anew for every prompt.
+    """Other homes for text encoders and VAE; at last encoders that come from the host for every new prompt.
 
     That takes time which is not predicted.
     """
     several = config.world_size > 1
     for place in PLACEMENTS if several else PLACEMENTS[:1]:
         yield replace(config, **place)
-    yield replace(config, text_rank=DISK, parallel_vae=several)
+    yield replace(config, text_rank=HOST, parallel_vae=several)
 
 
 def _configs(workload: Workload, degrees: dict[str, int], profile: Profile, wishes: Wishes) -> Iterator[ParallelConfig]:

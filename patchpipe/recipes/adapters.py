@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from patchpipe.layout.text import DISK
+from patchpipe.layout.text import ON_THE_LAST
 from patchpipe.models import adapters as ip_adapters
 from patchpipe.models.lora import adapted_layers, adapters_of
 from patchpipe.parallel.blocks import Blocks
@@ -132,11 +132,12 @@ class Adapters:
             raise RuntimeError(f"{name} would change the adapters of all requests in flight together: call it before")
 
     def _check_layout(self) -> None:
-        if self._runner.config.text_rank == DISK:
+        way = self._runner.config.text_rank
+        if way in ON_THE_LAST:
             encoders = {name: part for name, part in modules_of(self._pipe).items() if name.startswith("text_encoder")}
             for name in loaded_adapters(encoders):
                 raise ValueError(
-                    f'text_rank="disk" reads {name} as it is stored, for which LoRA cannot be loaded: use "layers" '
+                    f'text_rank="{way}" has {name} as it is stored, for which LoRA cannot be loaded: use "layers" '
                     f"or a rank, or LoRA for the transformer alone"
                 )
         for model in self._runner.models:

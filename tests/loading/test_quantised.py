@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,8 @@ def test_text_encoders_are_quantised_where_they_are_held(saved: Path) -> None:
     expected = latents(DiffusionPipeline.from_pretrained(saved, quantization_config=asked(), dtype=torch.float32))
     made, _ = spread(saved, TWO, quantization_config=asked())
     assert torch.equal(made, expected)
+    from_host, _ = spread(saved, replace(TWO, text_rank="host"), quantization_config=asked())
+    assert torch.equal(from_host, expected), "copied to the device as they are"
     assert not torch.equal(made, spread(saved, TWO, quantization_config=of_transformer(torchao))[0])
 
 

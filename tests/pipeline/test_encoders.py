@@ -18,7 +18,7 @@ from torch import nn
 
 import patchpipe
 from patchpipe import ParallelConfig
-from patchpipe.layout.text import DISK, LAYERS, from_the_last
+from patchpipe.layout.text import DISK, HOST, LAYERS, ON_THE_LAST, from_the_last
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.encoders import passing
 from patchpipe.loading.encoders.layers import Layers
@@ -195,7 +195,7 @@ def painting(place: Place, folder: Path, name: str, way: str, prompts: list[str]
 
 
 @pytest.mark.some
-@pytest.mark.parametrize("way", [LAYERS, DISK])
+@pytest.mark.parametrize("way", [LAYERS, HOST, DISK])
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", ["flux", "sd3", "qwen", "wan"])
 def test_pictures_are_those_of_plain_diffusers(name: str, ranks: int, way: str, tmp_path: Path) -> None:
@@ -212,8 +212,8 @@ def test_pictures_are_those_of_plain_diffusers(name: str, ranks: int, way: str, 
     whole = {part: held(model) for part, model in plain.components.items() if part.startswith("text_encoder")}
     for part, size in whole.items():
         together = sum(encoders[part] for _, encoders in found)
-        assert together == (0 if way == DISK else size), part
-        assert way == DISK or all(0 < encoders[part] < size for _, encoders in found), part
+        assert together == (0 if way in ON_THE_LAST else size), part
+        assert way in ON_THE_LAST or all(0 < encoders[part] < size for _, encoders in found), part
 
 
 def test_a_streamed_prompt_is_encoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +272,7 @@ def painting_together(place: Place, folder: Path, way: str) -> list[Any]:
     return [painted(output) for output in pipe.patchpipe.together(calls)]
 
 
-@pytest.mark.parametrize("way", [LAYERS, DISK])
+@pytest.mark.parametrize("way", [LAYERS, HOST, DISK])
 def test_requests_in_flight_together_encode_in_turn(way: str, tmp_path: Path) -> None:
     import diffusers
 
@@ -302,8 +302,9 @@ def test_lora_of_a_text_encoder_goes_with_its_layers(tmp_path: Path) -> None:
     assert not np.array_equal(expected, without)
     # In processes: while it loads, peft changes torch for all threads.
     assert np.array_equal(run_ranks(2, painting_with_lora, folder, lora, LAYERS)[0], expected)
-    with pytest.raises(AssertionError, match='text_rank="disk" reads text_encoder as it is stored, for which LoRA'):
-        run_ranks(2, painting_with_lora, folder, lora, DISK)
+    for way in ON_THE_LAST:
+        with pytest.raises(AssertionError, match=f'text_rank="{way}" has text_encoder as it is stored, for which LoRA'):
+            run_ranks(2, painting_with_lora, folder, lora, way)
 
 
 # --------------------------------------------------------------------------------------------------- refusals
@@ -339,6 +340,9 @@ def test_a_quantised_encoder_is_refused(tmp_path: Path) -> None:
     settings.write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(ValueError, match="reads whole weights, and text_encoder is quantised: give text_rank a rank"):
         patchpipe.from_pretrained(folder, ParallelConfig(text_rank=LAYERS))
+    settings.write_text(json.dumps({**told, "quantization_config": {"quant_method": "bitsandbytes"}}), encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot move weights quantised with bitsandbytes, as text_encoder has them"):
+        patchpipe.from_pretrained(folder, ParallelConfig(text_rank=HOST))
 
 
 def test_layers_in_memory_stay_whole_and_are_run_by_their_ranks() -> None:
@@ -352,13 +356,14 @@ def test_layers_in_memory_stay_whole_and_are_run_by_their_ranks() -> None:
     assert np.array_equal(run_threads(2, paint)[0], expected)
 
 
-@pytest.mark.parametrize("way", [LAYERS, DISK])
+@pytest.mark.parametrize("way", [LAYERS, HOST, DISK])
 def test_info_says_what_each_rank_holds(way: str, tmp_path: Path) -> None:
     folder = deeper("flux", tmp_path / "flux")
     told = describe_model(folder, ParallelConfig(pipefusion=2, text_rank=way))
     texts = [", ".join(stage.components) for stage in told.stages]
-    if way == DISK:
-        assert texts == ["vae", "text_encoder (one layer at a time), text_encoder_2 (one layer at a time)"]
+    if way in ON_THE_LAST:
+        words = {HOST: "in host memory", DISK: "one layer at a time"}[way]
+        assert texts == ["vae", f"text_encoder ({words}), text_encoder_2 ({words})"]
     else:
         assert texts == [
             "text_encoder layers 1…3, text_encoder_2 layers 1…3, vae",

@@ -187,7 +187,7 @@ def test_a_text_encoder_is_read_by_layer_where_nothing_else_will_do() -> None:
     whole = search(FLUX, 1, PCIE, Wishes(memory=64 * 2**30)).best
     assert whole.config.text_rank is None
     tight = search(FLUX, 1, PCIE, Wishes(memory=whole.bytes - 5 * 2**30)).best
-    assert tight.config.text_rank == "disk"
+    assert tight.config.text_rank == "host"
     assert tight.seconds == whole.seconds
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from patchpipe.config import ParallelConfig
-from patchpipe.layout.text import DISK, LAYERS, from_the_last
+from patchpipe.layout.text import DISK, HOST, LAYERS, from_the_last
 from patchpipe.loading.checkpoint import ENCODER_STEM, Checkpoint
 from patchpipe.loading.dtypes import dtype_of
 from patchpipe.loading.encoders.layers import Layers
 from patchpipe.loading.encoders.reading import EncoderReader
 from patchpipe.loading.folder import BUILDING, PipelineFolder, is_component
 from patchpipe.loading.quantised import of_component
+
+MOVABLE = ("torchao", "quanto")  # libraries whose tensors can be taken apart and put together
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,30 @@ def layered_encoders(
         ValueError: One of them cannot be taken apart.
         FileNotFoundError: Its weights are missing.
     """
+    names = [name for name in _names(source) if given(name) is None]
+    if config.text_rank == HOST:
+        for name in names:
+            _check_hosted(source, name, dtype, asked)
     if config.text_rank not in (LAYERS, DISK):
         return ()
-    return tuple(_one(source, name, dtype, device, asked, config) for name in _names(source) if given(name) is None)
+    return tuple(_one(source, name, dtype, device, asked, config) for name in names)
 
 
 def _names(source: PipelineFolder) -> Iterable[str]:
     return [name for name, entry in source.index.items() if is_component(entry) and name.startswith("text_encoder")]
+
+
+def _check_hosted(source: PipelineFolder, name: str, dtype: Any, asked: Any) -> None:
+    """Refuses an encoder that cannot come from host memory, before any is read."""
+    Layers.of(source.build(name, dtype_of(name, dtype)))
+    stored, recipe = source.config(name).get("quantization_config"), of_component(asked, name)
+    method = stored.get("quant_method") if stored else getattr(recipe, "quant_method", None)
+    told = str(getattr(method, "value", method))
+    if method is not None and told not in MOVABLE:
+        raise ValueError(
+            f'text_rank="host" cannot move weights quantised with {told}, as {name} has them: quantise it with '
+            f"{' or '.join(MOVABLE)}, or give text_rank a rank"
+        )
 
 
 def _one(

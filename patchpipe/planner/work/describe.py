@@ -13,7 +13,7 @@ from torch import nn
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
 from patchpipe.layout.split import StageBlocks, shared_blocks
-from patchpipe.layout.text import DISK, LAYERS, from_the_last
+from patchpipe.layout.text import DISK, HOST, LAYERS, from_the_last
 from patchpipe.layout.volume import Volume
 from patchpipe.loading.checkpoint import Checkpoint
 from patchpipe.loading.encoders.layers import Layers, parameters
@@ -164,8 +164,9 @@ def _held(part: str, model: nn.Module, config: ParallelConfig, rank: int) -> tup
         return _held_layers(part, Layers.of(model), from_the_last(config.world_size, config.output_rank), rank)
     else:
         here = rank == config.encoder_rank(part)
-        if here and config.text_rank == DISK:
-            return f"{part} (one layer at a time)", 0
+        words = {HOST: "in host memory", DISK: "one layer at a time"}
+        if here and config.text_rank in words:
+            return f"{part} ({words[config.text_rank]})", 0
     return (part, parameters(model)) if here else ("", 0)
 
 
