@@ -10,7 +10,7 @@ from typing import Any
 from patchpipe.config import ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.planner.predict import Prediction
-from patchpipe.planner.search import ALIKE, Choice
+from patchpipe.planner.search import ALIKE, Choice, prompt_seconds
 from patchpipe.planner.work.presets import preset_named
 from patchpipe.planner.work.workload import Workload
 
@@ -29,7 +29,15 @@ def reasons(choice: Choice, fresh: float) -> list[str]:
     if choice.single_is_best:
         return [line for line in (_one_device(choice), _host(choice)) if line]
     stale = _stale(choice, fresh) if choice.quality is None else ""
-    found = [_gain(choice), _quality(choice), _offload(choice), _over_next(choice), _exact(choice), stale]
+    found = [
+        _gain(choice),
+        _quality(choice),
+        _offload(choice),
+        _prompts(choice),
+        _over_next(choice),
+        _exact(choice),
+        stale,
+    ]
     found += [_host(choice), _refused(choice)]
     return [line for line in found if line]
 
@@ -75,6 +83,11 @@ def _offload(choice: Choice) -> str:
         f"its weights do not fit: {most:.1f} GB of them come from the host in every step, through "
         f"{choice.profile.device.upload / 1e9:.0f} GB/s; what of that is not hidden is in the seconds"
     )
+
+
+def _prompts(choice: Choice) -> str:
+    took = prompt_seconds(choice.workload, choice.best.config, choice.profile)
+    return f"its text encoders are in host memory, from where a new prompt fetches them in {took:.1f} s" if took else ""
 
 
 def _steps(count: int) -> str:

@@ -231,19 +231,32 @@ def _best_patches(
 
 
 def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, memory: int) -> Prediction | None:
-    """The fastest number of patches and placement with which weights come and go: few patches need few passes."""
+    """The fastest number of patches and placement with which weights come and go: few patches need few passes.
+
+    Encoders that come from the host too leave more room for blocks, and cost a copy for every prompt.
+    """
     counts = sorted({one.config.patches or 1 for one in tried})[:OFFLOADED_COUNTS]
     found = []
     for base in (one.config for one in tried if (one.config.patches or 1) in counts):
-        places = [replace(base, **place) for place in (PLACEMENTS if base.world_size > 1 else PLACEMENTS[:1])]
-        left, config = max(
-            ((block_memory(Layout(workload, each, profile), memory), each) for each in places), key=lambda one: one[0]
-        )
-        if left > 0:
-            asked = OffloadConfig(memory=max(1, int(left / GIB * 1000)) / 1000)
-            with suppress(ValueError):  # not even the least fits
-                found.append(predict(workload, replace(config, offload=asked), profile))
-    return min((one for one in found if one.bytes <= memory), key=lambda one: one.seconds, default=None)
+        several = base.world_size > 1
+        staying = [replace(base, **place) for place in (PLACEMENTS if several else PLACEMENTS[:1])]
+        for places in (staying, [replace(base, text_rank=HOST, parallel_vae=several)]):
+            left, config = max(
+                ((block_memory(Layout(workload, each, profile), memory), each) for each in places),
+                key=lambda one: one[0],
+            )
+            if left > 0:
+                asked = OffloadConfig(memory=max(1, int(left / GIB * 1000)) / 1000)
+                with suppress(ValueError):  # not even the least fits
+                    found.append(predict(workload, replace(config, offload=asked), profile))
+    fitting = (one for one in found if one.bytes <= memory)
+    return min(fitting, key=lambda one: one.seconds + prompt_seconds(workload, one.config, profile), default=None)
+
+
+def prompt_seconds(workload: Workload, config: ParallelConfig, profile: Profile) -> float:
+    """How long the weights of text encoders take to come from the host for a new prompt, where they do."""
+    sizes = (size for part, size in workload.components.items() if part.startswith("text_encoder"))
+    return sum(sizes) / profile.device.upload if config.text_rank == HOST else 0.0
 
 
 def _least_offloaded(workload: Workload, placed: list[Prediction], profile: Profile) -> list[Prediction]:

@@ -191,6 +191,18 @@ def test_a_text_encoder_is_read_by_layer_where_nothing_else_will_do() -> None:
     assert tight.seconds == whole.seconds
 
 
+def test_encoders_come_from_the_host_where_that_leaves_blocks_more_room_than_it_costs() -> None:
+    workload, cards = workload_for("qwen-image", Asked()), Profile.named("rtx4090", "pcie4")
+    choice = search(workload, 1, cards, Wishes(offload=True))
+    assert choice.best.config.text_rank == "host"
+    staying = predict(workload, dataclasses.replace(choice.best.config, text_rank=None), cards)
+    assert staying.bytes > 24 * 2**30, "the blocks have what the encoder left"
+    assert f"fetches them in {16.6e9 / cards.device.upload:.1f} s" in " ".join(reasons(choice, 0.5))
+    hidden = search(workload_for("flux.1-dev", Asked()), 1, cards, Wishes(offload=True)).best
+    assert hidden.uploads, "offloaded too"
+    assert hidden.config.text_rank is None, "where copies are hidden it would only cost"
+
+
 # -- words ---------------------------------------------------------------------------------------
 
 
