@@ -68,7 +68,7 @@ bench: setup ## measure every method against one device; writes bench/results an
 	$(BIN)/python -m bench.report
 	$(BIN)/python -m bench.plot
 
-gpu-check: ## on a machine with a GPU: what only a GPU shows, in 8 minutes (docs/gpu.md)
+gpu-check: ## on a machine with a GPU: what only a GPU shows, in 9 minutes (docs/gpu.md)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(ARGS)
 
 clean: ## remove the virtual environment and caches

@@ -147,8 +147,21 @@ def _forecasts(rows: list[Row]) -> list[str]:
     return _table("dtype, passes, difference, ms without (host / device), torch's operations, fused, fused", table)
 
 
+def _offloading(rows: list[Row]) -> list[str]:
+    def giga(row: Row, name: str) -> str:
+        return f"{row[name] / 1e9:.2f}" if name in row else ""
+
+    table = [
+        [row["title"], f"{row['step_seconds'] * 1e3:.0f}", giga(row, "streamed"), giga(row, "peak"),
+         giga(row, "expected_peak"), _verdict(row)]
+        for row in rows
+    ]  # fmt: skip
+    return _table("weights, ms a step or prompt, GB copied, peak (GB), formula, as it must be", table)
+
+
 _TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
     "a": _laws, "b": _layouts, "c": _speed, "d": _attention, "e": _compiled, "f": _waits, "g": _memory, "h": _forecasts,
+    "i": _offloading,
 }  # fmt: skip
 
 
