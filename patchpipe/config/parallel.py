@@ -177,7 +177,8 @@ class ParallelConfig:
         if self.compile:
             check_compiled(frozenset(name for name in DEGREES if getattr(self, name) > 1))
         if self.offload is not None:
-            check_offloaded(self.tensor, self.compile, self.offload.tier)
+            asked, sharing = self.offload, self.ulysses * self.ring
+            check_offloaded(self.tensor, self.compile, asked.tier, asked.gathered, sharing)
         if self.patches is not None:
             check_at_least("patches", self.patches, 1)
         check_warmup(self.warmup)

@@ -102,6 +102,19 @@ class Exchange:
         out[(self.index + 1) % self.size], into[(self.index - 1) % self.size] = sent, torch.Size(shape)
         return Shift(self._start(out, into), (self.index - 1) % self.size)
 
+    def complete(self, parts: Sequence[Tensor]) -> None:
+        """Gives every rank this one's part of something, and takes theirs to where they belong in it.
+
+        Args:
+            parts: Each rank's part of it, in one piece of memory each, where the group takes it from. The other ranks'
+                parts are there afterwards: over gloo when this returns, over NCCL in the order of streams.
+        """
+        nothing = parts[self.index].new_empty((0,))
+        incoming, outgoing = list(parts), [parts[self.index]] * self.size
+        incoming[self.index] = outgoing[self.index] = nothing
+        self.wait(self.wire.start(lambda: self._begin(incoming, outgoing), self.whom))
+        self.sent_bytes += (self.size - 1) * parts[self.index].nbytes
+
     def next_call(self, requests: int = 1) -> None:
         """Lets go of what was gathered for calls long past; see ``Channel.next_call``."""
         self._calls.append(len(self._open) - sum(self._calls))

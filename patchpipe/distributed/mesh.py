@@ -62,6 +62,7 @@ class Group:
         self._control: Any = None
         self._wires: dict[str, Wire] = {}
         self._strips: list[WireRows] = []
+        self._apart: list[Wire] = []  # beside the requests, and not in their figures
         self.recorder: Recorder | None = None
         self._in_flight = 1
         self._agreements = 0
@@ -164,7 +165,7 @@ class Group:
     @property
     def _all_wires(self) -> list[Wire]:
         lines = [line.wire for line in self.lines.values()]
-        return [*self._wires.values(), *lines, *(rows.wire for rows in self._strips)]
+        return [*self._wires.values(), *lines, *(rows.wire for rows in self._strips), *self._apart]
 
     @property
     def _ends(self) -> list[Channel | Exchange]:
@@ -213,6 +214,17 @@ class Group:
         self._strips.append(rows)
         return rows
 
+    def open_line(self, name: str, ranks: tuple[int, ...]) -> Exchange:
+        """A line for something beside the requests, such as weights; each of its ranks calls this alike.
+
+        Args:
+            name: What it is for, in words of its own.
+            ranks: The ranks of the line, this one among them.
+        """
+        line = self._line(f"{name} {len(self._apart)}", ranks)
+        self._apart.append(line.wire)
+        return line
+
     def control_wire(self) -> Wire:
         """Small tensors on the host between any two ranks, counted nowhere."""
         return Wire(self._control, torch.device("cpu"), "gloo", self.config.timeout, self.failures.explain, "control")
@@ -221,7 +233,8 @@ class Group:
         """From here on, every wait and every tensor sent goes to ``recorder``; ``None`` ends that."""
         self.recorder = recorder
         for wire in self._all_wires:
-            wire.recorder = recorder
+            if wire not in self._apart:  # threads of their own use these
+                wire.recorder = recorder
 
     def open_gate(self) -> Gate:
         """From here on it is told when tensors of hops and exchanges are on their way; see ``Gate``."""
@@ -345,6 +358,7 @@ class Group:
         self._wires.clear()
         self.lines.clear()
         self._strips.clear()
+        self._apart.clear()
         self._groups.close()
 
     def _abort(self) -> None:

@@ -93,19 +93,23 @@ def check_compiled(used: Methods) -> None:
     )
 
 
-def check_offloaded(tensor: int, compiled: bool, tier: str) -> None:
+def check_offloaded(tensor: int, compiled: bool, tier: str, gathered: bool, sharing: int) -> None:
     """Refuses what weights that come and go are not tested with.
 
     Args:
         tensor: Ranks that share matrices.
         compiled: Whether blocks are compiled.
         tier: Where the weights come from.
+        gathered: Whether ranks copy them together.
+        sharing: Ranks of Ulysses and Ring.
 
     Raises:
         ValueError: It is not tested, or cannot be.
     """
     if compiled:
         raise ValueError("compile=True is not tested with offload and so refused: leave one of them out")
+    if gathered and sharing == 1:
+        raise ValueError("offload gathered=True is for ranks that share a stage: use ulysses or ring, or leave it out")
     if tier == "disk" and tensor > 1:
         raise ValueError(
             f"offload tier='disk' reads whole matrices, of which tensor={tensor} has slices: use tier='host', or "

@@ -32,6 +32,8 @@ class OffloadConfig:
         gate: Whether chunks wait while an exchange with other ranks is on its way. ``"auto"`` lets the model decide.
         tier: ``"host"`` keeps the weights in host memory, pinned where there is CUDA; ``"disk"`` reads them from the
             model's safetensors files each time, for hosts without the memory.
+        gathered: Whether the ranks of a Ulysses or Ring line copy a part of each chunk each, and give it to the others
+            over the links between them. It pays where these are faster than the host's, as NVLink is.
         throttle: Gigabytes a second that come from there at most, for trials on machines without a GPU.
 
     Raises:
@@ -44,6 +46,7 @@ class OffloadConfig:
     depth: int | None = None
     gate: Gating = "auto"
     tier: Tier = "host"
+    gathered: bool = False
     throttle: float | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class OffloadConfig:
         share = self.resident
         if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1):
             raise ValueError(f"offload resident={share!r} must be a share between 0 and 1")
+        if not isinstance(self.gathered, bool):
+            raise ValueError(f"offload gathered={self.gathered!r} must be True or False")
         if self.gate not in ("auto", "on", "off"):
             raise ValueError(f"offload gate={self.gate!r} is unknown: use 'auto', 'on' or 'off'")
         if self.tier not in ("host", "disk"):
@@ -99,10 +104,7 @@ class OffloadConfig:
     def words(self) -> str:
         """What ``read`` reads."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value != _DEFAULTS[name]}
-        pairs = (
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in given.items()
-        )
-        return ",".join(pairs) or AUTO
+        return ",".join(f"{name}={_word(value)}" for name, value in given.items()) or AUTO
 
     def describe(self) -> str:
         """A few words for people."""
@@ -121,9 +123,19 @@ def _pair(part: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _value(name: str, text: str) -> Any:
     if name in ("gate", "tier"):
         return text
+    if name == "gathered":
+        if text not in ("on", "off"):
+            raise ValueError(f"--offload gathered={text} must be on or off")
+        return text == "on"
     try:
         return int(text) if name == "depth" else float(text)
     except ValueError:

@@ -9,12 +9,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from patchpipe.offload.gathering import Gathering
+
 
 class Copier(Protocol):
     """Copies for the mover. Marks are moments on the device; ``None`` is now."""
 
+    def own(self, size: int) -> slice:
+        """The bytes of a chunk that this rank copies; others give it the rest."""
+        ...
+
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Starts a copy; returns the mark of its end."""
+        """Starts a copy; returns the mark of its end.
+
+        Args:
+            target: Where the chunk belongs.
+            source: This rank's own bytes of it.
+        """
         ...
 
     def finish(self, mark: Any) -> None:
@@ -55,16 +66,23 @@ class HostCopier:
 
     Args:
         throttle: The link that bytes come over; ``None`` is as fast as memory is.
+        gathering: The ranks that copy chunks together; ``None`` is this one alone.
     """
 
-    def __init__(self, throttle: Throttle | None = None) -> None:
-        self._throttle = throttle
+    def __init__(self, throttle: Throttle | None = None, gathering: Gathering | None = None) -> None:
+        self._throttle, self._gathering = throttle, gathering
+
+    def own(self, size: int) -> slice:
+        """See ``Copier``."""
+        return slice(0, size) if self._gathering is None else self._gathering.own(size)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See ``Copier``; it has ended when this returns."""
-        target.copy_(source)
+        target[self.own(target.numel())].copy_(source)
         if self._throttle is not None:
             self._throttle.take(source.numel())
+        if self._gathering is not None:
+            self._gathering.fill(target)
 
     def finish(self, mark: Any) -> None:
         """See ``Copier``."""
@@ -82,17 +100,26 @@ class CudaCopier:
     Args:
         device: The device.
         throttle: As for the host.
+        gathering: As for the host.
     """
 
-    def __init__(self, device: torch.device, throttle: Throttle | None = None) -> None:
-        self._device, self._throttle = device, throttle
+    def __init__(
+        self, device: torch.device, throttle: Throttle | None = None, gathering: Gathering | None = None
+    ) -> None:
+        self._device, self._throttle, self._gathering = device, throttle, gathering
         self._stream = torch.cuda.Stream(device)
+
+    def own(self, size: int) -> slice:
+        """See ``Copier``."""
+        return slice(0, size) if self._gathering is None else self._gathering.own(size)
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """See ``Copier``."""
         mark = torch.cuda.Event()
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            target[self.own(target.numel())].copy_(source, non_blocking=True)
+            if self._gathering is not None:
+                self._gathering.fill(target)
             mark.record(self._stream)
         if self._throttle is not None:
             self._throttle.take(source.numel())
@@ -115,7 +142,7 @@ class CudaCopier:
         return mark
 
 
-def copier_for(device: torch.device, throttle: float | None) -> Copier:
-    """What copies to a device, at no more than ``throttle`` gigabytes a second."""
+def copier_for(device: torch.device, throttle: float | None, gathering: Gathering | None = None) -> Copier:
+    """What copies to a device, at no more than ``throttle`` gigabytes a second, alone or with other ranks."""
     link = None if throttle is None else Throttle(throttle * 1e9)
-    return CudaCopier(device, link) if device.type == "cuda" else HostCopier(link)
+    return CudaCopier(device, link, gathering) if device.type == "cuda" else HostCopier(link, gathering)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from patchpipe.offload.weights import Home
 
 Key = Hashable
 READ_AHEAD = 4  # chunks that the disk is asked for beforehand
+REST_SECONDS = 10.0  # at the end: other ranks have come to it by then, or never will
 
 
 @dataclass
@@ -31,7 +33,8 @@ class MoverStats:
     """What was done so far.
 
     Attributes:
-        bytes: Copied to the device.
+        bytes: Copied to the device from the host, or from disk.
+        gathered: Copied to the device from other ranks, which have copied them from there.
         chunks: Copied.
         blocks: Called for.
         stalls: Blocks that had to wait.
@@ -43,6 +46,7 @@ class MoverStats:
     """
 
     bytes: int = 0
+    gathered: int = 0
     chunks: int = 0
     blocks: int = 0
     stalls: int = 0
@@ -96,24 +100,36 @@ class Mover:
         transfers: Chunks, depth and gate.
         gate: Tells of exchanges on their way; ``None`` where there are none, or copies need not wait.
         timeout: Seconds a block may wait.
+        together: Whether other ranks copy the same chunks, and so must copy them in the same order.
 
     Attributes:
         stats: What was done so far.
+        order: A number for the blocks that were called for so far, and their order.
         watch: Is told of every chunk and every block that waited, for a timeline: a kind, what of, start and end.
     """
 
-    def __init__(self, ring: Tensor, copier: Copier, transfers: Transfers, gate: Gate | None, timeout: float) -> None:
+    def __init__(
+        self,
+        ring: Tensor,
+        copier: Copier,
+        transfers: Transfers,
+        gate: Gate | None,
+        timeout: float,
+        *,
+        together: bool = False,
+    ) -> None:
         self.stats = MoverStats()
+        self.order = 0
         self.watch: Callable[[str, Key, float, float], None] | None = None
         self._ring, self._copier, self._transfers, self._gate = ring, copier, transfers, gate
-        self._timeout = timeout
+        self._timeout, self._together = timeout, together
         self._blocks: dict[Key, Streamed] = {}
         self._entries: deque[Entry] = deque()  # oldest first; those that are over leave at the front
         self._head = 0  # the next free position
         self._next: Key = None  # the block to be copied next
         self._current: Entry | None = None
         self._changed = threading.Condition()
-        self._closed = False
+        self._busy = self._closed = False
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
 
@@ -125,6 +141,7 @@ class Mover:
     def close(self) -> None:
         """Ends the thread."""
         with self._changed:
+            self._come_to_rest(min(self._timeout, REST_SECONDS))
             self._closed = True
             self._changed.notify_all()
         if self._thread not in (None, threading.current_thread()):
@@ -142,6 +159,7 @@ class Mover:
         with self._changed:
             self._start()
             entry = self._called(key)
+            self.order = crc32(str(key).encode(), self.order)
             self.stats.blocks += 1
             self._changed.notify_all()
             waited = not entry.here
@@ -168,6 +186,8 @@ class Mover:
 
     def _called(self, key: Key) -> Entry:
         """The block's entry; those expected before it are dropped."""
+        if key != next((entry.key for entry in self._entries if not entry.over), None):
+            self._come_to_rest(self._timeout)
         waiting = [entry for entry in self._entries if not entry.over]
         found = next((entry for entry in waiting if entry.key == key), None)
         if found is None or found is not waiting[0]:
@@ -178,6 +198,19 @@ class Mover:
             found = self._enter()
         self._current = found
         return found
+
+    def _come_to_rest(self, limit: float) -> None:
+        """Where ranks copy together, waits until all has come that may come ahead: then they drop the same chunks.
+
+        Args:
+            limit: Seconds. After that another rank has failed, which is told elsewhere; nothing is copied any more.
+        """
+        until = perf_counter() + limit
+        while self._together and self._thread is not None and self._problem is None and not self._closed:
+            if not self._busy and self._pending() is None:
+                return
+            if not self._changed.wait(max(0.0, until - perf_counter())):
+                self._problem = RuntimeError(f"other ranks did not copy the same weights within {limit:g} s")
 
     def _drop(self, which: Callable[[Entry], bool]) -> None:
         for entry in self._entries:
@@ -220,18 +253,25 @@ class Mover:
     def _task(self) -> Entry | tuple[Entry, Run] | None:
         """What to do next: free the oldest block's place, or copy a chunk; ``None`` is the end."""
         with self._changed:
-            while not self._closed:
-                if self._entries and self._entries[0].over:
-                    if self._entries[0].mark is None:
-                        self._entries.popleft()
-                        continue
-                    if self._short():
-                        return self._entries[0]
-                found = self._next_chunk()
-                if found is not None:
+            self._busy = False
+            self._changed.notify_all()
+            while not self._closed and self._problem is None:
+                if (found := self._pending()) is not None:
+                    self._busy = True
                     return found
                 self._changed.wait()
         return None
+
+    def _pending(self) -> Entry | tuple[Entry, Run] | None:
+        """What there is to do at this moment."""
+        while self._entries and self._entries[0].over:
+            if self._entries[0].mark is None:
+                self._entries.popleft()
+                continue
+            if self._short():
+                return self._entries[0]
+            break
+        return self._next_chunk()
 
     def _short(self) -> bool:
         """Whether the chunk that comes next has no place."""
@@ -259,7 +299,8 @@ class Mover:
         return sum(entry.chunks - len(entry.left) for entry in waiting)
 
     def _copy(self, entry: Entry, run: Run) -> None:
-        piece = entry.home.piece(run.source, run.size)
+        own = self._copier.own(run.size)
+        piece = entry.home.piece(run.source + own.start, own.stop - own.start)
         self._read_ahead(entry, run)
         self._yield(entry.key)
         with self._changed:
@@ -269,7 +310,9 @@ class Mover:
         start = run.start % self._ring.numel()
         mark = self._copier.copy(self._ring[start : start + run.size], piece)
         with self._changed:
-            self._note(run)
+            if self._problem is not None:
+                return
+            self._note(run, piece.numel())
             if entry.left and entry.left[0] is run:
                 entry.arrived = mark
                 entry.left.popleft()
@@ -296,8 +339,9 @@ class Mover:
         if self.watch is not None:
             self.watch("gate", key, began, perf_counter())
 
-    def _note(self, run: Run) -> None:
-        self.stats.bytes += run.size
+    def _note(self, run: Run, copied: int) -> None:
+        self.stats.bytes += copied
+        self.stats.gathered += run.size - copied
         self.stats.chunks += 1
         used = run.stop - self._entries[0].placement.start
         self.stats.peak = max(self.stats.peak, used)

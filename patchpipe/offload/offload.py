@@ -18,6 +18,7 @@ from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.models.blocks import BlockPlace
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
 from patchpipe.offload.copying import Copier, copier_for
+from patchpipe.offload.gathering import Gathering
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
 from patchpipe.offload.ring import Placement
 from patchpipe.offload.weights import DiskHome, Home, HostHome, Stored, Weight, views, weights_of
@@ -68,6 +69,8 @@ class Offload:
         self._ring: Tensor | None = None
         self._attached: list[AttachedBlocks] = []
         self._numbers: dict[int, int] = {}  # of transformers, by their stages' ids
+        self._gathering = Gathering.over(group) if self.asked.gathered else None
+        self._to_compare = False
 
     def attach(self, stage: Stage) -> Callable[[], None]:
         """Takes a stage's weights to where they come from; its other hooks are on already.
@@ -88,6 +91,8 @@ class Offload:
         )
         chosen = self.chosen = choose(self.asked, inventory, self._means.link, self._means.memory)
         self._give_up_ring()
+        if self._gathering is not None:
+            self._gathering.compare("what stays on the device", [chosen.resident, inventory.weights, chosen.ring])
         try:
             blocks.put(found, chosen)
         except ValueError:
@@ -122,13 +127,23 @@ class Offload:
             size = max(each.chosen.ring for each in self._attached)
             if self._ring is None or self._ring.numel() != size:
                 self._ring = torch.empty(size, dtype=torch.uint8, device=self._group.device)
-            self._copier = self._copier or copier_for(self._group.device, self.asked.throttle)
+            self._copier = self._copier or copier_for(self._group.device, self.asked.throttle, self._gathering)
             gate = self._group.open_gate() if self.chosen.transfers.gate and self._group.world_size > 1 else None
-            self._mover = Mover(self._ring, self._copier, self.chosen.transfers, gate, self._config.timeout)
+            together, timeout = self._gathering is not None, self._config.timeout
+            self._mover = Mover(self._ring, self._copier, self.chosen.transfers, gate, timeout, together=together)
             for each in self._attached:
                 self._mover.add(each.streamed)
             weakref.finalize(self, self._mover.close)  # its thread knows nothing of the model, which may be let go
+        if self._gathering is not None and not self._to_compare:
+            self._to_compare = True
+            self._group.later(self._compare_orders)
         return self._mover
+
+    def _compare_orders(self) -> None:
+        """At the end of a request: ranks that copy together must have run the same blocks."""
+        self._to_compare = False
+        assert self._gathering is not None
+        self._gathering.compare("the blocks that they ran", self._mover.order if self._mover else 0)
 
     @property
     def ring(self) -> Tensor:

@@ -48,7 +48,7 @@ def means_for(
     assert config.offload is not None
     profile = _profile(config, device)
     return Means(
-        upload_link(profile, config.offload.throttle), _memory(pipe, config, device, profile),
+        upload_link(profile, config), _memory(pipe, config, device, profile),
         partial(_seconds, config, profile), stored,
     )  # fmt: skip
 
@@ -84,7 +84,7 @@ def check_memory(
             for place in own
         )
         inventory = Inventory(weights, tuple(_seconds(config, profile, own)))
-        choose(config.offload, inventory, upload_link(profile, config.offload.throttle))
+        choose(config.offload, inventory, upload_link(profile, config))
 
 
 def _profile(config: ParallelConfig, device: torch.device) -> Profile:

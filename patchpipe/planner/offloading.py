@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from patchpipe.config import ParallelConfig
+from patchpipe.layout.axes import Mesh
+from patchpipe.layout.communicators import lines_of
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
+from patchpipe.offload.gathering import LINES
 from patchpipe.offload.model import CONTENTION, Passing, waiting
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.devices import GB
@@ -14,11 +19,19 @@ from patchpipe.planner.work.workload import Block
 OWN_LINKS = ("nvlink", "xgmi")  # exchanges over these do not meet the copies from the host
 
 
-def upload_link(profile: Profile, throttle: float | None = None) -> Link:
-    """What weights come over on a machine, at no more than ``throttle`` gigabytes a second."""
+def upload_link(profile: Profile, config: ParallelConfig) -> Link:
+    """What weights come over on a machine, in a layout with offload.
+
+    Ranks that copy together have a chunk when each has copied its part, and then given it to the others.
+    """
+    assert config.offload is not None
     contention = 0.0 if profile.link.name.startswith(OWN_LINKS) else CONTENTION
-    upload = profile.device.upload
-    return Link(upload if throttle is None else min(upload, throttle * GB), contention)
+    upload = min(profile.device.upload, (config.offload.throttle or math.inf) * GB)
+    if config.offload.gathered:
+        lines = lines_of(Mesh(config.mesh_shape, 0), config.ulysses_inner)
+        ranks = next(len(lines[name]) for name in LINES if name in lines)
+        upload = 1 / (1 / (ranks * upload) + (ranks - 1) / ranks / profile.link.bandwidth)
+    return Link(upload, contention)
 
 
 def choice_for(layout: Layout, stage: int, seconds: Sequence[float], exchanges: Sequence[float]) -> Chosen:
@@ -37,7 +50,7 @@ def choice_for(layout: Layout, stage: int, seconds: Sequence[float], exchanges: 
     assert asked is not None
     weights = tuple(tuple(_weights(block, layout)) for block in layout.held(stage))
     inventory = Inventory(weights, tuple(seconds), tuple(exchanges), layout.workload.transformers)
-    return choose(asked, inventory, upload_link(layout.profile))
+    return choose(asked, inventory, upload_link(layout.profile, layout.config))
 
 
 def stalled(chosen: Chosen, seconds: Sequence[float], exchanges: Sequence[float]) -> float:

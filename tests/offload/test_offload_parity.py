@@ -74,7 +74,8 @@ def beside(name: str, layout: dict[str, Any], asked: OffloadConfig, calls: int =
     """Paints with all weights on the device and with offload; what the ranks tell of it."""
     schedule = STREAM if "distrifusion" not in layout else {"warmup": 1}
     schedule = schedule if not name.startswith("wan") else {"patch_rows": (2, 2, 1), "warmup": 1}
-    stays, goes = ParallelConfig(**layout, **schedule), ParallelConfig(**layout, **schedule, offload=asked)
+    given = {**schedule, **layout}
+    stays, goes = ParallelConfig(**given), ParallelConfig(**given, offload=asked)
     right = run_threads(stays.world_size, paint, name, stays, calls)
     found = run_threads(goes.world_size, paint, name, goes, calls)
     for (expected, _), (made, _) in zip(right, found, strict=True):
