@@ -20,6 +20,7 @@ from patchpipe.offload.choice import Chosen, Inventory, Link, choose
 from patchpipe.offload.copying import Copier, copier_for
 from patchpipe.offload.gathering import Gathering
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
+from patchpipe.offload.riding import Ride, Run
 from patchpipe.offload.ring import Placement
 from patchpipe.offload.weights import DiskHome, Home, HostHome, Stored, Weight, views, weights_of
 from patchpipe.stage.attention import override
@@ -71,6 +72,7 @@ class Offload:
         self._numbers: dict[int, int] = {}  # of transformers, by their stages' ids
         self._gathering = Gathering.over(group) if self.asked.gathered else None
         self._to_compare = False
+        self.ride: Ride | None = None
 
     def attach(self, stage: Stage) -> Callable[[], None]:
         """Takes a stage's weights to where they come from; its other hooks are on already.
@@ -138,6 +140,24 @@ class Offload:
             self._to_compare = True
             self._group.later(self._compare_orders)
         return self._mover
+
+    @property
+    def streams(self) -> bool:
+        """Whether any weight comes and goes."""
+        return any(each.streamed for each in self._attached)
+
+    def together(self, stage: Stage, runs: Sequence[Run]) -> None:
+        """Runs calls of one step of a transformer, from block to block side by side.
+
+        Args:
+            stage: This rank's part of it.
+            runs: The calls.
+        """
+        self.ride = Ride(runs, stage.exchange_work, self.device)
+        try:
+            self.ride.go()
+        finally:
+            self.ride = None
 
     def _compare_orders(self) -> None:
         """At the end of a request: ranks that copy together must have run the same blocks."""
@@ -307,6 +327,11 @@ class WorkingBuffer(Protocol):
         """Its memory, once the mover is there."""
         ...
 
+    @property
+    def ride(self) -> Ride | None:
+        """The calls that go through the blocks together at this moment, if several do."""
+        ...
+
 
 class StreamedBlock:
     """Stands in for the ``forward`` of a block whose weights come and go.
@@ -326,13 +351,27 @@ class StreamedBlock:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's streams."""
+        if self.buffer.ride is not None:
+            return self.buffer.ride.through(self, lambda: self.compute(*args, **kwargs))
+        self.hold()
+        try:
+            return self.compute(*args, **kwargs)
+        finally:
+            self.let_go()
+
+    def hold(self) -> None:
+        """Waits until the block's weights are there."""
         placement = self.buffer.mover.need(self.key)
         try:
             self._put(self._placed(placement))
-            return self.compute(*args, **kwargs)
-        finally:
-            self._put(self._at_home)
-            self.buffer.mover.done()
+        except BaseException:
+            self.let_go()
+            raise
+
+    def let_go(self) -> None:
+        """The block's weights may go."""
+        self._put(self._at_home)
+        self.buffer.mover.done()
 
     def forget(self) -> None:
         """The views that were made are no longer of the buffer."""

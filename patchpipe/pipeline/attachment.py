@@ -80,7 +80,8 @@ class Attachment:
         ]
         group.open_keys(sharing_stages(split))
         shared = shared_with_neighbours(owned, stages[0].places, group)
-        self.runner = Runner(plan, config, group, stages, halves=goes_in_halves(config, split), shared=shared)
+        halves = goes_in_halves(config, split)
+        self.runner = Runner(plan, config, group, stages, halves=halves, shared=shared, offload=offload)
         away = None if offload is None else offload.attach
         self._blocks = [Blocks(stage, part, config, group, away) for stage, part in zip(stages, parts, strict=True)]
         self._adapters = Adapters(pipe, self._blocks, self.runner)

@@ -50,6 +50,13 @@ class Layout:
         """Calls of the transformer in a step that a rank takes part in."""
         return ceil(self.workload.calls / self.config.cfg) if self.workload.guidance == "calls" else 1
 
+    @property
+    def together(self) -> int:
+        """Calls of a step that go through the blocks together, so that offloaded weights come once for them."""
+        config = self.config
+        whole = len(self.patches) == 1 or config.synchronous
+        return self.calls if config.pipefusion == config.distrifusion == 1 and whole else 1
+
     def line(self, axis: str) -> Line:
         """The ranks along an axis: later axes are inside earlier ones."""
         order = ("pipefusion", "distrifusion", "ring", "ulysses", "tensor")

@@ -134,9 +134,9 @@ def total(
     )  # fmt: skip
 
 
-def _spent(blocks: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Seconds of each block, and those of them that go to exchanges."""
-    return [one + other for one, other in blocks], [other for _, other in blocks]
+def _spent(blocks: list[tuple[float, float]], calls: int) -> tuple[list[float], list[float]]:
+    """Seconds of each block for so many calls, and those of them that go to exchanges."""
+    return [calls * (one + other) for one, other in blocks], [calls * other for _, other in blocks]
 
 
 def _each(calls: int, units: list[tuple[float, ...]]) -> tuple[float, ...]:
@@ -175,7 +175,7 @@ class Schedule:
             held = self.layout.held(stage)
             if held not in known:
                 spent = [self._block(block, piece, streams) for block in held]
-                known[held] = choice_for(self.layout, stage, *_spent(spent))
+                known[held] = choice_for(self.layout, stage, *_spent(spent, self.layout.together))
         return tuple(known[self.layout.held(stage)] for stage in range(self.config.pipefusion))
 
     @cached_property
@@ -216,7 +216,8 @@ class Schedule:
                 exchanged = self.link.exposed(exchanged, computed)
             spending = outside + computed + exchanged
             if self.offloads:
-                spending += stalled(self.offloads[stage], *_spent(spent))
+                together = self.layout.together
+                spending += stalled(self.offloads[stage], *_spent(spent, together)) / together
             spending += self.link.exposed(self._keys(stage, piece, patch), spending)
             host.append(self._host(blocks, piece))
             times.append(max(spending, host[-1]))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from patchpipe.distributed.mesh import Group
+from patchpipe.models.plan import ModelPlan
 from patchpipe.parallel.batches import BatchShare, ragged, slice_inputs
+from patchpipe.parallel.sharing import sharing_for
 from patchpipe.schedule.answers import Call
 from patchpipe.schedule.hops import Crossing, Shapes
 from patchpipe.schedule.request import Request
-from patchpipe.stage.context import Streams
+from patchpipe.stage.attending import Sharing
+from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Patch
 from patchpipe.stage.survey import CallShapes
@@ -60,6 +65,29 @@ class Part:
     def _hop(self, call: Call, index: int) -> Shapes:
         return self.shapes.hop(call.stage.places[index].listing, self.share.size, self.piece, index)
 
+    def context(self, call: Call, request: Request, group: Group, alone: Sharing | None) -> CallContext:
+        """What the hooks of the blocks are to know of it.
+
+        Args:
+            call: The call.
+            request: Its request.
+            group: The ranks.
+            alone: How ranks that each have a part of the latent see each other's, if they do.
+        """
+        half, patch = self.share.half, self.patch
+        stores = None if call.stores is None else call.stores[half or 0]
+        context = CallContext(self.piece, self.shapes, stores, memo=self.memo, request_memo=request.memo)
+        context.sharing = alone or sharing_for(group, patch, self.pieces)
+        context.prefixes = call.prefixes[half or 0]
+        context.entries, context.pace, context.draft = self.share.entries, self.pace, self.draft
+        context.turn, context.patches = self.turn, call.cut.patches
+        for keys in call.shared:
+            if keys.own(patch):
+                context.entering[keys.block] = keys.take
+                if not keys.earlier:
+                    context.leaving[keys.block] = partial(keys.give, patch)
+        return context
+
     def blank(self, call: Call, crossing: Crossing, dim: int, device: torch.device) -> Streams | Tensor:
         """Zeros of the shapes in which it leaves this rank's stage.
 
@@ -75,6 +103,12 @@ class Part:
         shape = list(call.shapes.output)
         shape[0], shape[dim] = self.share.size, self.piece.extent
         return torch.zeros(shape, dtype=call.shapes.dtype, device=device)
+
+
+def may_ride(call: Call, parts: Sequence[Part], plan: ModelPlan) -> bool:
+    """Whether a call may wait for others of its step, to go through the blocks with them: one that goes as a whole."""
+    special = plan.second or plan.prefix or call.stores is not None or call.stage.left_out(call.inputs)
+    return len(parts) == 1 and not special
 
 
 def parts_of(call: Call, share: BatchShare, request: Request, group: Group, *, halves: bool) -> list[Part]:

@@ -16,6 +16,7 @@ from patchpipe.distributed.mesh import Group
 from patchpipe.lazy.latent import materialise_tree
 from patchpipe.lockstep.points import Points
 from patchpipe.models.plan import ModelPlan
+from patchpipe.offload.riding import Riders
 from patchpipe.parallel.batches import BatchShare, share_batch
 from patchpipe.parallel.refusals import check_prefix, no_guidance
 from patchpipe.schedule.branches import Branch, watch_for
@@ -164,6 +165,7 @@ class Request:
         self.provenance = 0  # of the latent that is asked for
         self._asked: Any = None  # when the latent was last asked for in full
         self._watch = watch_for(group, self.points)
+        self.riders: Riders | None = None  # where calls of one step go through the blocks together
         self._draw_alike()
 
     # -- the lazy latent's Exchange --------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,15 @@ from patchpipe.models import usual
 from patchpipe.models.dtypes import matrix_dtype
 from patchpipe.models.lora import scaled, split_scale
 from patchpipe.models.plan import ModelPlan
+from patchpipe.offload.offload import Offload
+from patchpipe.offload.riding import Riders
 from patchpipe.parallel.displaced import displaced_for
 from patchpipe.parallel.refusals import check_elsewhere
-from patchpipe.parallel.sharing import changed_for, sharing_for
+from patchpipe.parallel.sharing import changed_for
 from patchpipe.schedule.answers import Answers, Call
 from patchpipe.schedule.branches import Branch
 from patchpipe.schedule.hops import Crossing, Hops, Taken
-from patchpipe.schedule.parts import Part, parts_of
+from patchpipe.schedule.parts import Part, may_ride, parts_of
 from patchpipe.schedule.request import Request, RequestStats
 from patchpipe.schedule.shared_keys import SharedBlock
 from patchpipe.stage.attending import Sharing
@@ -51,6 +53,7 @@ class Runner:
         stages: This rank's part of the transformer, or of each of those that take turns.
         halves: Whether batches go through the stages in halves.
         shared: The blocks that this rank's stage shares with another.
+        offload: Moves the blocks' weights, where not all of them stay on the device.
 
     Attributes:
         dtype: What the model computes in.
@@ -65,9 +68,10 @@ class Runner:
         *,
         halves: bool,
         shared: Sequence[SharedBlock] = (),
+        offload: Offload | None = None,
     ) -> None:
         self.plan, self.config, self.group, self.stages = plan, config, group, stages
-        self._halves, self._shared = halves, shared
+        self._halves, self._shared, self._offload = halves, shared, offload
         self.request: Request | None = None
         self.points = Points(None)  # of the requests being served
         self.stats = [RequestStats()]  # of the requests served last, or being served
@@ -93,6 +97,8 @@ class Runner:
     def serving(self) -> Iterator[Request]:
         """The extent of one request; whatever it kept is gone afterwards."""
         with self.open(), self.serving_one() as request:
+            if self._offload is not None and self.config.pipefusion == self.config.distrifusion == 1:
+                request.riders = Riders(self._offload, 2 if self.plan.guidance == "calls" else 1)
             yield request
             self.end()
 
@@ -140,6 +146,8 @@ class Runner:
 
     def settle(self) -> None:
         """Waits until nothing of them is under way."""
+        if self.request is not None and self.request.riders is not None:
+            self.request.riders.run()
         self._hops.end()
         self.group.drain()
 
@@ -203,7 +211,7 @@ class Runner:
         else:
             plain, scale = split_scale(inputs, usual.ATTENTION_ARGUMENTS)
             with scaled(stage.model, scale):
-                made, second = self._call(plain, cut, branch)
+                made, second = self._call(plain, cut, branch, rides=scale == 1)
             prediction = self.plan.grid.given(made)
             if second is not None:
                 if inputs.get("return_dict", True):
@@ -239,7 +247,9 @@ class Runner:
         if isinstance(latent, PatchTensor) and (latent.cut_dim, latent.bounds) != (self.plan.grid.dim, cut.bounds):
             inputs[self.plan.latent] = latent.materialise("a latent of another shape")
 
-    def _call(self, inputs: dict[str, Any], cut: Cut, branch: Branch) -> tuple[PatchTensor, Tensor | None]:
+    def _call(
+        self, inputs: dict[str, Any], cut: Cut, branch: Branch, *, rides: bool
+    ) -> tuple[PatchTensor, Tensor | None]:
         assert self.request is not None
         latent = inputs[self.plan.latent]
         synchronous = self.request.synchronous(branch, cut, latent.shape[0]) or self.plan.extracts(inputs)
@@ -269,16 +279,21 @@ class Runner:
         alone: Sharing | None = displaced_for(self.group, cut, branch if keeps else None, synchronous, call.pace)
         if keeps and not stored:
             alone = changed_for(self.group, cut, branch, inputs[self.plan.time], synchronous=synchronous)
+        give: Callable[[int], Tensor] = answers.patch
+        riders = self.request.riders if rides and self.group.recorder is None else None
         if share is None:
             for patch in call.patches:
                 answers.expect(patch)
+        elif riders is not None and may_ride(call, parts, self.plan):
+            run = partial(self._stream, call, parts, answers, alone)
+            give = riders.add(latent, call.stage, inputs.values(), run, give)
         else:
             self._stream(call, parts, answers, alone)
         second = answers.second(self._seconds) if self.plan.second else None
         self.points.finish()
         return PatchTensor.promise(
             call.shapes.output, call.shapes.dtype, latent.device, self.plan.grid.dim, cut.bounds,
-            answers.patch if self.group.first else None, self.request,
+            give if self.group.first else None, self.request,
         ), second  # fmt: skip
 
     def _stream(self, call: Call, parts: Sequence[Part], answers: Answers, alone: Sharing | None) -> None:
@@ -296,7 +311,8 @@ class Runner:
         trailing: list[CallContext] = []
         failure: Exception | None = None
         for part, crossing, receives in zip(parts, crossings, expected, strict=True):
-            context = self._context(call, part, alone)
+            assert self.request is not None
+            context = part.context(call, self.request, self.group, alone)
             result, failure = self._try(call, part, crossing, receives, context, failure)
             if context.trailing is not None:
                 trailing.append(context)
@@ -341,22 +357,6 @@ class Runner:
                     raise
                 failure = error
         return part.blank(call, crossing, self.plan.grid.dim, call.inputs[self.plan.latent].device), failure
-
-    def _context(self, call: Call, part: Part, alone: Sharing | None) -> CallContext:
-        assert self.request is not None
-        half, patch = part.share.half, part.patch
-        stores = None if call.stores is None else call.stores[half or 0]
-        context = CallContext(part.piece, part.shapes, stores, memo=part.memo, request_memo=self.request.memo)
-        context.sharing = alone or sharing_for(self.group, patch, part.pieces)
-        context.prefixes = call.prefixes[half or 0]
-        context.entries, context.pace, context.draft = part.share.entries, part.pace, part.draft
-        context.turn, context.patches = part.turn, call.cut.patches
-        for keys in call.shared:
-            if keys.own(patch):
-                context.entering[keys.block] = keys.take
-                if not keys.earlier:
-                    context.leaving[keys.block] = partial(keys.give, patch)
-        return context
 
     def _give_keys(self, call: Call, patch: Patch) -> None:
         """Sends the keys and values of a block that the next stage runs too, after the streams it waits for."""

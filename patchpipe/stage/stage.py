@@ -165,6 +165,16 @@ class Stage:
         rows = spans_of(prediction, self.plan.grid.dim, context.patch)
         return rows[0].contiguous() if len(rows) == 1 else torch.cat(rows, self.plan.grid.dim)
 
+    def exchange_work(self, other: Any) -> Any:
+        """Takes what a run is at work with, and gives back what the run before it was, which goes on later.
+
+        Args:
+            other: What this gave back before; ``None`` for a run that begins.
+        """
+        mine = self.passage.context, self._kept, self._beside, self._cache
+        self.passage.context, self._kept, self._beside, self._cache = other or (None,) * 4
+        return mine
+
     def _second(self, context: CallContext) -> Tensor:
         """This rank's rows of the second output, of which the root has the whole unless it was never put back."""
         assert self._beside is not None

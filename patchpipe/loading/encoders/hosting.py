@@ -83,6 +83,7 @@ class HostedEncoder:
         self._transfers = Transfers(0.0, CHUNK, AHEAD, gate=False)
         self._ring: Tensor | None = None
         self._mover: Mover | None = None
+        self.ride = None  # calls are made one by one
         self._lock = threading.RLock()
         self._running = 0
 
