@@ -97,8 +97,6 @@ class Runner:
     def serving(self) -> Iterator[Request]:
         """The extent of one request; whatever it kept is gone afterwards."""
         with self.open(), self.serving_one() as request:
-            if self._offload is not None and self.config.pipefusion == self.config.distrifusion == 1:
-                request.riders = Riders(self._offload, 2 if self.plan.guidance == "calls" else 1)
             yield request
             self.end()
 
@@ -158,6 +156,8 @@ class Runner:
             self.config, self.plan, self.group, number, halves=self._halves, shared=self._shared,
             points=self.points, stage=self.stages[0],
         )  # fmt: skip
+        if self._offload is not None and self.config.pipefusion == self.config.distrifusion == 1:
+            request.riders = Riders(self._offload, 2 if self.plan.guidance == "calls" else 1)
         self.stats[number % len(self.stats)] = request.stats
         request.traffic.resume()
         try:

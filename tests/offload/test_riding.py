@@ -17,8 +17,10 @@ from patchpipe.planner.machine.profiles import Profile
 from patchpipe.planner.predict import predict
 from patchpipe.planner.schedule import Schedule
 from patchpipe.planner.work.named import Asked, workload_for
+from patchpipe.schedule.steps.verbs import Keys
 from tests import tiny
 from tests.offload.test_offload_parity import paint, poisoned
+from tests.schedule.test_stream import attached, carry, hold_and_go_on, latent, live_through, numbers, seeded
 from tests.support.parity import call_pipeline
 from tests.support.ranks import Place, quieten
 from tests.support.threads import run_threads
@@ -69,6 +71,41 @@ def test_ranks_paint_the_same(layout: dict[str, Any], asked: OffloadConfig, ofte
     for (expected, _), (made, told) in zip(plain, found, strict=True):
         assert expected[0] is None or torch.equal(made[0], expected[0])
         assert passes(told) == often
+
+
+def test_requests_in_flight_together_each_make_theirs_together() -> None:
+    calls = [
+        {**tiny.call_arguments("qwen", steps=steps), "output_type": "latent", "prompt": prompt}
+        for steps, prompt in ((STEPS, "owl"), (3, "fox"))
+    ]
+    pipe = tiny.pipeline("qwen")
+    alone = [tiny.painted(pipe(**call, generator=torch.Generator().manual_seed(1))) for call in calls]
+    parallelize(pipe, ParallelConfig(warmup="all", offload=ALL))
+    made = pipe.patchpipe.together([{**call, "generator": torch.Generator().manual_seed(1)} for call in calls])
+    for one, other in zip(made, alone, strict=True):
+        assert torch.equal(tiny.painted(one), other)
+    assert passes(pipe.patchpipe.offload.as_dict()) == STEPS + 3
+
+
+@pytest.mark.parametrize("layout", [{}, {"ulysses": 2, "patch_rows": None}], ids=["one rank", "ulysses"])
+def test_requests_that_come_and_go_paint_what_they_paint_alone(layout: dict[str, Any]) -> None:
+    ranks = layout.get("ulysses", 1)
+    given = {**layout, "warmup": "all", "offload": ALL}
+    assert run_threads(ranks, live_through, "qwen", given) == [[]] * ranks
+    for found in run_threads(ranks, hold_and_go_on, "qwen", given, Keys.DROPPED):
+        assert all(found.values()), found
+
+
+def test_a_request_saved_between_two_calls_of_a_step_goes_on_elsewhere() -> None:
+    expected = tiny.pipeline("qwen")(**latent(tiny.call_arguments("qwen", steps=4)), generator=seeded(0))
+    for turns in (2, 3, 4, 5):
+
+        def carry_away(place: Place, state: bytes | None, turns: int = turns) -> Any:
+            return carry(attached(place, "qwen", warmup="all", offload=ALL), "qwen", state, turns)
+
+        [state] = run_threads(1, carry_away, None)
+        [(found, _)] = run_threads(1, carry_away, state)
+        assert (found == numbers(expected)).all(), turns
 
 
 def test_without_guidance_nothing_waits_for_long() -> None:
