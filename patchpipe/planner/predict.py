@@ -152,8 +152,8 @@ def calibrated(workload: Workload, profile: Profile, seconds: float) -> Profile:
 
 def _uploaded(layout: Layout, stage: int, chosen: Chosen) -> int:
     """A stage's blocks run once for every patch, half and call of a step; their weights come as often, or less."""
-    passes = len(layout.patches) * layout.halves * layout.calls // layout.together
-    return passes * sum(chosen.streamed)
+    patches = 1 if layout.config.synchronous else len(layout.patches) * layout.halves
+    return patches * layout.calls // layout.together * sum(chosen.streamed)
 
 
 def _traffic(layout: Layout) -> dict[str, float]:

@@ -352,3 +352,6 @@ def test_the_planner_counts_one_copy_a_step() -> None:
     staged = predict(workload, ParallelConfig(pipefusion=2, patches=2, offload=asked), card)
     first = Schedule(Layout(workload, staged.config, card)).offloads[0]
     assert staged.uploads[0] == 2 * 2 * sum(first.streamed), "for every patch of both calls"
+    exact = predict(workload, ParallelConfig(pipefusion=2, patches=2, warmup="all", offload=asked), card)
+    first = Schedule(Layout(workload, exact.config, card)).offloads[0]
+    assert exact.uploads[0] == 2 * sum(first.streamed), "whole, for both calls"
