@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from patchpipe.config import ParallelConfig
+from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.mesh import Group
+from patchpipe.errors import PatchpipeError
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.models.blocks import BlockPlace
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
 from patchpipe.offload.copying import Copier, copier_for
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
 from patchpipe.offload.ring import Placement
-from patchpipe.offload.weights import DiskHome, Home, HostHome, Stored, Weight, views, weights_of
+from patchpipe.offload.shared.sharing import InHost, Sharing, digest_of, in_host
+from patchpipe.offload.weights import DiskHome, Home, Stored, Weight, views, weights_of
 from patchpipe.stage.attention import override
 from patchpipe.stage.stage import Stage
 
@@ -67,6 +70,7 @@ class Offload:
         self._mover: Mover | None = None
         self._ring: Tensor | None = None
         self._attached: list[AttachedBlocks] = []
+        self._sharing = Sharing(group.rank)
         self._numbers: dict[int, int] = {}  # of transformers, by their stages' ids
 
     def attach(self, stage: Stage) -> Callable[[], None]:
@@ -77,25 +81,43 @@ class Offload:
 
         Raises:
             ValueError: The memory is too small, or a weight cannot be moved.
+            PatchpipeError: A rank that holds the same weights failed.
         """
         blocks = AttachedBlocks(stage, self)
-        found = [blocks.weights(place) for place in stage.blocks]
-        inventory = Inventory(
-            tuple(tuple(weight.nbytes for weight in weights) for weights in found),
-            tuple(self._means.seconds(stage.blocks)),
-            transformers=self._transformers,
-            fixed=blocks.fixed,
-        )
-        chosen = self.chosen = choose(self.asked, inventory, self._means.link, self._means.memory)
+        found, problem = attempt(lambda: self._choose(blocks))
+        sharing = self._sharing = self._share(found, problem)
+        assert found is not None
+        weights, self.chosen = found
         self._give_up_ring()
         try:
-            blocks.put(found, chosen)
-        except ValueError:
+            blocks.put(weights, self.chosen, sharing)
+        except (ValueError, PatchpipeError):
             blocks.restore()
             raise
         self._attached.append(blocks)
         logger.info("%s", self.describe())
         return lambda: self._detach(blocks)
+
+    def _choose(self, blocks: AttachedBlocks) -> tuple[list[list[Weight]], Chosen]:
+        """The weights of a stage's blocks, and which of them stay."""
+        places = blocks.stage.blocks
+        found = [blocks.weights(place) for place in places]
+        inventory = Inventory(
+            tuple(tuple(weight.nbytes for weight in weights) for weights in found),
+            tuple(self._means.seconds(places)),
+            transformers=self._transformers,
+            fixed=blocks.fixed,
+        )
+        return found, choose(self.asked, inventory, self._means.link, self._means.memory)
+
+    def _share(self, found: tuple[list[list[Weight]], Chosen] | None, problem: Exception | None) -> Sharing:
+        """The ranks whose weights are in host memory once; raises the problem of any of them."""
+        if self.asked.tier == "host":
+            digest = None if found is None else digest_of(found[0], found[1].resident)
+            return Sharing.among(self._group, digest, problem)
+        if problem is not None:
+            raise problem
+        return Sharing(self._group.rank)
 
     def key(self, stage: Stage, place: BlockPlace) -> str:
         """A block's name among all that come and go."""
@@ -151,6 +173,11 @@ class Offload:
         """What was copied since the blocks were attached."""
         return MoverStats() if self._mover is None else self._mover.stats
 
+    @property
+    def host(self) -> InHost:
+        """What of the weights is in host memory."""
+        return in_host([home for each in self._attached for home in each.homes], self._sharing.ranks)
+
     def as_dict(self) -> dict[str, Any]:
         """What was picked and done, as plain data."""
         assert self.chosen is not None
@@ -163,6 +190,9 @@ class Offload:
             "chunk_bytes": chosen.transfers.chunk,
             "depth": chosen.transfers.depth,
             "gate": chosen.transfers.gate,
+            "host_bytes": self.host.bytes,
+            "host_shared_bytes": self.host.shared,
+            "host_ranks": list(self.host.ranks),
             **asdict(self.stats),
         }
 
@@ -176,7 +206,7 @@ class Offload:
             f"offload: {chosen.share:.0%} of the blocks' weights stay on the device ({chosen.stays / 1e6:,.1f} MB); "
             f"{sum(chosen.streamed) / 1e6:,.1f} MB come from the {self.asked.tier} in every pass, in chunks of "
             f"{chosen.transfers.chunk / 1e6:,.2f} MB, {chosen.transfers.depth} ahead, through a buffer of "
-            f"{chosen.ring / 1e6:,.1f} MB; {'with' if chosen.transfers.gate else 'without'} the gate"
+            f"{chosen.ring / 1e6:,.1f} MB; {'with' if chosen.transfers.gate else 'without'} the gate{self.host.words}"
         )
 
 
@@ -191,6 +221,8 @@ class AttachedBlocks:
         fixed: Bytes of weights that cannot move.
         streamed: What comes for each block.
         chosen: What was picked.
+        sharing: The ranks whose weights are in host memory once.
+        homes: Where the weights of each block come from that has any to come.
     """
 
     def __init__(self, stage: Stage, offload: Offload) -> None:
@@ -198,9 +230,10 @@ class AttachedBlocks:
         self.fixed = 0
         self.streamed: dict[Any, Streamed] = {}
         self.chosen: Chosen
+        self.sharing: Sharing
         self._undo: list[Callable[[], None]] = []
         self._moved: list[tuple[Weight, torch.device]] = []
-        self._homes: list[Home] = []
+        self.homes: list[Home] = []
         self._blocks: list[StreamedBlock] = []
         self._uses = _uses(stage.model)
 
@@ -215,9 +248,9 @@ class AttachedBlocks:
             self.fixed += each.numel() * each.element_size()
         return found
 
-    def put(self, found: Sequence[Sequence[Weight]], chosen: Chosen) -> None:
+    def put(self, found: Sequence[Sequence[Weight]], chosen: Chosen, sharing: Sharing) -> None:
         """Takes every weight to where it is to be."""
-        self.chosen = chosen
+        self.chosen, self.sharing = chosen, sharing
         places = self.stage.blocks
         kept = [set(numbers) for numbers in chosen.resident]
         coming = [
@@ -255,10 +288,10 @@ class AttachedBlocks:
             stored = self.offload._means.stored.get(id(self.stage.model), {})
             home = DiskHome(weights, stored, self.chosen.transfers.chunk, pinned=cuda)
         else:
-            home = HostHome(weights, pinned=cuda)
+            home = self.sharing.home(weights, pinned=cuda)
             for weight in weights:
                 weight.settle()
-        self._homes.append(home)
+        self.homes.append(home)
         return home
 
     def forget(self) -> None:
@@ -273,9 +306,9 @@ class AttachedBlocks:
         while self._moved:
             weight, device = self._moved.pop()
             _put_back(weight, device)
-        for home in self._homes:
+        for home in self.homes:
             home.close()
-        self._homes.clear()
+        self.homes.clear()
         self._blocks.clear()
 
 
@@ -294,9 +327,19 @@ class StreamedBlock:
         self.compute: Callable[..., Any] = place.block.forward
         self._at_home = [module._parameters[leaf] for module, leaf in (each.owners[0] for each in weights)]
         self._views: dict[int, list[nn.Parameter]] = {}  # by where in the buffer the block begins
+        self._versions = self._count_writes()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's streams."""
+        """The block's streams.
+
+        Raises:
+            ValueError: A weight was written in place, which what was copied ahead and other ranks do not know of.
+        """
+        if self._count_writes() != self._versions:
+            raise ValueError(
+                f"a weight of {self.key} was written in place while weights come and go: call patchpipe.restore(pipe), "
+                f"write, and call parallelize again; diffusers' own methods for LoRA need nothing of this"
+            )
         placement = self.offload.mover.need(self.key)
         try:
             self._put(self._placed(placement))
@@ -304,6 +347,10 @@ class StreamedBlock:
         finally:
             self._put(self._at_home)
             self.offload.mover.done()
+
+    def _count_writes(self) -> list[int]:
+        tensors = [*self._at_home, *(one for weight in self.weights for one in weight.plain)]
+        return [each._version for each in tensors if each is not None and not each.is_inference()]
 
     def forget(self) -> None:
         """The views that were made are no longer of the buffer."""

@@ -17,6 +17,7 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
+from patchpipe.errors import PatchpipeError
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.split import StageBlocks, sharing_stages
 from patchpipe.lazy.latent import materialise_tree
@@ -214,7 +215,7 @@ class Attachment:
         for stage, blocks in zip(self.runner.stages, self._blocks, strict=True):
             try:
                 blocks.attach()
-            except ValueError:
+            except (ValueError, PatchpipeError):
                 self._hooks.undo()
                 self.group.close()
                 raise
