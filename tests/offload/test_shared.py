@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import os
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,10 +22,10 @@ import patchpipe
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.errors import RankFailed, RankLost
 from patchpipe.layout.axes import Mesh
+from patchpipe.offload import offload as offloading
 from patchpipe.offload.shared import file, home, sharing
 from patchpipe.offload.shared.file import MemoryFile, Place
 from patchpipe.offload.weights import weights_of
-from patchpipe.pipeline.pretrained import from_pretrained
 from tests import tiny
 from tests.support.parity import call_pipeline
 from tests.support.ranks import Place as Rank
@@ -63,9 +66,8 @@ def test_what_is_written_in_a_private_mapping_nobody_else_sees() -> None:
 
 
 def test_another_file_of_that_number_is_not_taken() -> None:
-    with MemoryFile(100) as made, MemoryFile(100) as other:
-        with pytest.raises(OSError, match="is another file here"):
-            Place(made.place.path, other.place.mark, 100).mapped(private=True)
+    with MemoryFile(100) as made, MemoryFile(100) as other, pytest.raises(OSError, match="is another file here"):
+        Place(made.place.path, other.place.mark, 100).mapped(private=True)
 
 
 def test_memory_is_gone_with_its_last_mapping() -> None:
@@ -80,6 +82,7 @@ def test_memory_is_gone_with_its_last_mapping() -> None:
 
 def memory_files() -> int:
     """How many files in memory this process has open or mapped."""
+    gc.collect()
     maps = Path("/proc/self/maps").read_text().splitlines()
     links = [os.readlink(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd") if _there(each)]
     return sum("memfd:patchpipe" in each for each in (*maps, *links))
@@ -249,21 +252,276 @@ def mapped_bytes(kind: str) -> int:
     return found
 
 
-def painted_and_counted(rank: Rank) -> tuple[Tensor | None, tuple[int, int], tuple[int, int, list[int]]]:
+def painted_and_counted(rank: Rank) -> tuple[Any, tuple[int, int], tuple[int, int, list[int]]]:
     pipe = attached(rank)
     made = call_pipeline(pipe, tiny.call_arguments("flux"))
     pipe.patchpipe.group.agree({})
     counted = mapped_bytes("Rss"), mapped_bytes("Pss")
     pipe.patchpipe.group.agree({})
-    return None if made is None else tiny.painted(made), counted, host_of(pipe)
+    return None if made is None else np.asarray(tiny.painted(made)), counted, host_of(pipe)
 
 
 def test_processes_paint_from_one_copy() -> None:
-    plain = tiny.painted(call_pipeline(tiny.pipeline("flux"), tiny.call_arguments("flux")))
     found = run_ranks(2, painted_and_counted)
-    assert torch.equal(found[0][0], run_threads(2, paint, replace(TWO, offload=None), "flux")[0][0])
-    assert found[0][0].shape == plain.shape
+    expected = run_threads(2, paint, replace(TWO, offload=None), "flux")[0][0]
+    assert np.array_equal(found[0][0], expected)
     total, shared, _ = found[0][2]
     assert shared == total
     assert all(rss >= total for _, (rss, _), _ in found)
     assert sum(pss for _, (_, pss), _ in found) < 1.3 * total  # whole pages of every block
+
+
+# -- who writes ----------------------------------------------------------------------------------
+
+
+def fused_and_back(rank: Rank, config: ParallelConfig, path: Path) -> list[tuple[Any, Any]]:
+    """What is painted bare, with LoRA beside the matrices, in them, and taken out again."""
+    pipe = attached(rank, config)
+    found = []
+    steps = (lambda: None, lambda: pipe.load_lora_weights(path), pipe.fuse_lora, pipe.unfuse_lora)
+    for step in (*steps, pipe.unload_lora_weights):
+        step()
+        made = call_pipeline(pipe, arguments_for(config, "flux"))
+        told = None if config.offload is None else host_of(pipe)
+        found.append((None if made is None else np.asarray(tiny.painted(made)), told))
+    patchpipe.restore(pipe)
+    return found
+
+
+@pytest.mark.parametrize("layout", [{"ulysses": 2}, {"data": 2}])
+def test_lora_is_fused_once_by_every_rank(layout: dict[str, Any], tmp_path: Path) -> None:
+    path = loras.save(tiny.pipeline("flux"), tmp_path)
+    config = ParallelConfig(**layout, warmup="all", offload=ALL, timeout=60)
+    right = run_ranks(2, fused_and_back, replace(config, offload=None), path)[0]
+    ranks = run_ranks(2, fused_and_back, config, path)
+    for (expected, _), (painted, _) in zip(right, ranks[0], strict=True):
+        assert np.array_equal(painted, expected)
+    assert not np.array_equal(right[0][0], right[2][0])
+    for _, (total, shared, _) in (*ranks[0], *ranks[1]):
+        assert total == shared > 0  # also of what each has fused for itself: it is the same again
+
+
+def changed_on_the_way(rank: Rank, config: ParallelConfig, path: Path) -> Any:
+    """What is painted where LoRA is fused after the second step."""
+    pipe = attached(rank, config)
+
+    def then(pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            pipe.load_lora_weights(path)
+            pipe.fuse_lora()
+        return kept
+
+    made = call_pipeline(pipe, {**arguments_for(config, "flux"), "callback_on_step_end": then})
+    return None if made is None else np.asarray(tiny.painted(made))
+
+
+def test_lora_fused_between_two_steps_is_shared_again(tmp_path: Path) -> None:
+    path = loras.save(tiny.pipeline("flux"), tmp_path)
+    config = ParallelConfig(pipefusion=2, ulysses=2, warmup="all", offload=ALL, timeout=60)
+    right, found = (run_ranks(4, changed_on_the_way, each, path) for each in (replace(config, offload=None), config))
+    assert np.array_equal(right[0], found[0])
+    assert not np.array_equal(right[0], np.asarray(run_threads(4, paint, config, "flux")[0][0]))
+
+
+def test_a_rank_that_writes_writes_for_itself() -> None:
+    def work(rank: Rank) -> tuple[bool, bool]:
+        pipe = attached(rank)
+        before = [one.detach().clone() for block in blocks_of(pipe) for one in block.parameters()]
+        group = pipe.patchpipe.group
+        group.agree({})
+        patchpipe.restore(pipe)
+        with torch.no_grad():
+            if rank.rank == 0:
+                for block in blocks_of(pipe):
+                    for one in block.parameters():
+                        one.add_(1.0)
+        time.sleep(0.2)
+        after = [one.detach() for block in blocks_of(pipe) for one in block.parameters()]
+        same = [torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+        return all(same), any(same)
+
+    assert run_threads(2, work) == [(False, False), (True, True)]
+
+
+def test_what_was_written_in_place_is_refused() -> None:
+    pipe = tiny.pipeline("flux")
+    patchpipe.parallelize(pipe, ParallelConfig(offload=ALL))
+    call_pipeline(pipe, tiny.call_arguments("flux"))
+    with torch.no_grad():
+        blocks_of(pipe)[1].attn.to_q.weight.mul_(2)
+    with pytest.raises(ValueError, match=r"weight of transformer_blocks\.1 was written in place .*restore\(pipe\)"):
+        call_pipeline(pipe, tiny.call_arguments("flux"))
+
+
+def test_what_the_device_copies_by_itself_is_shared_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with CUDA, where locked memory is mapped apart from that in which parameters lie."""
+    locked: list[int] = []
+    monkeypatch.setattr(home, "pin", lambda memory: not locked.append(memory.data_ptr()))
+    monkeypatch.setattr(home, "unpin", lambda memory: locked.remove(memory.data_ptr()))
+    monkeypatch.setattr(sharing.Sharing, "home", partialmethod(_pinned, sharing.Sharing.home))
+    total, shared, ranks = beside(TWO)[0]
+    assert (shared, ranks) == (total, [0, 1])
+    assert not locked  # all of it was let go in the end
+
+
+def _pinned(self: sharing.Sharing, home: Callable[..., Any], weights: Any, *, pinned: bool) -> Any:
+    assert not pinned
+    return home(self, weights, pinned=True)
+
+
+# -- what cannot be shared -----------------------------------------------------------------------
+
+
+def other_values(rank: int, pipe: Any) -> None:
+    """The second rank has other values in one block: a LoRA was fused there, say."""
+    if rank == 1:
+        with torch.no_grad():
+            blocks_of(pipe)[0].attn.to_q.weight.mul_(1.5)
+
+
+def other_layout(rank: int, pipe: Any) -> None:
+    """The second rank's matrix has the same values in another order."""
+    if rank == 1:
+        weight = blocks_of(pipe)[0].attn.to_q.weight
+        weight.data = weight.data.t().contiguous().t()
+
+
+def test_blocks_that_differ_are_not_shared(caplog: pytest.LogCaptureFixture) -> None:
+    config = ParallelConfig(data=2, warmup="all", offload=ALL, timeout=60)
+    for total, shared, ranks in beside(config, prepare=other_values):
+        assert ranks == [0, 1]
+        assert 0 < shared < total
+    told = [record.getMessage() for record in caplog.records if "share" in record.getMessage()]
+    assert told == [
+        "offload: rank 1 does not share all its weights with ranks 0: "
+        "transformer_blocks.0.attn.to_q.weight has other values there"
+    ]
+
+
+def test_ranks_that_would_pack_otherwise_share_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    config = ParallelConfig(data=2, warmup="all", offload=ALL, timeout=60)
+    for total, shared, ranks in beside(config, prepare=other_layout):
+        assert total > 0
+        assert (shared, ranks) == (0, [])
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("they have other weights, or have chosen others to stay" in line for line in told) == 2
+
+
+def test_ranks_of_other_hosts_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "host_name", lambda: threading.current_thread().name)
+    assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]
+
+
+def test_a_file_that_cannot_be_mapped_is_not_shared(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = Place.mapped
+
+    def forbidden(place: Place, *, private: bool) -> Tensor:
+        if threading.current_thread().name == "rank 1":
+            raise PermissionError(f"{place.path}: this process may not")
+        return original(place, private=private)
+
+    monkeypatch.setattr(Place, "mapped", forbidden)
+    assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]
+    told = [record.getMessage() for record in caplog.records if "share" in record.getMessage()]
+    assert len(told) == 1
+    assert re.search("rank 1 does not share all its weights with ranks 0: /proc/.*this process may not", told[0])
+
+
+def test_too_little_memory_for_files_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_file: int, _start: int, size: int) -> None:
+        raise OSError(f"there are no {size} bytes")
+
+    monkeypatch.setattr(file.os, "posix_fallocate", full)
+    before = memory_files()
+    assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]
+    assert memory_files() == before
+    told = [record.getMessage() for record in caplog.records if "share" in record.getMessage()]
+    assert len(told) == 2
+    assert any("rank 0 found: there are no" in line for line in told)
+
+
+# -- the end -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_of_several_models_and_rounds() -> None:
+    before = memory_files()
+
+    def work(rank: Rank) -> int:
+        pipes = [tiny.pipeline("flux"), tiny.pipeline("sd3")]
+        counted = 0
+        for _ in range(2):
+            for pipe, name in zip(pipes, ("flux", "sd3"), strict=True):
+                patchpipe.parallelize(pipe, TWO, group=rank.join(TWO))
+                call_pipeline(pipe, tiny.call_arguments(name))
+            pipes[0].patchpipe.group.agree({})
+            counted = max(counted, memory_files())
+            pipes[0].patchpipe.group.agree({})
+            for pipe in pipes:
+                patchpipe.restore(pipe)
+        return counted
+
+    assert min(run_threads(2, work)) > before
+    assert memory_files() == before
+
+
+def test_no_file_stays_open() -> None:
+    def work(rank: Rank) -> list[str]:
+        pipe = attached(rank)
+        pipe.patchpipe.group.agree({})
+        links = [os.readlink(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd") if _there(each)]
+        pipe.patchpipe.group.agree({})
+        return [link for link in links if "patchpipe-" in link]
+
+    assert run_threads(2, work) == [[], []]
+
+
+# -- ranks that fail -----------------------------------------------------------------------------
+
+
+def dies(rank: Rank, when: str) -> str | None:
+    """The second rank dies when it comes to a point; what the first one makes of it."""
+    if rank.rank == 1:
+        owner, name = (offloading, "digest_of") if when == "before" else (sharing, "SharedHome")
+        setattr(owner, name, lambda *_, **__: os._exit(1))
+    began = time.monotonic()
+    pipe = tiny.pipeline("flux")
+    try:
+        config = replace(TWO, timeout=5 if when == "before" else 100)
+        patchpipe.parallelize(pipe, config, group=rank.join(config))
+    except (RankLost, RankFailed) as error:
+        return f"{type(error).__name__} after {time.monotonic() - began < 20}: {error}"
+    return None
+
+
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [
+        ("before", "rank 1 did not answer within 5 s"),
+        ("while packing", "rank 1 .*: its process has died or was killed"),
+    ],
+)
+def test_a_rank_that_dies_is_named(when: str, message: str) -> None:
+    told = run_ranks(2, dies, when, mortal=[1])[0]
+    assert re.search(f"^RankLost after True: {message}", told)
+
+
+def test_a_problem_of_one_rank_is_told_by_the_others() -> None:
+    def work(rank: Rank) -> str:
+        pipe = tiny.pipeline("flux")
+        if rank.rank == 1:
+            blocks_of(pipe)[0].attn.to_q.weight = nn.Parameter(Odd(blocks_of(pipe)[0].attn.to_q.weight.data))
+        with pytest.raises((ValueError, RankFailed)) as raised:
+            patchpipe.parallelize(pipe, TWO, group=rank.join(TWO))
+        return f"{raised.type.__name__}: {raised.value}"
+
+    first, second = run_threads(2, work)
+    assert second.startswith("ValueError: transformer_blocks.0.attn.to_q.weight is a Odd, which cannot be taken apart")
+    assert first == f"RankFailed: rank 1 failed first: {second}"
+
+
+class Odd(Tensor):
+    """A tensor of a kind that nobody knows."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -14,10 +13,6 @@ import torch.distributed as dist
 from patchpipe.distributed.failures import Failures
 
 FIRST_LOOK, LONGEST_LOOK = 0.0005, 0.02  # seconds between two looks at the store
-
-
-class SilentPeer(Exception):
-    """A rank has died, or told nothing before the deadline."""
 
 
 class Peers:
@@ -44,40 +39,40 @@ class Peers:
         """Tells plain data of a topic, once.
 
         Raises:
-            SilentPeer: The store is gone.
+            PatchpipeError: The store is gone.
         """
-        with _store_may_be_gone():
+        with self._failures.explaining("the store"):
             self._store.set(self._key(topic, self._rank), json.dumps(what))
 
     def hear(self, topic: str, rank: int) -> Any:
         """What a rank tells of a topic.
 
         Raises:
-            SilentPeer: It has told nothing in time, or it has died.
-            PatchpipeError: Another rank has failed first.
+            RankLost: It has told nothing in time, or it has died.
+            RankFailed: Another rank has failed first.
         """
         key, until, pause = self._key(topic, rank), monotonic() + self._timeout, FIRST_LOOK
-        with _store_may_be_gone():
+        with self._failures.explaining(f"rank {rank}"):
             while not self._store.check([key]):
-                self._look_at(rank, key)
-                if monotonic() >= until:
-                    raise SilentPeer(f"rank {rank} did not answer within {self._timeout:g} s")
+                self._look_at(rank, key, until)
                 sleep(pause)
                 pause = min(2 * pause, LONGEST_LOOK)
             return json.loads(self._store.get(key))
 
-    def _look_at(self, rank: int, key: str) -> None:
+    def _look_at(self, rank: int, key: str, until: float) -> None:
         """Ends a wait that has become vain."""
         told = self._failures.told()
         if told is not None:
             raise told
         gone = rank in self._processes and not _alive(self._processes[rank])
         if gone and not self._store.check([key]):
-            raise SilentPeer(f"the process of rank {rank} has ended")
+            raise self._failures.explain_to_all(ProcessLookupError("it no longer runs"), f"rank {rank}")
+        if monotonic() >= until:
+            raise self._failures.explain_to_all(TimeoutError("timed out"), f"rank {rank}")
 
     def forget(self, topic: str) -> None:
         """Clears the store of a topic that all have heard of."""
-        with _store_may_be_gone():
+        with self._failures.explaining("the store"):
             for rank in self.ranks:
                 self._store.delete_key(self._key(topic, rank))
 
@@ -88,14 +83,6 @@ class Peers:
 
     def _key(self, topic: str, rank: int) -> str:
         return f"{self._name}/{topic}/{rank}"
-
-
-@contextmanager
-def _store_may_be_gone() -> Iterator[None]:
-    try:
-        yield
-    except dist.DistError as error:
-        raise SilentPeer(f"the store where the ranks met is gone ({error})") from error
 
 
 def _alive(process: int) -> bool:

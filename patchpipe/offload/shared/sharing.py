@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from patchpipe.distributed.joining import host_name
 from patchpipe.distributed.mesh import Group
@@ -21,7 +20,7 @@ from patchpipe.errors import RankFailed
 from patchpipe.layout.axes import Mesh
 from patchpipe.offload.shared.file import MemoryFile, Place
 from patchpipe.offload.shared.home import OtherWeights, SharedHome, packed
-from patchpipe.offload.shared.peers import Peers, SilentPeer
+from patchpipe.offload.shared.peers import Peers
 from patchpipe.offload.weights import Home, HostHome, Shape, Weight
 
 logger = logging.getLogger("patchpipe")
@@ -104,7 +103,6 @@ class Sharing:
     def __init__(self, rank: int, ranks: Sequence[int] = (), peers: Peers | None = None) -> None:
         self.ranks = tuple(ranks) or (rank,)
         self._rank, self._peers, self._blocks = rank, peers, 0
-        self._silent: set[int] = set()
         self._noted = False
 
     @classmethod
@@ -119,6 +117,7 @@ class Sharing:
         Raises:
             Exception: This rank's problem.
             RankFailed: Another rank has one that this one has not.
+            RankLost: Another rank did not say what it would pack.
         """
         ranks = () if group.store is None else holders(group.mesh)
         if group.store is None or len(ranks) < 2:
@@ -140,15 +139,15 @@ class Sharing:
             pinned: Whether the device can copy from it by itself.
 
         Raises:
-            PatchpipeError: Another rank has failed.
+            PatchpipeError: Another rank has failed or died.
         """
         self._blocks += 1
-        if self._peers is None or len(self.ranks) == 1 or self._silent.issuperset(self._others):
+        if self._peers is None or len(self.ranks) == 1:
             return HostHome(weights, pinned=pinned)
         share = self._lead if self._rank == self.ranks[0] else self._follow
         try:
             return share(self._peers, f"block {self._blocks}", weights, pinned)
-        except (OSError, SilentPeer, OtherWeights) as problem:
+        except (OSError, OtherWeights) as problem:
             self._note(str(problem))
             return HostHome(weights, pinned=pinned)
 
@@ -163,37 +162,22 @@ class Sharing:
                 packed(file.place, weights)
                 home = SharedHome(file.place, weights, pinned=pinned, compared=False)
                 peers.tell(topic, asdict(file.place))
-                took = [self._took(peers, topic, rank) for rank in self._others]
+                took = [peers.hear(topic, rank) for rank in self._others]
                 home.shared = any(took)
         except OSError as problem:
             peers.tell(topic, {"problem": str(problem)})
             raise
-        if not self._silent:
-            peers.forget(topic)
+        peers.forget(topic)
         return home
-
-    def _took(self, peers: Peers, topic: str, rank: int) -> bool:
-        """Whether another rank has mapped a block, or has said that it does not."""
-        if rank in self._silent:
-            return False
-        try:
-            return bool(peers.hear(topic, rank))
-        except SilentPeer as problem:
-            self._silent.add(rank)
-            self._note(str(problem))
-            return False
 
     def _follow(self, peers: Peers, topic: str, weights: Sequence[Weight], pinned: bool) -> Home:
         """Maps a block that another rank has packed."""
         leader, home = self.ranks[0], None
+        told = peers.hear(topic, leader)
         try:
-            told = peers.hear(topic, leader)
             if "problem" in told:
                 raise OSError(f"rank {leader} found: {told['problem']}")
             home = SharedHome(Place(**told), weights, pinned=pinned, compared=True)
-        except SilentPeer:
-            self._silent.add(leader)
-            raise
         finally:
             peers.tell(topic, home is not None)
         return home
@@ -211,23 +195,17 @@ def _alike(rank: int, digest: str | None, peers: Peers) -> list[int]:
 
     Raises:
         RankFailed: A rank has a problem.
+        RankLost: A rank did not say what it would pack.
     """
     found = [rank]
-    for other in peers.ranks:
-        if other != rank and (told := _greeting(rank, other, peers)) is not None:
-            if told["problem"]:
-                raise RankFailed(f"rank {other} failed first: {told['problem']}")
-            if told["host"] == host_name():
-                peers.watch(other, told["process"])
-                found += [other] if told["digest"] == digest else []
-                if told["digest"] != digest:
-                    logger.warning("offload: rank %d shares no weights with rank %d: %s", rank, other, DIFFERENT)
+    for other in (other for other in peers.ranks if other != rank):
+        told = peers.hear(GREETING, other)
+        if told["problem"]:
+            raise RankFailed(f"rank {other} failed first: {told['problem']}")
+        if told["host"] == host_name():
+            peers.watch(other, told["process"])
+            if told["digest"] == digest:
+                found.append(other)
+            else:
+                logger.warning("offload: rank %d shares no weights with rank %d: %s", rank, other, DIFFERENT)
     return sorted(found)
-
-
-def _greeting(rank: int, other: int, peers: Peers) -> dict[str, Any] | None:
-    try:
-        return dict(peers.hear(GREETING, other))
-    except SilentPeer as problem:
-        logger.warning("offload: rank %d shares no weights with rank %d: %s", rank, other, problem)
-        return None
