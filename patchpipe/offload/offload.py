@@ -23,7 +23,7 @@ from patchpipe.offload.copying import Copier, copier_for
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
 from patchpipe.offload.ring import Placement
 from patchpipe.offload.shared.sharing import InHost, Sharing, digest_of, in_host
-from patchpipe.offload.weights import DiskHome, Home, Stored, Weight, views, weights_of
+from patchpipe.offload.weights import DiskHome, Home, Stored, Weight, give_back, views, weights_of
 from patchpipe.stage.attention import override
 from patchpipe.stage.stage import Stage
 
@@ -236,16 +236,17 @@ class AttachedBlocks:
         self.homes: list[Home] = []
         self._blocks: list[StreamedBlock] = []
         self._uses = _uses(stage.model)
+        self._stored = offload._means.stored.get(id(stage.model), {})  # what may lie in a file that is mapped
 
     def weights(self, place: BlockPlace) -> list[Weight]:
         """The weights of a block that can come and go; counts those that cannot."""
         here = _uses(place.block)
         found = weights_of(place.block, place.name, lambda each: self._uses[id(each)] > here[id(each)])
         moving = {id(weight.found) for weight in found}
-        staying = {id(each): each for each in place.block.parameters() if not each.is_meta and id(each) not in moving}
-        for each in staying.values():
-            each.data = each.data.to(self.offload.device)
-            self.fixed += each.numel() * each.element_size()
+        for name, each in place.block.named_parameters(prefix=place.name):
+            if not each.is_meta and id(each) not in moving:
+                each.data = each.data.to(self.offload.device, copy=name in self._stored)
+                self.fixed += each.numel() * each.element_size()
         return found
 
     def put(self, found: Sequence[Sequence[Weight]], chosen: Chosen, sharing: Sharing) -> None:
@@ -272,7 +273,7 @@ class AttachedBlocks:
 
     def _keep(self, weight: Weight) -> None:
         """A weight stays on the device."""
-        device, mapped = self.offload.device, self.offload.asked.tier == "disk"
+        device, mapped = self.offload.device, weight.name in self._stored
         plain = [each.to(device, copy=mapped) for each in weight.plain]
         if mapped or any(one is not other for one, other in zip(plain, weight.plain, strict=True)):
             self._moved.append((weight, weight.plain[0].device))
@@ -285,12 +286,12 @@ class AttachedBlocks:
         cuda = self.offload.device.type == "cuda"
         home: Home
         if self.offload.asked.tier == "disk":
-            stored = self.offload._means.stored.get(id(self.stage.model), {})
-            home = DiskHome(weights, stored, self.chosen.transfers.chunk, pinned=cuda)
+            home = DiskHome(weights, self._stored, self.chosen.transfers.chunk, pinned=cuda)
         else:
             home = self.sharing.home(weights, pinned=cuda)
             for weight in weights:
                 weight.settle()
+            give_back()
         self.homes.append(home)
         return home
 

@@ -25,7 +25,7 @@ from patchpipe.layout.axes import Mesh
 from patchpipe.offload import offload as offloading
 from patchpipe.offload.shared import file, home, sharing
 from patchpipe.offload.shared.file import MemoryFile, Place
-from patchpipe.offload.weights import weights_of
+from patchpipe.offload.weights import give_back, weights_of
 from tests import tiny
 from tests.support.parity import call_pipeline
 from tests.support.ranks import Place as Rank
@@ -241,6 +241,25 @@ def test_two_ranks_take_the_memory_of_one() -> None:
     assert total > 40 * MEGABYTE
 
 
+def let_go(_rank: Rank) -> tuple[int, int]:
+    """Bytes that stay with a process which lets matrices of middling size go, and when it has given them back."""
+    del [torch.ones(MATRIX // 2)][:]  # from then on the C library keeps what is smaller than this
+    before = memory("Pss_Anon")
+    matrices = [torch.ones(MATRIX // 4) for _ in range(BLOCKS)]
+    kept = matrices.pop()
+    matrices.clear()
+    left = memory("Pss_Anon") - before
+    give_back()
+    assert float(kept[0]) == 1
+    return left, memory("Pss_Anon") - before
+
+
+def test_what_is_let_go_goes_back_to_the_system() -> None:
+    [(left, after)] = run_ranks(1, let_go)
+    assert left > (BLOCKS - 1) * MATRIX
+    assert after < 2 * MATRIX
+
+
 def mapped_bytes(kind: str) -> int:
     """Of this process's mappings of memory that ranks share."""
     found, ours = 0, False
@@ -269,6 +288,47 @@ def test_processes_paint_from_one_copy() -> None:
     assert shared == total
     assert all(rss >= total for _, (rss, _), _ in found)
     assert sum(pss for _, (_, pss), _ in found) < 1.3 * total  # whole pages of every block
+
+
+# -- read from files -----------------------------------------------------------------------------
+
+
+def lies_in_a_model_file(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes are those of a file that is mapped, of which the system keeps what it can."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if int(first, 16) <= tensor.data_ptr() < int(last, 16):
+            return line.endswith(".safetensors")
+    raise AssertionError("it lies nowhere")
+
+
+@pytest.mark.parametrize(("dtype", "read"), [(None, False), ("bf16", True)])
+@pytest.mark.parametrize("resident", [0.0, 0.4])
+def test_blocks_are_packed_from_the_models_files(
+    dtype: str | None, read: bool, resident: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rank has its blocks in memory of its own before they are packed, unless their dtype is to be another."""
+    folder, packed = tiny.save("flux", tmp_path / "flux"), []
+
+    def home(self: sharing.Sharing, weights: Any, *, pinned: bool) -> Any:
+        packed.extend(lies_in_a_model_file(one) for weight in weights for one in weight.plain)
+        return original(self, weights, pinned=pinned)
+
+    original = sharing.Sharing.home
+    monkeypatch.setattr(sharing.Sharing, "home", home)
+
+    def load(rank: Rank, config: ParallelConfig) -> Any:
+        pipe = patchpipe.from_pretrained(folder, config, group=rank.join(config), dtype=dtype)
+        made = call_pipeline(pipe, tiny.call_arguments("flux"))
+        assert not any(lies_in_a_model_file(one) for block in blocks_of(pipe) for one in block.parameters())
+        told = None if config.offload is None else host_of(pipe)
+        return None if made is None else tiny.painted(made), told
+
+    config = replace(TWO, offload=OffloadConfig(resident=resident, chunk=0.01))
+    right, found = (run_threads(2, load, each) for each in (replace(config, offload=None), config))
+    assert torch.equal(right[0][0], found[0][0])
+    assert all(shared == total > 0 for _, (total, shared, _) in found)
+    assert set(packed) == {not read}
 
 
 # -- who writes ----------------------------------------------------------------------------------
