@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 import patchpipe
 from patchpipe import OffloadConfig, ParallelConfig
+from patchpipe.distributed import joining
 from patchpipe.errors import RankFailed, RankLost
 from patchpipe.layout.axes import Mesh
 from patchpipe.offload import offload as offloading
-from patchpipe.offload.shared import file, home, sharing
+from patchpipe.offload.shared import file, home, peers, sharing
 from patchpipe.offload.shared.file import MemoryFile, Place
 from patchpipe.offload.weights import give_back, weights_of
 from tests import tiny
@@ -468,8 +469,21 @@ def test_ranks_that_would_pack_otherwise_share_nothing(caplog: pytest.LogCapture
 
 
 def test_ranks_of_other_hosts_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "host_name", lambda: threading.current_thread().name)
+    monkeypatch.setattr(joining, "host_name", lambda: threading.current_thread().name)
     assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]
+
+
+def test_ranks_in_containers_of_one_host_share_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def here(cls: type[joining.Process]) -> joining.Process:
+        return cls("one", threading.current_thread().name, os.getpid())
+
+    monkeypatch.setattr(joining.Process, "here", classmethod(here))
+    assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]
+    told = sorted(record.getMessage() for record in caplog.records if "share" in record.getMessage())
+    assert len(told) == 2
+    assert told[0].startswith("offload: rank 0 shares no weights with ranks 1: they are on this machine, but in a")
 
 
 def test_a_file_that_cannot_be_mapped_is_not_shared(
@@ -550,23 +564,37 @@ def dies(rank: Rank, when: str) -> str | None:
     began = time.monotonic()
     pipe = tiny.pipeline("flux")
     try:
-        config = replace(TWO, timeout=5 if when == "before" else 100)
+        config = replace(TWO, timeout=100)
         patchpipe.parallelize(pipe, config, group=rank.join(config))
     except (RankLost, RankFailed) as error:
         return f"{type(error).__name__} after {time.monotonic() - began < 20}: {error}"
     return None
 
 
-@pytest.mark.parametrize(
-    ("when", "message"),
-    [
-        ("before", "rank 1 did not answer within 5 s"),
-        ("while packing", "rank 1 .*: its process has died or was killed"),
-    ],
-)
-def test_a_rank_that_dies_is_named(when: str, message: str) -> None:
+@pytest.mark.parametrize("when", ["before", "while packing"])
+def test_a_rank_that_dies_is_named_at_once(when: str) -> None:
     told = run_ranks(2, dies, when, mortal=[1])[0]
-    assert re.search(f"^RankLost after True: {message}", told)
+    assert re.search("^RankLost after True: rank 1 .*: its process has died or was killed", told)
+
+
+def test_a_rank_that_is_late_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may take long to read its part of a model, and less to pack a block."""
+    monkeypatch.setattr(peers, "LOADING_SECONDS", 3.0)
+
+    def work(rank: Rank) -> str:
+        group = rank.join(replace(TWO, timeout=1.0))
+        talk = peers.Peers(group.store, rank.rank, {0: os.getpid(), 1: os.getpid()}, group.failures, 1.0)
+        if rank.rank == 1:
+            time.sleep(2)
+        assert talk.greet(rank.rank) == {0: 0, 1: 1}
+        if rank.rank == 0:
+            with pytest.raises(RankLost) as raised:
+                talk.hear("block 1", 1)
+            return str(raised.value)
+        time.sleep(3)
+        return ""
+
+    assert run_threads(2, work)[0] == "rank 1 did not answer within 1 s (timeout=1)"
 
 
 def test_a_problem_of_one_rank_is_told_by_the_others() -> None:

@@ -58,12 +58,10 @@ class MemoryFile:
         place: Where other processes find it.
 
     Raises:
-        OSError: There is no memory for it, or the system has no such files.
+        OSError: There is no memory for it.
     """
 
     def __init__(self, nbytes: int) -> None:
-        if not hasattr(os, "memfd_create"):
-            raise OSError("this system has no files in memory (memfd_create)")
         mark = f"patchpipe-{secrets.token_hex(8)}"
         self._file = os.memfd_create(mark)
         self.place = Place(f"/proc/{os.getpid()}/fd/{self._file}", mark, nbytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from patchpipe.distributed.failures import Failures
 
+GREETING = "greeting"
+LOADING_SECONDS = 3600.0  # by which ranks may differ in reading their parts of a model
 FIRST_LOOK, LONGEST_LOOK = 0.0005, 0.02  # seconds between two looks at the store
 
 
@@ -21,7 +23,7 @@ class Peers:
     Args:
         store: Where the ranks meet.
         rank: This rank.
-        ranks: All of them, this one included.
+        processes: Their processes on this host, this rank's included.
         failures: Who failed first, if any.
         timeout: Seconds that a wait may last.
 
@@ -29,11 +31,15 @@ class Peers:
         ranks: All of them.
     """
 
-    def __init__(self, store: dist.Store, rank: int, ranks: Sequence[int], failures: Failures, timeout: float) -> None:
-        self.ranks = tuple(ranks)
+    def __init__(
+        self, store: dist.Store, rank: int, processes: Mapping[int, int], failures: Failures, timeout: float
+    ) -> None:
+        self.ranks = tuple(processes)
         self._store, self._rank, self._failures, self._timeout = store, rank, failures, timeout
-        self._processes: dict[int, int] = {}  # of the others, where they can be seen from here
-        self._name = f"offload/{store.add(f'offload/rounds/{rank}', 1)}"  # ranks attach their stages in the same order
+        self._processes = dict(processes)
+        number = store.add(f"offload/rounds/{rank}", 1)  # ranks attach their stages in the same order
+        self._name = f"offload/{number}"
+        self._until = monotonic() + max(timeout, LOADING_SECONDS if number == 1 else 0.0)
 
     def tell(self, topic: str, what: Any) -> None:
         """Tells plain data of a topic, once.
@@ -44,14 +50,30 @@ class Peers:
         with self._failures.explaining("the store"):
             self._store.set(self._key(topic, self._rank), json.dumps(what))
 
-    def hear(self, topic: str, rank: int) -> Any:
+    def greet(self, what: Any) -> dict[int, Any]:
+        """Tells what the others are to know first, and hears it of them; one may still be reading its part of a model.
+
+        Raises:
+            RankLost: One has told nothing in time, or it has died.
+            RankFailed: Another rank has failed first.
+        """
+        self.tell(GREETING, what)
+        return {rank: self.hear(GREETING, rank, self._until) for rank in self.ranks}
+
+    def hear(self, topic: str, rank: int, until: float | None = None) -> Any:
         """What a rank tells of a topic.
+
+        Args:
+            topic: The topic.
+            rank: The rank.
+            until: When to give it up, by the system's clock; ``None`` is this group's timeout from now.
 
         Raises:
             RankLost: It has told nothing in time, or it has died.
             RankFailed: Another rank has failed first.
         """
-        key, until, pause = self._key(topic, rank), monotonic() + self._timeout, FIRST_LOOK
+        key, pause = self._key(topic, rank), FIRST_LOOK
+        until = monotonic() + self._timeout if until is None else until
         with self._failures.explaining(f"rank {rank}"):
             while not self._store.check([key]):
                 self._look_at(rank, key, until)
@@ -64,8 +86,7 @@ class Peers:
         told = self._failures.told()
         if told is not None:
             raise told
-        gone = rank in self._processes and not _alive(self._processes[rank])
-        if gone and not self._store.check([key]):
+        if not _alive(self._processes[rank]) and not self._store.check([key]):
             raise self._failures.explain_to_all(ProcessLookupError("it no longer runs"), f"rank {rank}")
         if monotonic() >= until:
             raise self._failures.explain_to_all(TimeoutError("timed out"), f"rank {rank}")
@@ -75,11 +96,6 @@ class Peers:
         with self._failures.explaining("the store"):
             for rank in self.ranks:
                 self._store.delete_key(self._key(topic, rank))
-
-    def watch(self, rank: int, process: int) -> None:
-        """From here on it is noticed when a rank's process ends; one that cannot be seen from here is not watched."""
-        if _alive(process):
-            self._processes[rank] = process
 
     def _key(self, topic: str, rank: int) -> str:
         return f"{self._name}/{topic}/{rank}"

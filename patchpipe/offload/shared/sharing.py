@@ -11,20 +11,20 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from patchpipe.distributed.joining import host_name
+from patchpipe.distributed.joining import Process
 from patchpipe.distributed.mesh import Group
 from patchpipe.errors import RankFailed
 from patchpipe.layout.axes import Mesh
 from patchpipe.offload.shared.file import MemoryFile, Place
 from patchpipe.offload.shared.home import OtherWeights, SharedHome, packed
-from patchpipe.offload.shared.peers import Peers
+from patchpipe.offload.shared.peers import GREETING, Peers
 from patchpipe.offload.weights import Home, HostHome, Shape, Weight
 
 logger = logging.getLogger("patchpipe")
-GREETING = "hello"
+APART = "they are on this machine, but in a container whose processes it cannot see"
 DIFFERENT = (
     "they have other weights, or have chosen others to stay on the device (memory=… or resident=… would fix that)"
 )
@@ -119,17 +119,17 @@ class Sharing:
             RankFailed: Another rank has one that this one has not.
             RankLost: Another rank did not say what it would pack.
         """
-        ranks = () if group.store is None else holders(group.mesh)
-        if group.store is None or len(ranks) < 2:
+        processes = _processes(group)
+        if group.store is None or len(processes) < 2:
             if problem is not None:
                 raise problem
             return cls(group.rank)
-        peers = Peers(group.store, group.rank, ranks, group.failures, group.config.timeout)
-        trouble = None if problem is None else f"{type(problem).__name__}: {problem}"
-        peers.tell(GREETING, {"host": host_name(), "process": os.getpid(), "digest": digest, "problem": trouble})
+        peers = Peers(group.store, group.rank, processes, group.failures, group.config.timeout)
         if problem is not None:
+            peers.tell(GREETING, {"problem": f"{type(problem).__name__}: {problem}"})
             raise problem
-        return cls(group.rank, _alike(group.rank, digest, peers), peers)
+        told = peers.greet({"digest": digest, "problem": None})
+        return cls(group.rank, _alike(group.rank, told), peers)
 
     def home(self, weights: Sequence[Weight], *, pinned: bool) -> Home:
         """Takes the streamed weights of the next block to host memory; those that share call it alike.
@@ -164,7 +164,7 @@ class Sharing:
                 peers.tell(topic, asdict(file.place))
                 took = [peers.hear(topic, rank) for rank in self._others]
                 home.shared = any(took)
-        except OSError as problem:
+        except Exception as problem:
             peers.tell(topic, {"problem": str(problem)})
             raise
         peers.forget(topic)
@@ -190,22 +190,32 @@ class Sharing:
         self._noted = True
 
 
-def _alike(rank: int, digest: str | None, peers: Peers) -> list[int]:
-    """The ranks of this host that would pack what this rank would.
+def _processes(group: Group) -> dict[int, int]:
+    """The ranks of this host that hold the same weights as this one and can see each other, with their processes."""
+    if group.store is None or group.closed or not hasattr(os, "memfd_create"):  # which only Linux has
+        return {}
+    found = {rank: Process.of(group.store, rank) for rank in holders(group.mesh)}
+    here = found[group.rank]
+    apart = [rank for rank, process in found.items() if process.host == here.host and process.space != here.space]
+    if apart:
+        ranks = ", ".join(map(str, apart))
+        logger.warning("offload: rank %d shares no weights with ranks %s: %s", group.rank, ranks, APART)
+    return {
+        rank: process.number
+        for rank, process in found.items()
+        if (process.host, process.space) == (here.host, here.space)
+    }
+
+
+def _alike(rank: int, told: Mapping[int, Mapping[str, str | None]]) -> list[int]:
+    """The ranks that would pack what this rank would.
 
     Raises:
         RankFailed: A rank has a problem.
-        RankLost: A rank did not say what it would pack.
     """
-    found = [rank]
-    for other in (other for other in peers.ranks if other != rank):
-        told = peers.hear(GREETING, other)
-        if told["problem"]:
-            raise RankFailed(f"rank {other} failed first: {told['problem']}")
-        if told["host"] == host_name():
-            peers.watch(other, told["process"])
-            if told["digest"] == digest:
-                found.append(other)
-            else:
-                logger.warning("offload: rank %d shares no weights with rank %d: %s", rank, other, DIFFERENT)
-    return sorted(found)
+    for other, theirs in told.items():
+        if theirs["problem"]:
+            raise RankFailed(f"rank {other} failed first: {theirs['problem']}")
+        if theirs["digest"] != told[rank]["digest"]:
+            logger.warning("offload: rank %d shares no weights with rank %d: %s", rank, other, DIFFERENT)
+    return [other for other, theirs in told.items() if theirs["digest"] == told[rank]["digest"]]
