@@ -133,10 +133,13 @@ def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
     if _ordinary(tensor):
         yield tensor.detach()
         return
+    if _gguf(tensor):
+        yield tensor.as_tensor().detach()  # type: ignore[attr-defined]
+        return
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor).__module__.split(".")[0] not in PARTS:
         raise ValueError(
             f"{name} is a {type(tensor).__name__}, which cannot be taken apart into what it is made of: leave offload "
-            f"out, or quantise with torchao"
+            f"out, or quantise with torchao or GGUF"
         )
     for part in (getattr(tensor, leaf) for leaf in tensor.__tensor_flatten__()[0]):
         if part is not None:
@@ -146,10 +149,17 @@ def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
 def _joined(like: Any, plain: Iterator[Tensor]) -> Tensor:
     if _ordinary(like):
         return next(plain)
+    if _gguf(like):
+        return type(like)(next(plain), quant_type=like.quant_type)
     names, context = like.__tensor_flatten__()
     found = {name: getattr(like, name) for name in names}
     parts = {name: None if part is None else _joined(part, plain) for name, part in found.items()}
     return type(like).__tensor_unflatten__(parts, context, like.size(), like.stride())
+
+
+def _gguf(tensor: Tensor) -> bool:
+    """Whether it is diffusers' parameter around bytes as they are in a GGUF file, which need not be installed."""
+    return type(tensor).__module__ == "diffusers.quantizers.gguf.utils"
 
 
 def _ordinary(tensor: Tensor) -> bool:
