@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import patchpipe
-from patchpipe import OffloadConfig, ParallelConfig
+from patchpipe import Engine, OffloadConfig, ParallelConfig
 from patchpipe.distributed import joining
 from patchpipe.errors import RankFailed, RankLost
 from patchpipe.layout.axes import Mesh
@@ -330,6 +330,20 @@ def test_blocks_are_packed_from_the_models_files(
     assert torch.equal(right[0][0], found[0][0])
     assert all(shared == total > 0 for _, (total, shared, _) in found)
     assert set(packed) == {not read}
+
+
+def test_an_engines_ranks_share_and_say_so(tmp_path: Path) -> None:
+    folder, call = tiny.save("flux", tmp_path / "flux"), tiny.call_arguments("flux", steps=2)
+    made = []
+    for config in (replace(TWO, offload=None), TWO):
+        with Engine(folder, config, devices="cpu", threads=1) as engine:
+            result = engine.generate(generator=torch.Generator().manual_seed(0), output_type="latent", **call)
+            made.append((result.output.images, result.stats.get("offload")))
+    (expected, none), (painted, told) = made
+    assert torch.equal(expected, painted)
+    assert none is None
+    assert told["host_shared_bytes"] == told["host_bytes"] > 0
+    assert told["host_ranks"] == [0, 1]
 
 
 # -- who writes ----------------------------------------------------------------------------------
