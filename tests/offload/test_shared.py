@@ -482,6 +482,42 @@ def test_ranks_that_would_pack_otherwise_share_nothing(caplog: pytest.LogCapture
     assert sum("they have other weights, or have chosen others to stay" in line for line in told) == 2
 
 
+def test_two_kinds_of_ranks_share_each_among_themselves() -> None:
+    def prepare(rank: int, pipe: Any) -> None:
+        other_layout(rank // 2, pipe)
+
+    config = ParallelConfig(data=2, ulysses=2, warmup="all", offload=ALL, timeout=60)
+    told = beside(config, prepare=prepare)
+    assert [ranks for _, _, ranks in told] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+    assert all(shared == total for total, shared, _ in told)
+
+
+def test_blocks_leave_nothing_in_the_store() -> None:
+    def work(rank: Rank) -> list[int]:
+        group, counts = rank.join(TWO), []
+        for many in (1, 5):
+            blocks = [weights_of(Tiny(number), f"block {number}", lambda _: False) for number in range(many)]
+            shared = sharing.Sharing.among(group, sharing.digest_of(blocks, []), None)
+            homes = [shared.home(weights, pinned=False) for weights in blocks]
+            assert all(each.shared for each in homes)
+            group.agree({})
+            assert rank.store is not None
+            counts.append(rank.store.num_keys())
+            group.agree({})
+        return counts
+
+    few, many = run_threads(2, work)[0]
+    assert many - few <= 2 + 3 * 2  # what each rank says first, and the agreements of this test
+
+
+class Tiny(nn.Module):
+    """A block of a few numbers."""
+
+    def __init__(self, value: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.full((100,), value, dtype=torch.float32))
+
+
 def test_ranks_of_other_hosts_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "host_name", lambda: threading.current_thread().name)
     assert [(shared, ranks) for _, shared, ranks in beside(TWO)] == [(0, []), (0, [])]

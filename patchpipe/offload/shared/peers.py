@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -91,10 +91,10 @@ class Peers:
         if monotonic() >= until:
             raise self._failures.explain_to_all(TimeoutError("timed out"), f"rank {rank}")
 
-    def forget(self, topic: str) -> None:
-        """Clears the store of a topic that all have heard of."""
+    def forget(self, topic: str, ranks: Iterable[int]) -> None:
+        """Clears the store of what ranks have told of a topic and all of them have heard."""
         with self._failures.explaining("the store"):
-            for rank in self.ranks:
+            for rank in ranks:
                 self._store.delete_key(self._key(topic, rank))
 
     def _key(self, topic: str, rank: int) -> str:

@@ -167,7 +167,7 @@ class Sharing:
         except Exception as problem:
             peers.tell(topic, {"problem": str(problem)})
             raise
-        peers.forget(topic)
+        peers.forget(topic, self.ranks)
         return home
 
     def _follow(self, peers: Peers, topic: str, weights: Sequence[Weight], pinned: bool) -> Home:
