@@ -210,7 +210,7 @@ def offloaded(
     """The model with this engine's hooks, on a link."""
     link, gate = SharedLink(bandwidth * MEGABYTE, clock()), Gate(torch.device("cpu"))
     device = Device(link, gate)
-    group: Any = SimpleNamespace(device=torch.device("cpu"), world_size=2, open_gate=lambda: gate)
+    group: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=2, store=None, open_gate=lambda: gate)
     means = Means(Link(bandwidth * MEGABYTE, CONTENTION), None, lambda _: _seconds(model, bandwidth), {})
     offload = Offload(ParallelConfig(offload=asked), group, means)
     offload._copier = HostCopier(link)

@@ -22,6 +22,33 @@ from patchpipe.layout.domains import check_alike
 
 logger = logging.getLogger("patchpipe")
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+PROCESSES = Path("/proc/self/ns/pid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Where a rank runs.
+
+    Attributes:
+        host: The machine.
+        space: Of its processes, those that see each other.
+        number: The process.
+    """
+
+    host: str
+    space: str
+    number: int
+
+    @classmethod
+    def here(cls) -> Process:
+        """This one."""
+        space, _ = attempt(lambda: str(PROCESSES.readlink()))
+        return cls(host_name(), space or "", os.getpid())
+
+    @classmethod
+    def of(cls, store: dist.Store, rank: int) -> Process:
+        """That of a rank that has joined."""
+        return cls(**json.loads(store.get(f"process/{rank}")))
 
 
 def join(
@@ -59,6 +86,7 @@ def join(
     if world_size > 1:
         scoped = _meeting_point(store, rank, config.timeout)
         what = {"config": config.as_dict(), **(about or {})}
+        scoped.set(f"process/{rank}", json.dumps(dataclasses.asdict(Process.here())))
         agree(scoped, "layout", rank, world_size, what, config.timeout, problem)
     elif problem is not None:
         raise problem

@@ -130,6 +130,21 @@ class Checkpoint:
             while self._read_some(model, path, left, dtype_of, device, slices or {}) >= MAPPED_BYTES:
                 pass
 
+    def as_stored(self, names: Iterable[str], dtype_of: Mapping[str, torch.dtype]) -> list[str]:
+        """Those of some tensors that are stored in the dtype which they are to have, by the headers of the files."""
+        wanted: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            if name in self._file_of:
+                wanted[self._file_of[name]].append(name)
+        found = []
+        for path, chosen in wanted.items():
+            _, header = _header(path)
+            stored = {name: STORED.get(header[name]["dtype"]) for name in chosen}
+            found += [
+                name for name in chosen if stored[name] is not None and dtype_of.get(name) in (None, stored[name])
+            ]
+        return found
+
     def map(self, model: nn.Module, names: Iterable[str], dtype_of: Mapping[str, torch.dtype]) -> dict[str, Stored]:
         """Has parameters of a model built on ``meta`` lie in the files themselves, of which nothing is read yet.
 

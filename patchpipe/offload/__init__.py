@@ -2,5 +2,6 @@
 
 ``choice`` picks what stays on the device and how far ahead chunks are copied, by the ``model`` of the transfers;
 ``weights`` takes parameters apart and puts them together; ``ring`` says where they lie in the working buffer; ``mover``
-copies, in a thread of its own; ``offload`` hangs all that on a rank's blocks.
+copies, in a thread of its own; ``shared`` has ranks of a host share one copy; ``offload`` hangs all that on a rank's
+blocks.
 """

@@ -7,13 +7,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchpipe.config import ParallelConfig
+from patchpipe.distributed.agreement import attempt
 from patchpipe.distributed.mesh import Group
+from patchpipe.errors import PatchpipeError
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.models.blocks import BlockPlace
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
@@ -21,8 +23,9 @@ from patchpipe.offload.copying import Copier, copier_for
 from patchpipe.offload.gathering import Gathering
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
 from patchpipe.offload.riding import Ride, Run
-from patchpipe.offload.ring import Placement
-from patchpipe.offload.weights import DiskHome, Home, HostHome, Stored, Weight, views, weights_of
+from patchpipe.offload.shared.sharing import InHost, Sharing, digest_of, in_host
+from patchpipe.offload.streaming import StreamedBlock, sizes_of
+from patchpipe.offload.weights import DiskHome, Home, Stored, Weight, give_back, weights_of
 from patchpipe.stage.attention import override
 from patchpipe.stage.stage import Stage
 
@@ -69,6 +72,7 @@ class Offload:
         self._mover: Mover | None = None
         self._ring: Tensor | None = None
         self._attached: list[AttachedBlocks] = []
+        self._sharing = Sharing(group.rank)
         self._numbers: dict[int, int] = {}  # of transformers, by their stages' ids
         self._gathering = Gathering.over(group) if self.asked.gathered else None
         self._to_compare = False
@@ -82,27 +86,46 @@ class Offload:
 
         Raises:
             ValueError: The memory is too small, or a weight cannot be moved.
+            PatchpipeError: A rank that holds the same weights failed.
         """
         blocks = AttachedBlocks(stage, self)
-        found = [blocks.weights(place) for place in stage.blocks]
-        inventory = Inventory(
-            tuple(tuple(weight.nbytes for weight in weights) for weights in found),
-            tuple(self._means.seconds(stage.blocks)),
-            transformers=self._transformers,
-            fixed=blocks.fixed,
-        )
-        chosen = self.chosen = choose(self.asked, inventory, self._means.link, self._means.memory)
+        found, problem = attempt(lambda: self._choose(blocks))
+        sharing = self._sharing = self._share(found, problem)
+        assert found is not None
+        weights, self.chosen = found
         self._give_up_ring()
         if self._gathering is not None:
-            self._gathering.compare("what stays on the device", [chosen.resident, inventory.weights, chosen.ring])
+            sizes = [[weight.nbytes for weight in each] for each in weights]
+            self._gathering.compare("what stays on the device", [sizes, self.chosen.resident, self.chosen.ring])
         try:
-            blocks.put(found, chosen)
-        except ValueError:
+            blocks.put(weights, self.chosen, sharing)
+        except (ValueError, PatchpipeError):
             blocks.restore()
             raise
         self._attached.append(blocks)
         logger.info("%s", self.describe())
         return lambda: self._detach(blocks)
+
+    def _choose(self, blocks: AttachedBlocks) -> tuple[list[list[Weight]], Chosen]:
+        """The weights of a stage's blocks, and which of them stay."""
+        places = blocks.stage.blocks
+        found = [blocks.weights(place) for place in places]
+        inventory = Inventory(
+            tuple(tuple(weight.nbytes for weight in weights) for weights in found),
+            tuple(self._means.seconds(places)),
+            transformers=self._transformers,
+            fixed=blocks.fixed,
+        )
+        return found, choose(self.asked, inventory, self._means.link, self._means.memory)
+
+    def _share(self, found: tuple[list[list[Weight]], Chosen] | None, problem: Exception | None) -> Sharing:
+        """The ranks whose weights are in host memory once; raises the problem of any of them."""
+        if self.asked.tier == "host":
+            digest = None if found is None else digest_of(found[0], found[1].resident)
+            return Sharing.among(self._group, digest, problem)
+        if problem is not None:
+            raise problem
+        return Sharing(self._group.rank)
 
     def key(self, stage: Stage, place: BlockPlace) -> str:
         """A block's name among all that come and go."""
@@ -186,6 +209,11 @@ class Offload:
         """What was copied since the blocks were attached."""
         return MoverStats() if self._mover is None else self._mover.stats
 
+    @property
+    def host(self) -> InHost:
+        """What of the weights is in host memory."""
+        return in_host([home for each in self._attached for home in each.homes], self._sharing.ranks)
+
     def as_dict(self) -> dict[str, Any]:
         """What was picked and done, as plain data."""
         assert self.chosen is not None
@@ -198,6 +226,9 @@ class Offload:
             "chunk_bytes": chosen.transfers.chunk,
             "depth": chosen.transfers.depth,
             "gate": chosen.transfers.gate,
+            "host_bytes": self.host.bytes,
+            "host_shared_bytes": self.host.shared,
+            "host_ranks": list(self.host.ranks),
             **asdict(self.stats),
         }
 
@@ -211,7 +242,7 @@ class Offload:
             f"offload: {chosen.share:.0%} of the blocks' weights stay on the device ({chosen.stays / 1e6:,.1f} MB); "
             f"{sum(chosen.streamed) / 1e6:,.1f} MB come from the {self.asked.tier} in every pass, in chunks of "
             f"{chosen.transfers.chunk / 1e6:,.2f} MB, {chosen.transfers.depth} ahead, through a buffer of "
-            f"{chosen.ring / 1e6:,.1f} MB; {'with' if chosen.transfers.gate else 'without'} the gate"
+            f"{chosen.ring / 1e6:,.1f} MB; {'with' if chosen.transfers.gate else 'without'} the gate{self.host.words}"
         )
 
 
@@ -226,6 +257,8 @@ class AttachedBlocks:
         fixed: Bytes of weights that cannot move.
         streamed: What comes for each block.
         chosen: What was picked.
+        sharing: The ranks whose weights are in host memory once.
+        homes: Where the weights of each block come from that has any to come.
     """
 
     def __init__(self, stage: Stage, offload: Offload) -> None:
@@ -233,26 +266,28 @@ class AttachedBlocks:
         self.fixed = 0
         self.streamed: dict[Any, Streamed] = {}
         self.chosen: Chosen
+        self.sharing: Sharing
         self._undo: list[Callable[[], None]] = []
         self._moved: list[tuple[Weight, torch.device]] = []
-        self._homes: list[Home] = []
+        self.homes: list[Home] = []
         self._blocks: list[StreamedBlock] = []
         self._uses = _uses(stage.model)
+        self._stored = offload._means.stored.get(id(stage.model), {})  # what may lie in a file that is mapped
 
     def weights(self, place: BlockPlace) -> list[Weight]:
         """The weights of a block that can come and go; counts those that cannot."""
         here = _uses(place.block)
         found = weights_of(place.block, place.name, lambda each: self._uses[id(each)] > here[id(each)])
         moving = {id(weight.found) for weight in found}
-        staying = {id(each): each for each in place.block.parameters() if not each.is_meta and id(each) not in moving}
-        for each in staying.values():
-            each.data = each.data.to(self.offload.device)
-            self.fixed += each.numel() * each.element_size()
+        for name, each in place.block.named_parameters(prefix=place.name):
+            if not each.is_meta and id(each) not in moving:
+                each.data = each.data.to(self.offload.device, copy=name in self._stored)
+                self.fixed += each.numel() * each.element_size()
         return found
 
-    def put(self, found: Sequence[Sequence[Weight]], chosen: Chosen) -> None:
+    def put(self, found: Sequence[Sequence[Weight]], chosen: Chosen, sharing: Sharing) -> None:
         """Takes every weight to where it is to be."""
-        self.chosen = chosen
+        self.chosen, self.sharing = chosen, sharing
         places = self.stage.blocks
         kept = [set(numbers) for numbers in chosen.resident]
         coming = [
@@ -274,7 +309,7 @@ class AttachedBlocks:
 
     def _keep(self, weight: Weight) -> None:
         """A weight stays on the device."""
-        device, mapped = self.offload.device, self.offload.asked.tier == "disk"
+        device, mapped = self.offload.device, weight.name in self._stored
         plain = [each.to(device, copy=mapped) for each in weight.plain]
         if mapped or any(one is not other for one, other in zip(plain, weight.plain, strict=True)):
             self._moved.append((weight, weight.plain[0].device))
@@ -287,13 +322,13 @@ class AttachedBlocks:
         cuda = self.offload.device.type == "cuda"
         home: Home
         if self.offload.asked.tier == "disk":
-            stored = self.offload._means.stored.get(id(self.stage.model), {})
-            home = DiskHome(weights, stored, self.chosen.transfers.chunk, pinned=cuda)
+            home = DiskHome(weights, self._stored, self.chosen.transfers.chunk, pinned=cuda)
         else:
-            home = HostHome(weights, pinned=cuda)
+            home = self.sharing.home(weights, pinned=cuda)
             for weight in weights:
                 weight.settle()
-        self._homes.append(home)
+            give_back()
+        self.homes.append(home)
         return home
 
     def forget(self) -> None:
@@ -308,90 +343,10 @@ class AttachedBlocks:
         while self._moved:
             weight, device = self._moved.pop()
             weight.move(device)
-        for home in self._homes:
+        for home in self.homes:
             home.close()
-        self._homes.clear()
+        self.homes.clear()
         self._blocks.clear()
-
-
-class WorkingBuffer(Protocol):
-    """What blocks find their weights in."""
-
-    @property
-    def mover(self) -> Mover:
-        """What fills it."""
-        ...
-
-    @property
-    def ring(self) -> Tensor:
-        """Its memory, once the mover is there."""
-        ...
-
-    @property
-    def ride(self) -> Ride | None:
-        """The calls that go through the blocks together at this moment, if several do."""
-        ...
-
-
-class StreamedBlock:
-    """Stands in for the ``forward`` of a block whose weights come and go.
-
-    Args:
-        block: The block.
-        key: Its name for the mover.
-        weights: Its weights; what the block has in their place now it has whenever it does not run.
-        buffer: Where they come to.
-    """
-
-    def __init__(self, block: nn.Module, key: Any, weights: Sequence[Weight], buffer: WorkingBuffer) -> None:
-        self.key, self.weights, self.buffer = key, weights, buffer
-        self.compute: Callable[..., Any] = block.forward
-        self._at_home = [module._parameters[leaf] for module, leaf in (each.owners[0] for each in weights)]
-        self._views: dict[int, list[nn.Parameter]] = {}  # by where in the buffer the block begins
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's streams."""
-        if self.buffer.ride is not None:
-            return self.buffer.ride.through(self, lambda: self.compute(*args, **kwargs))
-        self.hold()
-        try:
-            return self.compute(*args, **kwargs)
-        finally:
-            self.let_go()
-
-    def hold(self) -> None:
-        """Waits until the block's weights are there."""
-        placement = self.buffer.mover.need(self.key)
-        try:
-            self._put(self._placed(placement))
-        except BaseException:
-            self.let_go()
-            raise
-
-    def let_go(self) -> None:
-        """The block's weights may go."""
-        self._put(self._at_home)
-        self.buffer.mover.done()
-
-    def forget(self) -> None:
-        """The views that were made are no longer of the buffer."""
-        self._views.clear()
-
-    def _placed(self, placement: Placement) -> list[nn.Parameter]:
-        at = placement.start % self.buffer.ring.numel()
-        if at not in self._views:
-            self._views[at] = views(self.weights, placement, self.buffer.ring)
-        return self._views[at]
-
-    def _put(self, parameters: Sequence[nn.Parameter | None]) -> None:
-        for weight, parameter in zip(self.weights, parameters, strict=True):
-            assert parameter is not None
-            weight.put(parameter)
-
-
-def sizes_of(weights: Sequence[Weight]) -> tuple[int, ...]:
-    """Bytes that each plain tensor of some weights takes in a buffer."""
-    return tuple(size for weight in weights for size in weight.sizes)
 
 
 def _uses(model: nn.Module) -> Counter[int]:

@@ -10,8 +10,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -137,10 +138,13 @@ def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
     if _ordinary(tensor):
         yield tensor.detach()
         return
+    if _gguf(tensor):
+        yield tensor.as_tensor().detach()  # type: ignore[attr-defined]
+        return
     if not hasattr(tensor, "__tensor_flatten__") or type(tensor).__module__.split(".")[0] not in PARTS:
         raise ValueError(
             f"{name} is a {type(tensor).__name__}, which cannot be taken apart into what it is made of: leave offload "
-            f"out, or quantise with torchao"
+            f"out, or quantise with torchao or GGUF"
         )
     for part in (getattr(tensor, leaf) for leaf in tensor.__tensor_flatten__()[0]):
         if part is not None:
@@ -150,10 +154,17 @@ def _plain(tensor: Tensor, name: str) -> Iterator[Tensor]:
 def _joined(like: Any, plain: Iterator[Tensor]) -> Tensor:
     if _ordinary(like):
         return next(plain)
+    if _gguf(like):
+        return type(like)(next(plain), quant_type=like.quant_type)
     names, context = like.__tensor_flatten__()
     found = {name: getattr(like, name) for name in names}
     parts = {name: None if part is None else _joined(part, plain) for name, part in found.items()}
     return type(like).__tensor_unflatten__(parts, context, like.size(), like.stride())
+
+
+def _gguf(tensor: Tensor) -> bool:
+    """Whether it is diffusers' parameter around bytes as they are in a GGUF file, which need not be installed."""
+    return type(tensor).__module__ == "diffusers.quantizers.gguf.utils"
 
 
 def _ordinary(tensor: Tensor) -> bool:
@@ -161,6 +172,43 @@ def _ordinary(tensor: Tensor) -> bool:
 
 
 # -- where a block's weights are while they are not on the device --------------------------------
+
+
+class Home(Protocol):
+    """Where the streamed weights of one block come from.
+
+    Attributes:
+        nbytes: Bytes of it.
+        in_memory: Whether these are in host memory.
+        shared: Whether other ranks have the same copy there.
+    """
+
+    nbytes: int
+    in_memory: bool
+    shared: bool
+
+    def piece(self, start: int, size: int) -> Tensor:
+        """Bytes of it, on the host; they stay until the next are asked for."""
+        ...
+
+    def ahead(self, start: int, size: int) -> None:
+        """Readies bytes that will be asked for."""
+        ...
+
+    def close(self) -> None:
+        """Lets it go."""
+        ...
+
+
+def laid(weights: Sequence[Weight], memory: Tensor) -> list[list[Tensor]]:
+    """Where the plain tensors of each weight lie in memory that holds them packed."""
+    found, at = [], 0
+    for weight in weights:
+        shapes = [Shape.of(each) for each in weight.plain]
+        starts = list(accumulate(weight.sizes, initial=at))
+        found.append([shape.view(memory[start:]) for shape, start in zip(shapes, starts, strict=False)])
+        at = starts[-1]
+    return found
 
 
 class HostHome:
@@ -172,20 +220,19 @@ class HostHome:
 
     Attributes:
         nbytes: Bytes of it.
+        in_memory: They are in host memory.
+        shared: It is this rank's own.
     """
+
+    in_memory, shared = True, False
 
     def __init__(self, weights: Sequence[Weight], *, pinned: bool) -> None:
         self.nbytes = sum(weight.nbytes for weight in weights)
         self._memory = torch.empty(self.nbytes, dtype=torch.uint8)
-        self._pinned = pinned and _pin(self._memory)
-        at = 0
-        for weight in weights:
-            moved = []
-            for each in weight.plain:
-                shape = Shape.of(each)
-                moved.append(shape.view(self._memory[at:]))
-                moved[-1].copy_(each)
-                at += aligned(shape.nbytes)
+        self._pinned = pinned and pin(self._memory)
+        for weight, moved in zip(weights, laid(weights, self._memory), strict=True):
+            for target, each in zip(moved, weight.plain, strict=True):
+                target.copy_(each)
             weight.plain = moved
 
     def piece(self, start: int, size: int) -> Tensor:
@@ -198,11 +245,18 @@ class HostHome:
     def close(self) -> None:
         """Lets the memory go when nobody uses it any more."""
         if self._pinned:
-            _unpin(self._memory)
+            unpin(self._memory)
             self._pinned = False
 
 
-def _pin(memory: Tensor) -> bool:
+def give_back() -> None:
+    """Has the C library give memory back that was let go: it keeps pieces of less than 32 MB, as many matrices are."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+
+
+def pin(memory: Tensor) -> bool:
     """Locks memory for copies by the device; torch's own pinned memory comes in powers of two."""
     if not memory.numel() or not torch.cuda.is_available():
         return False
@@ -217,7 +271,8 @@ def _pin(memory: Tensor) -> bool:
     return True
 
 
-def _unpin(memory: Tensor) -> None:
+def unpin(memory: Tensor) -> None:
+    """Lets it go again."""
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
 
 
@@ -245,9 +300,16 @@ class DiskHome:
         chunk: Bytes read at once.
         pinned: Whether what was read is to be where the device can copy from it by itself.
 
+    Attributes:
+        nbytes: Bytes of it.
+        in_memory: They are not.
+        shared: Nothing is.
+
     Raises:
         ValueError: A weight is not on disk as it is in memory.
     """
+
+    in_memory = shared = False
 
     def __init__(self, weights: Sequence[Weight], stored: Mapping[str, Stored], chunk: int, *, pinned: bool) -> None:
         self._parts: list[tuple[int, Stored]] = []  # where each begins in the home
@@ -265,7 +327,7 @@ class DiskHome:
             at += aligned(place.nbytes)
         self.nbytes = at
         self._staging = torch.empty(min(chunk, at), dtype=torch.uint8)
-        self._pinned = pinned and _pin(self._staging)
+        self._pinned = pinned and pin(self._staging)
         self._files = {place.file: os.open(place.file, os.O_RDONLY) for _, place in self._parts}
 
     def piece(self, start: int, size: int) -> Tensor:
@@ -283,7 +345,7 @@ class DiskHome:
     def close(self) -> None:
         """Closes the files."""
         if self._pinned:
-            _unpin(self._staging)
+            unpin(self._staging)
             self._pinned = False
         for file in self._files.values():
             os.close(file)
@@ -304,9 +366,6 @@ def _read(file: int, offset: int, target: memoryview) -> None:
         if count == 0:
             raise OSError("the weights' file ended: it has changed since the model was loaded")
         done += count
-
-
-Home = HostHome | DiskHome
 
 
 def views(weights: Sequence[Weight], placement: Placement, ring: Tensor) -> list[nn.Parameter]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
+from patchpipe.errors import PatchpipeError
 from patchpipe.parallel.tensor import TensorPart
 from patchpipe.stage.stage import Stage
 
@@ -60,7 +61,7 @@ class Blocks:
     def _take_away(self, offload: Callable[[Stage], Callable[[], None]]) -> None:
         try:
             self._bring_back = offload(self._stage)
-        except ValueError:
+        except (ValueError, PatchpipeError):
             self.detach()
             raise
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from patchpipe.config import ParallelConfig
 from patchpipe.distributed.mesh import Group
+from patchpipe.errors import PatchpipeError
 from patchpipe.kernels.choice import watch_kernels
 from patchpipe.layout.split import StageBlocks, sharing_stages
 from patchpipe.lazy.latent import materialise_tree
@@ -215,7 +216,7 @@ class Attachment:
         for stage, blocks in zip(self.runner.stages, self._blocks, strict=True):
             try:
                 blocks.attach()
-            except ValueError:
+            except (ValueError, PatchpipeError):
                 self._hooks.undo()
                 self.group.close()
                 raise
@@ -227,8 +228,7 @@ class Attachment:
             strips = self.config.parallel_vae and self.group.world_size > 1
             self._parts.hook_vae(pipe.vae, self._hooks, strips=strips)
         self._serve()
-        others = modules_of(pipe).items()
-        shared = [part for name, part in others if name == "vae" or name.startswith("text_encoder")]
+        shared = [part for name, part in modules_of(pipe).items() if name.startswith(("text_encoder", "vae"))]
         shared += self.runner.models
         self._hooks.undone_by(mark(shared, self._adopt_new))
         for other in pipelines_with(shared):

@@ -151,10 +151,10 @@ def _read(
     group: Group,
     slices: Mapping[str, Slice],
 ) -> dict[str, Stored]:
-    """Reads what a rank owns, with offload the blocks into host memory.
+    """Reads what a rank owns; with offload, what the blocks are read from later stays in the files.
 
     Returns:
-        Where weights lie that stay on disk.
+        Where weights lie that were not read.
     """
     model, plan, owned = transformer.model, found.plan, found.stages[group.stage].held
     within, around = within_blocks(model, plan), needs(model, plan, range(0))
@@ -168,12 +168,13 @@ def _read(
                 transformer.quantiser.fill(model, checkpoint, partial(_both, needed, here), blocks, device)
         return {}
     dtypes, names = dtypes_of(model, dtype_of(transformer.name, found.dtype)), owned_names(model, plan, owned)
-    if config.offload is None or config.offload.tier == "host":
-        for device, here in places:
-            checkpoint.fill(model, filter(here, names), dtypes, device, slices)
-        return {}
-    stay = {name for name, _ in model.named_parameters() if within(name)}
-    checkpoint.fill(model, [name for name in names if name not in stay], dtypes, group.device)
+    stay: set[str] = set()
+    if config.offload is not None:
+        stay = {name for name, _ in model.named_parameters() if within(name) and name not in slices}
+    if config.offload is not None and config.offload.tier == "host":
+        stay.intersection_update(checkpoint.as_stored(stay, dtypes))  # packed from there: ranks have one copy of them
+    for device, here in places:
+        checkpoint.fill(model, [name for name in names if here(name) and name not in stay], dtypes, device, slices)
     return checkpoint.map(model, [name for name in names if name in stay], dtypes)
 
 

@@ -30,6 +30,8 @@ class Prediction:
         memory: What each rank holds.
         fresh: Mean share of the keys that are of this step.
         uploads: Bytes that a rank of each stage gets from its host in a steady step; empty without offload.
+        hosted: Bytes that a rank of each stage has in its host's memory, once for all ranks of a host that hold the
+            same; empty without offload, or where they stay on disk.
     """
 
     config: ParallelConfig
@@ -39,6 +41,7 @@ class Prediction:
     memory: tuple[RankMemory, ...]
     fresh: float
     uploads: tuple[int, ...] = ()
+    hosted: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -92,6 +95,7 @@ class Prediction:
             "fresh": self.fresh,
             "traffic_bytes": self.traffic,
             "upload_bytes": list(self.uploads),
+            "host_bytes": list(self.hosted),
             "memory_bytes": [rank.total for rank in self.memory],
         }
 
@@ -116,7 +120,9 @@ def predict(workload: Workload, config: ParallelConfig, profile: Profile, system
     schedule = Schedule(layout)
     timing, memory, patches = schedule.timing, rank_memory(layout, schedule.offloads), len(layout.patches)
     uploads = tuple(_uploaded(layout, stage, chosen) for stage, chosen in enumerate(schedule.offloads))
-    return Prediction(config, patches, timing, _traffic(layout), memory, fresh_share(config, patches), uploads)
+    in_memory = config.offload is not None and config.offload.tier == "host"
+    hosted = tuple(workload.transformers * sum(chosen.streamed) for chosen in schedule.offloads) if in_memory else ()
+    return Prediction(config, patches, timing, _traffic(layout), memory, fresh_share(config, patches), uploads, hosted)
 
 
 def fresh_share(config: ParallelConfig, patches: int) -> float:

@@ -79,9 +79,16 @@ def _offload(choice: Choice) -> str:
     if not best.uploads:
         return ""
     most = max(best.uploads) / 1e9
+    kept = sum(best.hosted) * best.config.tensor / 1e9
+    once = (
+        ", once for ranks that hold the same"
+        if best.config.world_size > best.config.pipefusion * best.config.tensor
+        else ""
+    )
     return (
         f"its weights do not fit: {most:.1f} GB of them come from the host in every step, through "
         f"{choice.profile.device.upload / 1e9:.0f} GB/s; what of that is not hidden is in the seconds"
+        + (f"; a host that runs all ranks has {kept:.1f} GB of them in its memory{once}" if kept else "")
     )
 
 

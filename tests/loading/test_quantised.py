@@ -14,12 +14,13 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 import patchpipe
-from patchpipe import Engine, ParallelConfig
+from patchpipe import Engine, OffloadConfig, ParallelConfig
 from patchpipe.config import AutoLayout
 from patchpipe.loading import checkpoint
 from patchpipe.loading import folder as folders
 from patchpipe.loading.precheck import check_folder, quantised
 from patchpipe.loading.quantised import stored_bytes, without_tensor
+from patchpipe.offload.ring import aligned
 from patchpipe.planner.work.describe import describe_model
 from tests import tiny
 from tests.support.ranks import Place, quieten
@@ -312,13 +313,11 @@ def test_a_library_that_is_missing_is_named(saved: Path, monkeypatch: pytest.Mon
         patchpipe.from_pretrained(saved, ONE, quantization_config=asked)
 
 
-def test_a_transformer_read_from_gguf_is_bit_equal() -> None:
-    """As ``from_single_file`` leaves it: every Linear is one that unpacks its weight when it is called."""
-    gguf = pytest.importorskip("gguf")
+def of_gguf(pipe: Any, kind: Any) -> dict[str, torch.Tensor]:
+    """Leaves a transformer as ``from_single_file`` does: every Linear unpacks its weight when it is called."""
+    import gguf
     from diffusers.quantizers.gguf.utils import GGUFParameter, _replace_with_gguf_linear
 
-    kind = gguf.GGMLQuantizationType.Q8_0
-    pipe = tiny.pipeline("sd3")
     model, packed, biases = pipe.transformer, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
@@ -330,9 +329,100 @@ def test_a_transformer_read_from_gguf_is_bit_equal() -> None:
         linear = model.get_submodule(name.removesuffix(".weight"))
         linear.weight, linear.bias = weight, biases[name.removesuffix(".weight")]
     model.is_quantized, model.quantization_method = True, "gguf"
+    return packed
+
+
+def test_a_transformer_read_from_gguf_is_bit_equal() -> None:
+    gguf = pytest.importorskip("gguf")
+    pipe = tiny.pipeline("sd3")
+    of_gguf(pipe, gguf.GGMLQuantizationType.Q8_0)
     expected = latents(pipe)
     assert not torch.equal(expected, latents(tiny.pipeline("sd3")))
     assert torch.equal(latents(patchpipe.parallelize(pipe, ONE)), expected)
     patchpipe.restore(pipe)
     with pytest.raises(ValueError, match="tensor=2 would split matrices quantised by gguf"):
         patchpipe.parallelize(pipe, ParallelConfig(tensor=2))
+
+
+# -- weights that come and go --------------------------------------------------------------------
+
+OFFLOAD = OffloadConfig(resident=0.0, chunk=0.01)
+FLUX = tiny.call_arguments("flux", steps=2) | {"output_type": "latent"}
+
+
+def of_flux(pipe: Any) -> torch.Tensor | None:
+    pipe.set_progress_bar_config(disable=True)
+    made = pipe(**FLUX, generator=torch.Generator().manual_seed(0))
+    return None if made is None else made.images
+
+
+def flux_blocks(pipe: Any) -> list[torch.nn.Module]:
+    return [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4.5), ("Q4_1", 5.0), ("Q5_0", 5.5), ("Q8_0", 8.5)])
+def test_gguf_weights_come_packed(kind: str, bits: float) -> None:
+    gguf = pytest.importorskip("gguf")
+    pipe = tiny.pipeline("flux")
+    whole = {f"{name}.weight": one.weight.numel() for name, one in pipe.transformer.named_modules() if linear(one)}
+    packed = of_gguf(pipe, gguf.GGMLQuantizationType[kind])
+    expected = of_flux(pipe)
+    assert not torch.equal(expected, of_flux(tiny.pipeline("flux")))
+    patchpipe.parallelize(pipe, ParallelConfig(warmup="all", offload=OFFLOAD))
+    assert torch.equal(of_flux(pipe), expected)
+    told = pipe.patchpipe.offload.as_dict()
+    in_blocks = {name: one for name, one in packed.items() if "transformer_blocks" in name}
+    assert sum(one.nbytes for one in in_blocks.values()) == sum(whole[name] for name in in_blocks) * bits / 8
+    passing = sum(aligned(one.nbytes) for block in flux_blocks(pipe) for one in block.parameters())
+    assert told["streamed_bytes_per_pass"] == passing
+    assert told["resident_bytes"] == 0
+    passes = told["blocks"] // len(flux_blocks(pipe))
+    assert 0 <= told["bytes"] - passes * passing <= told["depth"] * told["chunk_bytes"]
+    patchpipe.restore(pipe)
+    assert torch.equal(of_flux(pipe), expected)
+
+
+def linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)
+
+
+def test_gguf_weights_are_in_a_hosts_memory_once() -> None:
+    gguf = pytest.importorskip("gguf")
+
+    def rank(place: Place, offload: OffloadConfig | None) -> tuple[torch.Tensor | None, Any]:
+        config = ParallelConfig(ulysses=2, warmup="all", timeout=60, offload=offload)
+        with folders.BUILDING:
+            pipe = tiny.pipeline("flux")
+            of_gguf(pipe, gguf.GGMLQuantizationType.Q4_0)
+        patchpipe.parallelize(pipe, config, group=place.join(config))
+        made = of_flux(pipe)
+        return made, None if offload is None else pipe.patchpipe.offload.as_dict()
+
+    right, found = (run_threads(2, rank, offload) for offload in (None, OFFLOAD))
+    assert torch.equal(right[0][0], found[0][0])
+    assert all(told["host_shared_bytes"] == told["host_bytes"] > 0 for _, told in found)
+
+
+def nvfp4() -> Any:
+    return pytest.importorskip("torchao.prototype.mx_formats.inference_workflow").NVFP4WeightOnlyConfig()
+
+
+def intx() -> Any:
+    return pytest.importorskip("torchao.quantization").IntxWeightOnlyConfig(weight_dtype=torch.int4)
+
+
+@pytest.mark.parametrize(("recipe", "bits"), [(nvfp4, 4), (intx, 8)])
+def test_four_bits_of_torchao_come_as_torchao_keeps_them(recipe: Callable[[], Any], bits: int) -> None:
+    """Two in a byte, or each in a byte of its own; the scales come with them."""
+    pipe = tiny.pipeline("flux")
+    sizes = {name: one.numel() for name, one in pipe.transformer.named_parameters()}
+    asked = recipe()
+    pytest.importorskip("torchao.quantization").quantize_(pipe.transformer, asked)
+    expected = of_flux(pipe)
+    patchpipe.parallelize(pipe, ParallelConfig(warmup="all", offload=OFFLOAD))
+    assert torch.equal(of_flux(pipe), expected)
+    weights = [weight for block in pipe.patchpipe.offload._attached[0]._blocks for weight in block.weights]
+    values = {weight.name: weight.plain[0].nbytes for weight in weights if len(weight.plain) > 1}
+    assert len(values) > 10
+    assert all(8 * size == bits * sizes[name] for name, size in values.items())
+    patchpipe.restore(pipe)

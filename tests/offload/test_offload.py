@@ -22,7 +22,7 @@ from patchpipe.offload.mover import Mover, Streamed
 from patchpipe.offload.residency import chosen, spread
 from patchpipe.offload.ring import aligned, place, ring_bytes
 from patchpipe.planner import Profile, predict
-from patchpipe.planner.report import layout_words
+from patchpipe.planner.report import layout_words, reasons
 from patchpipe.planner.search import Wishes, search
 from patchpipe.planner.work.presets import preset_named
 from tests.support.virtual_time import VirtualClock
@@ -419,6 +419,23 @@ def test_layouts_that_did_not_fit_appear_with_their_seconds() -> None:
     assert ParallelConfig(**best.config.as_dict()) == best.config
     words = layout_words(best.config)
     assert OffloadConfig.read(words[words.index("--offload") + 1]) == best.config.offload
+
+
+def test_a_host_has_the_weights_of_a_stage_once_however_many_ranks_share_it() -> None:
+    def hosted(**layout: Any) -> tuple[int, ...]:
+        return predict(FLUX, ParallelConfig(**layout, offload=OffloadConfig(resident=0.5)), CARD).hosted
+
+    [alone] = hosted()
+    assert alone == pytest.approx(0.5 * sum(block.parameters for block in FLUX.blocks) * FLUX.itemsize, rel=0.05)
+    assert hosted(ulysses=4) == (alone,)
+    assert sum(hosted(pipefusion=2, ulysses=2)) == pytest.approx(alone, rel=0.05)
+    assert alone / 2 < hosted(tensor=2)[0] < 0.7 * alone  # slices differ, and some matrices are whole
+    on_disk = ParallelConfig(offload=OffloadConfig(resident=0.5, tier="disk"))
+    assert predict(FLUX, on_disk, CARD).hosted == ()
+    choice = search(FLUX, 2, CARD, Wishes(memory=12 * GIB, offload=True))
+    held = sum(choice.best.hosted) * choice.best.config.tensor / 1e9
+    assert any(f"has {held:.1f} GB of them in its memory" in line for line in reasons(choice, 0.0))
+    assert choice.best.as_dict()["host_bytes"] == list(choice.best.hosted)
 
 
 def test_a_card_too_small_for_offload_says_what_it_would_take() -> None:

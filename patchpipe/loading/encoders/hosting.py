@@ -23,8 +23,8 @@ from patchpipe.loading.encoders.layers import Layers
 from patchpipe.offload.copying import copier_for
 from patchpipe.offload.model import Transfers
 from patchpipe.offload.mover import Mover, MoverStats, Streamed
-from patchpipe.offload.offload import StreamedBlock, sizes_of
 from patchpipe.offload.ring import ring_bytes
+from patchpipe.offload.streaming import StreamedBlock, sizes_of
 from patchpipe.offload.weights import HostHome, Weight, weights_of
 from patchpipe.stage.attention import override
 
