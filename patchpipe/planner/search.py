@@ -13,7 +13,7 @@ from patchpipe.config import ALL_STEPS, STREAMED, ParallelConfig, WarmupKind
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.offloading import OffloadConfig
 from patchpipe.layout.patching import fewest_patches
-from patchpipe.layout.split import shared_blocks, sizes_of
+from patchpipe.layout.split import balanced, shared_blocks, sizes_of
 from patchpipe.layout.text import HOST, LAYERS, SPREAD
 from patchpipe.models.matrix import untested
 from patchpipe.planner.layout import Layout, balanced_stages
@@ -224,10 +224,24 @@ def _best_patches(
         return best
     placed = [predict(workload, config, profile) for config in _placements(best.config)]
     found = next((one for one in placed if one.bytes <= memory), None)
+    if found is None:
+        evener = [
+            predict(workload, each, profile) for even in _evener(workload, best.config) for each in _placements(even)
+        ]
+        fitting = [next((one for one in evener if one.bytes <= memory), None)]
+        fitting += [_offloaded(workload, tried, profile, memory)] if wishes.offload else []
+        found = min(filter(None, fitting), key=lambda one: one.seconds, default=None)
+        placed += evener
     if found is None and wishes.offload:
-        found = _offloaded(workload, tried, profile, memory)
-        placed += [] if found else _least_offloaded(workload, placed, profile)
+        placed += _least_offloaded(workload, placed, profile)
     return found or min(placed, key=lambda one: one.bytes)
+
+
+def _evener(workload: Workload, config: ParallelConfig) -> Iterator[ParallelConfig]:
+    """The same with stages of more even weights: blocks that compute as long may weigh twice as much as others."""
+    if config.pipefusion > 1 and len(set(workload.blocks)) > 1:
+        sizes = balanced([float(block.parameters) for block in workload.blocks], config.pipefusion)
+        yield replace(config, stage_blocks=tuple(sizes))
 
 
 def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, memory: int) -> Prediction | None:
@@ -237,7 +251,8 @@ def _offloaded(workload: Workload, tried: list[Prediction], profile: Profile, me
     """
     counts = sorted({one.config.patches or 1 for one in tried})[:OFFLOADED_COUNTS]
     found = []
-    for base in (one.config for one in tried if (one.config.patches or 1) in counts):
+    bases = [one.config for one in tried if (one.config.patches or 1) in counts]
+    for base in (each for one in bases for each in (one, *_evener(workload, one))):
         several = base.world_size > 1
         staying = [replace(base, **place) for place in (PLACEMENTS if several else PLACEMENTS[:1])]
         for places in (staying, [replace(base, text_rank=HOST, parallel_vae=several)]):

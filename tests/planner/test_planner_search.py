@@ -17,7 +17,7 @@ from patchpipe.cli import app
 from patchpipe.config import STREAMED
 from patchpipe.layout.axes import DEGREES
 from patchpipe.layout.combinations import check_combination
-from patchpipe.layout.split import shared_blocks, stages_of
+from patchpipe.layout.split import balanced, shared_blocks, stages_of
 from patchpipe.models.latent import Raster
 from patchpipe.planner import Profile, Workload, predict
 from patchpipe.planner.layout import balanced_stages
@@ -201,6 +201,24 @@ def test_encoders_come_from_the_host_where_that_leaves_blocks_more_room_than_it_
     hidden = search(workload_for("flux.1-dev", Asked()), 1, cards, Wishes(offload=True)).best
     assert hidden.uploads, "offloaded too"
     assert hidden.config.text_rank is None, "where copies are hidden it would only cost"
+
+
+def test_stages_weigh_alike_where_those_that_compute_alike_do_not_fit() -> None:
+    workload, cards = workload_for("flux.1-dev", Asked()), Profile.named("rtx4090", "pcie4")
+    by_weight = tuple(balanced([float(block.parameters) for block in workload.blocks], 4))
+
+    def best(gib: float, *, offload: bool = True) -> Any:
+        wishes = Wishes(memory=int(gib * 2**30), methods=frozenset({"pipefusion"}), offload=offload)
+        return search(workload, 4, cards, wishes).best
+
+    roomy, tight, less = best(16), best(11.5, offload=False), best(10)
+    assert roomy.config.stage_blocks != by_weight
+    assert (tight.config.stage_blocks, tight.uploads) == (by_weight, ()), "all of it stays on the cards"
+    assert roomy.seconds <= tight.seconds < less.seconds
+    assert less.config.stage_blocks == by_weight
+    assert max(less.uploads) < 1.5 * min(less.uploads), "all of them read about as much"
+    uneven = dataclasses.replace(less.config, stage_blocks=roomy.config.stage_blocks)
+    assert predict(workload, uneven, cards).seconds > 2 * less.seconds
 
 
 # -- words ---------------------------------------------------------------------------------------
