@@ -91,7 +91,7 @@ def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, 
 
 @cache
 def _original(name: str, blocks: int, dtype: torch.dtype, seed: int) -> tuple[Original, Tensor]:
-    """What copies are made of, and how the process's generator stands once its weights are drawn."""
+    """What copies are made of, with no lambda in it, and how the process's generator stands once weights are drawn."""
     return Original(_pipeline(name, blocks, dtype, seed)), torch.get_rng_state()
 
 
