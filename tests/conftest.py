@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+gc.disable()  # until all tests are imported: nothing of what is loaded goes away
+
 # On CPUs not made by Intel, MKL's float32 products differ in the last bits with where a matrix lies in memory:
 # there plain diffusers does not repeat itself either. Read at the first product, and by the processes of the ranks.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -44,6 +46,7 @@ def freeze(config: pytest.Config) -> None:
     config.stash[LOADED] = len(sys.modules)
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

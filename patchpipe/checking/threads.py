@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence, Sized
@@ -39,6 +40,7 @@ def on_ranks(config: ParallelConfig, target: Callable[[Group, int], Any], second
     groups: list[Group] = []
 
     def run(rank: int) -> None:
+        stay_on_a_core(os.getpid())
         torch.set_num_threads(1)
         try:
             met = store if ranks > 1 else None
@@ -58,6 +60,20 @@ def on_ranks(config: ParallelConfig, target: Callable[[Group, int], Any], second
     if len(results) < ranks:
         raise TimeoutError(f"no answer of all {ranks} ranks in {seconds:.0f} s")
     return [results[rank] for rank in range(ranks)]
+
+
+def stay_on_a_core(number: int) -> None:
+    """Keeps this thread, and those that it starts, to one of the cores that it may use.
+
+    Threads of one interpreter compute in turn. On several cores each of torch's operations lets another thread in and
+    then waits for it, which takes as long again as the operations of a tiny model.
+
+    Args:
+        number: Which core; threads that compute in turn have one number.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
 def wait_for(threads: Sequence[threading.Thread], problems: Sized, deadline: float, grace: float) -> None:

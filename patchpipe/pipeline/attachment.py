@@ -32,7 +32,7 @@ from patchpipe.pipeline.extent import Extent
 from patchpipe.pipeline.modular.steps import SHARE, is_modular
 from patchpipe.pipeline.parts import Hooks, Parts, hook_transformer, quieten
 from patchpipe.pipeline.preview import Previews, Show
-from patchpipe.pipeline.relatives import mark, pipelines_with
+from patchpipe.pipeline.relatives import mark, others_with
 from patchpipe.pipeline.requests import Requests, copy_for
 from patchpipe.pipeline.served import served_class
 from patchpipe.pipeline.tracing import Tracing
@@ -231,7 +231,7 @@ class Attachment:
         shared = [part for name, part in modules_of(pipe).items() if name.startswith(("text_encoder", "vae"))]
         shared += self.runner.models
         self._hooks.undone_by(mark(shared, self._adopt_new))
-        for other in pipelines_with(shared):
+        for other in others_with(shared, pipe):
             self.adopt(other)
         if self.group.store is not None:
             self._hooks.undone_by(weakref.finalize(self, say_goodbye, self.group.store, self.group.rank))

@@ -41,15 +41,29 @@ def mark(modules: Iterable[nn.Module], serve: Serve) -> Callable[[], None]:
     return undo
 
 
-def pipelines_with(modules: Iterable[nn.Module]) -> list[Any]:
-    """All pipelines of this process that have one of the modules as an attribute."""
+def others_with(modules: Iterable[nn.Module], pipe: Any) -> list[Any]:
+    """All other pipelines of this process that have one of the modules as an attribute.
+
+    A search goes through all objects of the process. The second one, for whose attributes they are, is mostly spared:
+    nothing but the pipeline itself has them among its attributes.
+
+    Args:
+        modules: The modules.
+        pipe: A pipeline that has them.
+    """
     wanted = {id(module): module for module in modules}
+    own = vars(pipe)
     # Not all objects of the process: to hold a tuple that another thread is just making breaks that thread.
     holders = gc.get_referrers(*wanted.values())
-    held = [holder for holder in holders if type(holder) is dict]
+    held = [holder for holder in holders if type(holder) is dict and holder is not own and _may_be_attributes(holder)]
     owners = {id(owner): owner for owner in (*holders, *(gc.get_referrers(*held) if held else ()))}
-    pipes = [owner for owner in owners.values() if issubclass(type(owner), KINDS)]
+    pipes = [owner for owner in owners.values() if issubclass(type(owner), KINDS) and owner is not pipe]
     return [pipe for pipe in pipes if any(id(value) in wanted for value in list(vars(pipe).values()))]
+
+
+def _may_be_attributes(held: dict[Any, Any]) -> bool:
+    """Whether a dictionary may be all attributes of a pipeline, which has a configuration beside its modules."""
+    return not all(isinstance(value, nn.Module) for value in list(held.values()))
 
 
 def _watch() -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from patchpipe.checking.laws import LAWS, Trial
 from patchpipe.checking.proposal.propose import propose
 from patchpipe.checking.proposal.writing import written
 from patchpipe.checking.subjects import Subject, subject_of
+from patchpipe.checking.threads import on_ranks
 from patchpipe.checking.tiny import CannotShrink, tiny_settings
 from patchpipe.cli import app
+from patchpipe.config import ParallelConfig
 from patchpipe.demo import MODEL_DIR
 from patchpipe.models import plan_for
 from tests.support.ranks import quieten
@@ -73,6 +76,15 @@ def test_a_folder_s_own_pipeline_says_what_the_transformer_is_called_with() -> N
     assert len(found.model.transformer_blocks) == 3
     [finding] = Trial(found.model, found.sample).findings(TRUE_KEYS)
     assert finding.outcome == "holds", finding
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads cannot be kept to a core here")
+def test_ranks_that_are_threads_stay_on_one_core_and_others_where_they_are() -> None:
+    before = os.sched_getaffinity(0)
+    first, second = on_ranks(ParallelConfig(pipefusion=2), lambda _group, _rank: os.sched_getaffinity(0), 60)
+    assert first == second
+    assert len(first) == 1
+    assert os.sched_getaffinity(0) == before
 
 
 def test_what_is_needed_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -25,12 +24,12 @@ from patchpipe.cli import app, options, pictures
 from patchpipe.cli.job import call_arguments
 from patchpipe.clips import clips_of
 from patchpipe.config import ParallelConfig
+from patchpipe.engine import Engine, Progress
 from patchpipe.loading.dtypes import dtype_name
 from tests import tiny
 
 pytestmark = pytest.mark.timeout(120)
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY_CALL = {"height": 64, "width": 48, "num_inference_steps": 4, "max_sequence_length": 8}
 
 
@@ -41,24 +40,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def start(*args: str, **kwargs: object) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "patchpipe", *args]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)  # type: ignore[call-overload]
-
-
 # -- pictures ------------------------------------------------------------------------------------
 
 
 def test_generate_writes_numbered_pictures_and_a_report(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")
     out, report = tmp_path / "new" / "out.png", tmp_path / "report.json"
     layout = ["--cfg", "2", "--pipefusion", "2", "--ulysses", "2", "--patches", "2", "--threads", "1"]
     files = ["--devices", "cpu", "-o", str(out), "--json", str(report)]
     assert app(args=["generate", "red apple", "owl", "--model", model, *layout, *files]) == 0
     text, errors = capsys.readouterr()
+    text = " ".join(text.split())
     assert errors == ""
     assert sorted(file.name for file in out.parent.iterdir()) == ["out-1.png", "out-2.png"]
     assert Image.open(out.with_name("out-1.png")).size == (48, 64)
@@ -156,31 +149,34 @@ def test_five_families_from_disk_paint_what_diffusers_paints(
     assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_killed_worker_ends_the_command_with_one_line(model: str, tmp_path: Path) -> None:
-    out = tmp_path / "never.png"
+def test_killed_worker_ends_the_command_with_one_line(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers: list[psutil.Process] = []
+    struck: list[float] = []
+    generate = Engine.generate
+
+    def and_be_killed(engine: Engine, *args: Any, on_progress: Callable[[Progress], None], **call: Any) -> Any:
+        workers.extend(psutil.Process(rank.pid) for rank in engine.ranks)
+
+        def kill(progress: Progress) -> None:
+            on_progress(progress)
+            if progress.step == 3:
+                struck.append(time.monotonic())
+                workers[1].send_signal(signal.SIGKILL)
+
+        return generate(engine, *args, on_progress=kill, **call)
+
+    monkeypatch.setattr(Engine, "generate", and_be_killed)
     args = ["generate", "owl", "--model", model, "--pipefusion", "2", "--steps", "900", "--devices", "cpu"]
-    with start(*args, "-o", str(out)) as run:
-        workers = _wait_for_loop(run)
-        began = time.monotonic()
-        workers[1].send_signal(signal.SIGKILL)
-        _, errors = run.communicate(timeout=60)
-    assert time.monotonic() - began < 15
-    assert run.returncode == 1
+    assert app(args=[*args, "--threads", "1", "-o", str(tmp_path / "never.png")]) == 1
+    assert time.monotonic() - struck[0] < 15
+    errors = capsys.readouterr().err
     assert errors.startswith("error: rank 1 (pid ")
     assert "was killed by SIGKILL while painting" in errors
     assert errors.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers)
-
-
-def _wait_for_loop(run: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The workers, by rank, once the header tells that the model is loaded."""
-    assert run.stdout is not None
-    while "start-up" not in run.stdout.readline():
-        assert run.poll() is None
-    time.sleep(0.5)
-    [server] = psutil.Process(run.pid).children()
-    return sorted(server.children(), key=lambda process: process.pid)
 
 
 # -- errors --------------------------------------------------------------------------------------

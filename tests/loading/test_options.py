@@ -327,13 +327,6 @@ def named(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
     return Path(shutil.copytree(saved, tmp_path / "modèle 模型")), tmp_path / "größe"
 
 
-def test_the_engine_takes_folders_of_any_name_in_any_locale(named: tuple[Path, Path], tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT.format(call=CALL), encoding="utf-8")
-    ran = run_elsewhere(tmp_path, [sys.executable, "script.py", *map(str, named)], ASCII)
-    assert ran.stdout.strip() == "painted", ran.stderr
-    assert sorted(file.name for file in named[1].iterdir()) == ["picture.png", "trace.json"]
-
-
 @pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize(
     ("locale", "prompt"),
@@ -353,7 +346,10 @@ def test_the_command_line_takes_folders_of_any_name_in_any_locale(
 
 @pytest.mark.some(of=2, first=1)
 @pytest.mark.parametrize("python_path", [f"{ROOT}{os.pathsep}", f".{os.pathsep}{ROOT}"], ids=["empty", "dot"])
-def test_workers_import_nothing_from_the_current_folder(saved: Path, tmp_path: Path, python_path: str) -> None:
+def test_workers_import_nothing_from_the_current_folder(
+    named: tuple[Path, Path], tmp_path: Path, python_path: str
+) -> None:
+    """Nor do they, or the engine, mind what folders are called, in any locale."""
     here = tmp_path / "here"
     here.mkdir()
     for name in ("queue", "random", "types", "select", "typing", "torch", "diffusers"):
@@ -361,6 +357,7 @@ def test_workers_import_nothing_from_the_current_folder(saved: Path, tmp_path: P
     start = "import os, patchpipe.engine, torch, diffusers\n"  # the parent has what it needs
     start += f"os.chdir({str(here)!r}); os.environ['PYTHONPATH'] = {python_path!r}\n"
     (tmp_path / "script.py").write_text(start + SCRIPT.format(call=CALL), encoding="utf-8")
-    ran = run_elsewhere(tmp_path, [sys.executable, "script.py", str(saved), str(tmp_path)], {})
+    ran = run_elsewhere(tmp_path, [sys.executable, "script.py", *map(str, named)], ASCII)
     assert ran.stdout.strip() == "painted", ran.stderr
+    assert sorted(file.name for file in named[1].iterdir()) == ["picture.png", "trace.json"]
     assert not (tmp_path / "caught").exists()

@@ -211,7 +211,7 @@ def paint_all(place: Place) -> dict[tuple[Any, ...], Any]:
 
 @pytest.fixture(scope="module", params=sorted(LAYOUTS))
 def painted(request: pytest.FixtureRequest) -> tuple[int, list[dict[tuple[Any, ...], Any]]]:
-    return request.param, run_ranks(request.param, paint_all)
+    return request.param, run_threads(request.param, paint_all)
 
 
 @pytest.fixture(scope="module")

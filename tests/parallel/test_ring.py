@@ -25,6 +25,7 @@ from tests import tiny
 from tests.support import parity
 from tests.support.ranks import Place, run_ranks
 from tests.support.sequences import sequence_of
+from tests.support.threads import run_threads
 
 TOLERANCE = 1e-10  # relative, in float64: sums are reordered
 NAMES = ("flux", "sd35", "pixart")  # text first, text last beside image-only attention, no text
@@ -110,7 +111,7 @@ def formula(name: str, degree: int, patch_rows: list[int], place: int) -> int:
 @pytest.mark.parametrize("degree", [2, 3])
 def test_ring_is_exact_and_sends_all_rows_but_the_next_ranks(degree):
     cases = [(name, {"ring": degree}, schedule, rows(7)) for name in NAMES for schedule in (SYNCHRONOUS, WARM, COLD)]
-    ranks = run_ranks(degree, paint, cases)
+    ranks = run_threads(degree, paint, cases)
     found = errors(cases, ranks[0])
     assert max(found.values()) <= TOLERANCE, found
     for index, (name, _, schedule, _) in enumerate(cases):
@@ -123,7 +124,7 @@ def test_ring_is_exact_and_sends_all_rows_but_the_next_ranks(degree):
 def test_a_ring_of_lines_with_more_ranks_than_heads_and_text_rows():
     arguments = {**rows(13), "max_sequence_length": 5}
     cases = [("flux", {"ring": 2, "ulysses": 3}, COLD, arguments)]
-    found = errors(cases, run_ranks(6, paint, cases)[0])
+    found = errors(cases, run_threads(6, paint, cases)[0])
     assert max(found.values()) <= TOLERANCE, found
 
 
@@ -133,7 +134,7 @@ def test_even_slices_send_what_the_papers_formula_says():
     whole = 2 * tokens * width * layers * ITEM * CALLS_BY_BATCH
     degrees = [{"ring": 4}, {"ring": 2, "ulysses": 2}]
     cases = [("flux", each, schedule, rows(8)) for each in degrees for schedule in (SYNCHRONOUS, COLD)]
-    ranks = run_ranks(4, paint, cases)
+    ranks = run_threads(4, paint, cases)
     found = errors(cases, ranks[0])
     assert max(found.values()) <= TOLERANCE, found
     for painted in ranks:

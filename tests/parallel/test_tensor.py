@@ -18,6 +18,7 @@ from patchpipe.stage.balance import split_blocks
 from tests import tiny
 from tests.support.parity import TOLERANCE, relative
 from tests.support.ranks import Place, quieten, run_ranks
+from tests.support.threads import run_threads
 
 Layout = dict[str, Any]
 SYNCHRONOUS, STREAMING = {"warmup": "all"}, {"patch_rows": (2, 2, 3), "warmup": 1}
@@ -83,7 +84,7 @@ SPLIT: list[tuple[list[str], list[Layout]]] = [
 @pytest.mark.parametrize(("names", "layouts"), SPLIT, ids=["2", "3", "4"])
 def test_split_matrices_paint_what_whole_ones_paint(names: list[str], layouts: list[Layout]) -> None:
     """Synchronous steps equal plain diffusers, streaming ones the same schedule on one process."""
-    errors = run_ranks(ParallelConfig(**layouts[0]).world_size, paint, names, layouts)[0]
+    errors = run_threads(ParallelConfig(**layouts[0]).world_size, paint, names, layouts)[0]
     assert len(errors) == len(names) * len(layouts) * 2
     assert max(errors.values()) <= TOLERANCE, errors
 
@@ -120,7 +121,7 @@ ANSWERS = {"flux": IMAGE * 16, "sd35": IMAGE * 16, "pixart": IMAGE * 32}  # the 
 @pytest.mark.parametrize(("names", "degree"), [(["flux", "sd35"], 2), (["pixart"], 3)], ids=["2", "3"])
 def test_tensor_sends_what_its_formula_says(names: list[str], degree: int) -> None:
     """``2·(T-1)/T`` of every sum from each rank, patched or not: text rides with one patch (arXiv 1909.08053)."""
-    for rank, found in enumerate(run_ranks(degree, count, names, degree)):
+    for rank, found in enumerate(run_threads(degree, count, names, degree)):
         for (name, schedule), (sums, sent) in found.items():
             expected = STEPS * SUMMED[name] * WIDTHS[name] * SIZE * 2 * (degree - 1) // degree
             assert sums == expected, (rank, name, schedule)

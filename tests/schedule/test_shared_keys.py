@@ -17,6 +17,7 @@ from tests import tiny
 from tests.layout.test_combinations import VOLUMES
 from tests.support import parity
 from tests.support.ranks import Place, run_ranks
+from tests.support.threads import run_threads
 
 STEPS, IMAGES = 4, 2  # of a tiny pipeline, as tests call it
 STREAMING = [{"patches": 3, "warmup": 1}, {"patches": 4, "warmup": 2}]
@@ -33,20 +34,20 @@ FOUR: list[dict[str, Any]] = [
 @pytest.mark.parametrize("name", ["flux", "sd3", "sd35", "pixart", "qwen", "qwen-padded"])
 def test_law_2_shared_blocks_never_show(name: str) -> None:
     call = {"num_images_per_prompt": IMAGES} if name in VOLUMES else {}
-    found = parity.differences(name, TWO, STREAMING, **call)
+    found = parity.differences(name, TWO, STREAMING, run=run_threads, **call)
     assert max(found.values()) <= parity.TOLERANCE, found
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart"])
 def test_law_6_shared_blocks_go_with_every_method(name: str) -> None:
-    found = parity.differences(name, FOUR, STREAMING[:1], num_images_per_prompt=IMAGES)
+    found = parity.differences(name, FOUR, STREAMING[:1], run=run_threads, num_images_per_prompt=IMAGES)
     assert max(found.values()) <= parity.TOLERANCE, found
 
 
 @pytest.mark.parametrize("name", ["flux", "pixart"])
 def test_a_stage_may_share_both_its_ends(name: str) -> None:
     layouts = [{"pipefusion": 3, "stage_blocks": sizes} for sizes in ((1.3, 1.4, 1.3), (1.5, 1, 1.5))]
-    found = parity.differences(name, layouts, STREAMING)
+    found = parity.differences(name, layouts, STREAMING, run=run_threads)
     assert max(found.values()) <= parity.TOLERANCE, found
 
 

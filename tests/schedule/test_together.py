@@ -22,6 +22,7 @@ from patchpipe.schedule.baton import Baton, Grounded
 from patchpipe.tracing import timeline as files
 from tests import tiny
 from tests.support.ranks import Place, quieten, run_ranks
+from tests.support.threads import run_threads
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -110,7 +111,8 @@ def test_law_2_together_is_what_each_is_alone(ranks: int) -> None:
 
 
 def test_law_6_every_layout_that_may_fly_together_is_tested() -> None:
-    wrong = run_ranks(4, compare, {"flux": LAYOUTS[4], "pixart-4": LAYOUTS[4][:1]})  # guidance in two calls, and in one
+    guided = {"flux": LAYOUTS[4], "pixart-4": LAYOUTS[4][:1]}  # in two calls, and in one
+    wrong = run_threads(4, compare, guided)
     assert wrong == [[]] * 4
     with pytest.raises(ValueError, match=r"requests in flight together .* nearest that is tested is distrifusion"):
         patchpipe.layout.combinations.check_together(frozenset({"cfg", "distrifusion"}))

@@ -27,8 +27,9 @@ from patchpipe.stage.patches import Cut, Patch
 from tests import tiny
 from tests.parallel.test_displaced import naive_distrifusion
 from tests.support import parity
-from tests.support.ranks import quieten, run_ranks
+from tests.support.ranks import quieten
 from tests.support.sequences import sequence_of
+from tests.support.threads import run_threads
 
 NAME = "qwen-padded"
 SCHEDULES: list[dict[str, Any]] = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0}]
@@ -53,12 +54,13 @@ def setup_module() -> None:
     ids=["2", "3", "4", "8"],
 )
 def test_layouts_paint_what_one_process_paints(layouts: list[dict[str, Any]], schedules: list[dict[str, Any]]) -> None:
-    errors = parity.differences(NAME, layouts, schedules, height=16 * 9)  # patches of rows enough for four ranks
+    height = 16 * 9  # patches of rows enough for four ranks
+    errors = parity.differences(NAME, layouts, schedules, run=run_threads, height=height)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
 def test_a_ring_of_lines_with_more_ranks_than_heads() -> None:
-    errors = parity.differences(NAME, [{"ring": 2, "ulysses": 3}], SCHEDULES[2:], height=16 * 13)
+    errors = parity.differences(NAME, [{"ring": 2, "ulysses": 3}], SCHEDULES[2:], run=run_threads, height=16 * 13)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
@@ -92,7 +94,7 @@ DISPLACED = [{"distrifusion": 2}, {"distrifusion": 3}]
 @pytest.mark.parametrize("layout", DISPLACED, ids=["2", "3"])
 def test_ranks_compute_what_distrifusion_means(layout: dict[str, int]) -> None:
     parts, schedules = layout["distrifusion"], [{"warmup": warmup} for warmup in (0, 1, "all")]
-    [found, *_] = run_ranks(parts, parity.paint, NAME, [layout], schedules, {})
+    [found, *_] = run_threads(parts, parity.paint, NAME, [layout], schedules, {})
     for schedule in schedules:
         pipe, warmup = tiny.pipeline(NAME, dtype=torch.float64), schedule["warmup"]
         arguments = tiny.call_arguments(NAME, height=parity.HEIGHT)
@@ -103,7 +105,7 @@ def test_ranks_compute_what_distrifusion_means(layout: dict[str, int]) -> None:
 
 
 def test_products_with_distrifusion_are_exact() -> None:
-    errors = parity.differences(NAME, WITH_DISTRIFUSION, SCHEDULES[:1])
+    errors = parity.differences(NAME, WITH_DISTRIFUSION, SCHEDULES[:1], run=run_threads)
     assert max(errors.values()) <= parity.TOLERANCE, errors
 
 
@@ -113,7 +115,7 @@ def test_a_mask_travels_once_for_each_patch_of_a_call(degree: str) -> None:
     schedule, steps, size, batch = {"patches": 2, "warmup": 0}, 2, 8, 2
     call = {"height": 128, "width": 64, "num_inference_steps": steps, "negative_prompt": None, "true_cfg_scale": 1.0}
     alike = {"prompt": [tiny.OTHER_PROMPT] * batch}  # as long as the longer of the two, so without padding
-    masked, plain = (run_ranks(2, parity.paint, NAME, [{degree: 2}], [schedule], call | more) for more in ({}, alike))
+    masked, plain = (run_threads(2, parity.paint, NAME, [{degree: 2}], [schedule], call | more) for more in ({}, alike))
     key, text, image = str(({degree: 2}, schedule)), 16, 8 * 4
     for with_mask, without in zip(masked, plain, strict=True):
         extra = with_mask[key]["sent_bytes"] - without[key]["sent_bytes"]

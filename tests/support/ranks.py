@@ -27,7 +27,7 @@ from patchpipe import ParallelConfig
 from patchpipe.distributed.joining import join
 from patchpipe.distributed.mesh import Group
 
-PRELOAD = ["torch", "diffusers", "transformers", "patchpipe.pipeline.pretrained", "tests.support.parity"]
+PRELOAD = ["tests.support.prepared"]
 PR_SET_PDEATHSIG = 1
 
 # Bit-equality is promised at equal thread counts: the test's own process computes as its ranks do.

@@ -6,6 +6,7 @@ They talk over gloo as processes do. What only processes show (deaths, sockets, 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from patchpipe.checking.threads import at_once, wait_for
+from patchpipe.checking.threads import at_once, stay_on_a_core, wait_for
 from tests.support.ranks import Place, quieten
 
 FIRST_CAUSE_SECONDS = 15  # for the others to end, once one has failed
@@ -38,8 +39,10 @@ def run_threads(world_size: int, target: Callable[..., Any], *args: Any, timeout
     places = [Place(rank, world_size, store if world_size > 1 else None) for rank in range(world_size)]
     results: dict[int, Any] = {}
     problems: dict[int, str] = {}
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
     def run(rank: int) -> None:
+        stay_on_a_core(worker)
         torch.set_num_threads(1)
         try:
             results[rank] = target(places[rank], *args)

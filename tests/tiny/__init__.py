@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -42,6 +43,7 @@ from diffusers import (
 )
 from PIL import Image
 from tokenizers import Tokenizer, models, trainers
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
@@ -64,6 +66,7 @@ from transformers import (
 )
 
 from patchpipe.demo import MODEL_DIR
+from tests.support.copies import Original
 
 MODELS = ("flux", "sd3", "pixart", "qwen")
 PROMPT, OTHER_PROMPT = "red apple", "a blue dog in 3d style and a cherry blossom"
@@ -81,7 +84,15 @@ and background:<|im_end|>
 def pipeline(name: str, *, blocks: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """``flux``, ``flux2``, ``sd3``, ``pixart``, ``qwen``, ``wan`` or a relative of theirs, or of tiny_video, tiny."""
     with _BUILDING:
-        return _pipeline(name, blocks, dtype, seed)
+        original, drawn = _original(name, blocks, dtype, seed)
+        torch.set_rng_state(drawn)
+        return original.copy()
+
+
+@cache
+def _original(name: str, blocks: int, dtype: torch.dtype, seed: int) -> tuple[Original, Tensor]:
+    """What copies are made of, with no lambda in it, and how the process's generator stands once weights are drawn."""
+    return Original(_pipeline(name, blocks, dtype, seed)), torch.get_rng_state()
 
 
 def _pipeline(name: str, blocks: int, dtype: torch.dtype, seed: int) -> Any:

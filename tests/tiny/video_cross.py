@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -33,8 +34,12 @@ def stays(transformer: Any, name: str) -> Any:
     """The model, with a part that computes in float32 and takes no more than that."""
     part = getattr(transformer, name)
     if part is not None:
-        part._apply = lambda *_, **__: part
+        part._apply = partial(_itself, part)
     return transformer
+
+
+def _itself(part: Any, *_: Any, **__: Any) -> Any:
+    return part
 
 
 def hunyuan_vae() -> diffusers.AutoencoderKLHunyuanVideo:

@@ -20,9 +20,11 @@ LIFELINE, CHANNEL, OUTPUT = range(3)
 def main() -> None:
     """Serves the parent on the other end of the socket whose number is the only argument."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()  # nothing of what is loaded goes away
     _load_libraries()
     gc.collect()
     gc.freeze()  # what the collector does not touch stays shared
+    gc.enable()
     while True:
         asked, fds, _, _ = socket.recv_fds(control, 64, 3)
         if not asked:  # the parent is gone
