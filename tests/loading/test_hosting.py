@@ -50,6 +50,8 @@ def test_a_hosted_encoder_gives_what_it_gives_on_the_device(name: str, dtype: to
         for mine, its in zip(states(model), expected, strict=True):
             assert (mine == its).all()
     assert encoder.stats.out_of_turn == 0
+    sizes = {id(one): aligned(one.nbytes) for one in before.values()}
+    assert encoder.hosted == sum(sizes.values()), "what is tied is in memory once"
     undo()
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(after) == list(before)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -77,6 +77,7 @@ class HostedEncoder:
         self._copier = copier_for(device, throttle)
         self._undo: list[Callable[[], None]] = []
         self._owners: list[nn.Module] = []
+        self._kept: list[nn.Parameter] = []  # on the host
         self._streamed: dict[Any, Streamed] = {}
         self._layers: list[StreamedBlock] = []
         self._size = 0  # of the working buffer
@@ -102,12 +103,15 @@ class HostedEncoder:
         found = {name: weights_of(part, f"{self._name}.{name}", lambda _: False) for name, part in parts.items()}
         embeddings = [name for name in layers.around if isinstance(parts[name], nn.Embedding)]
         self._move_rest(found, embeddings)
-        homes = {name: self._take(weights) for name, weights in found.items() if weights}
+        homes = {name: self._take(found[name]) for name in found if found[name] and name not in embeddings}
+        for name in embeddings:  # now, as a table may be the last layer's matrix too, which is on the host by now
+            found[name] = weights_of(parts[name], f"{self._name}.{name}", lambda _: False)
+            self._keep(found[name])
         for weights in found.values():
             for weight in weights:
                 weight.put(_stand_in(weight, self._device))
         following: dict[str, str | None] = dict(pairwise(name for name in layers.layers if found[name]))
-        for name in homes:
+        for name in filter(found.get, found):
             if name in layers.layers:
                 self._streamed[name] = Streamed(homes[name], sizes_of(found[name]), following.get(name))
                 self._stream(name, parts[name], found[name])
@@ -143,6 +147,7 @@ class HostedEncoder:
         self._owners += [module for weight in weights for module, _ in weight.owners]
         home = HostHome(weights, pinned=self._device.type == "cuda")
         self.hosted += home.nbytes
+        self._kept += [weight.found for weight in weights]
         for weight in weights:
             weight.settle()
 
@@ -153,6 +158,14 @@ class HostedEncoder:
 
         self._undo.append(back)
         return home
+
+    def _keep(self, weights: Sequence[Weight]) -> None:
+        """Takes weights to the host as they are."""
+        for weight in weights:
+            self._undo.append(partial(weight.move, weight.plain[0].device))
+            weight.move(torch.device("cpu"))
+            self.hosted += 0 if any(weight.found is one for one in self._kept) else weight.nbytes
+        self._kept += [weight.found for weight in weights]
 
     def _move_rest(self, found: dict[str, list[Weight]], embeddings: Sequence[str]) -> None:
         """What does not come and go is where it is needed: on the device, or on the host beside a table of words."""
