@@ -4,18 +4,15 @@ python -m bench.large --folder /tmp/flux-large
 
 The rest of the weights is read from the files for every pass (``tier=disk``), so 24 GB of disk and 16 GB of memory are
 enough. Reading is held back to a bandwidth below the disk's, as the files may be in the system's memory in part.
-What the disk takes by itself is measured, and comes on top. Seconds of a step are set beside what the planner says of
-a machine with the bandwidth of both together, and a core's measured rate.
+Seconds of a step are set beside what the planner says of a machine with this bandwidth and a core's measured rate.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Annotated, Any
 
 import torch
@@ -60,13 +57,12 @@ def main(
     memory = share * size / ranks / 2**30
     offload = OffloadConfig(memory=memory, tier="disk", throttle=bandwidth)
     config = ParallelConfig(pipefusion=ranks, patches=ranks, warmup="all", timeout=600, offload=offload)
-    profile = measured(ranks, 1 / (1e-9 / bandwidth + 1 / read_bandwidth(folder)))
+    profile = measured(ranks)
     asked = Asked(PIXELS, PIXELS, steps=LONG, text_tokens=WORDS, dtype="bf16")
-    unbraked = replace(config, offload=replace(offload, throttle=None))
-    expected = predict(workload_for(folder, asked), unbraked, profile)
+    expected = predict(workload_for(folder, asked), config, profile)
     console.print(
-        f"{size / 1e9:.1f} GB of weights, {ranks} ranks that hold {memory:.2f} GiB each and read "
-        f"{profile.device.upload / 1e9:.2f} GB/s; a core computes {profile.device.rate / 1e9:.0f} GFLOP/s"
+        f"{size / 1e9:.1f} GB of weights, {ranks} ranks that hold {memory:.2f} GiB each and read {bandwidth:g} GB/s; a "
+        f"core computes {profile.device.rate / 1e9:.0f} GFLOP/s"
     )
     console.print(f"predicted: {expected.seconds / LONG:.1f} s a step")
     found = run_ranks(ranks, paint, folder, config, timeout=3000)
@@ -129,22 +125,7 @@ def filled(parameters: dict[str, Tensor], pool: Tensor, draw: torch.Generator) -
 # -- the machine ---------------------------------------------------------------------------------
 
 
-def read_bandwidth(folder: Path) -> float:
-    """Bytes a second of files that the system does not have in memory."""
-    files = sorted((folder / "transformer").glob("*.safetensors"), key=lambda path: path.stat().st_size)[-4:]
-    size = 0
-    for path in files:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    began = perf_counter()
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while found := len(file.read(2**24)):
-                size += found
-    return size / (perf_counter() - began)
-
-
-def measured(ranks: int, upload: float) -> Profile:
+def measured(ranks: int) -> Profile:
     """This machine, with a core's rate at the sizes that matter."""
     torch.set_num_threads(1)
     tokens = (PIXELS // 16) ** 2 + WORDS
@@ -152,7 +133,7 @@ def measured(ranks: int, upload: float) -> Profile:
     spent = min(timed(lambda: torch.nn.functional.linear(rows, matrix)) for _ in range(8))
     profile = profile_of(["cpu"] * ranks, ranks)
     flops = 2 * tokens * matrix.numel() / spent
-    return replace(profile, device=replace(profile.device, flops=flops, efficiency=1.0, upload=upload, memory=2**40))
+    return replace(profile, device=replace(profile.device, flops=flops, efficiency=1.0, memory=2**40))
 
 
 # -- a rank --------------------------------------------------------------------------------------

@@ -19,6 +19,10 @@ class Copier(Protocol):
         """The bytes of a chunk that this rank copies; others give it the rest."""
         ...
 
+    def read(self, seconds: float) -> None:
+        """The chunk that is copied next was read for so long."""
+        ...
+
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """Starts a copy; returns the mark of its end.
 
@@ -50,13 +54,17 @@ class Throttle:
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
-        self._free, self._lock = 0.0, threading.Lock()
+        self._free, self._read, self._lock = 0.0, 0.0, threading.Lock()
+
+    def read(self, seconds: float) -> None:
+        """What comes next was read for so long, which is part of its time on the link."""
+        self._read = seconds
 
     def take(self, size: int) -> None:
         """Returns when so many bytes are through."""
         with self._lock:
-            self._free = max(self._free, perf_counter()) + size / self.bandwidth
-            until = self._free
+            self._free = max(self._free, perf_counter() - self._read) + size / self.bandwidth
+            until, self._read = self._free, 0.0
         while (left := until - perf_counter()) > 0:
             sleep(left)
 
@@ -75,6 +83,11 @@ class HostCopier:
     def own(self, size: int) -> slice:
         """See ``Copier``."""
         return slice(0, size) if self._gathering is None else self._gathering.own(size)
+
+    def read(self, seconds: float) -> None:
+        """See ``Copier``."""
+        if self._throttle is not None:
+            self._throttle.read(seconds)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """See ``Copier``; it has ended when this returns."""
@@ -112,6 +125,11 @@ class CudaCopier:
     def own(self, size: int) -> slice:
         """See ``Copier``."""
         return slice(0, size) if self._gathering is None else self._gathering.own(size)
+
+    def read(self, seconds: float) -> None:
+        """See ``Copier``."""
+        if self._throttle is not None:
+            self._throttle.read(seconds)
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """See ``Copier``."""

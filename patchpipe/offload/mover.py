@@ -299,8 +299,9 @@ class Mover:
         return sum(entry.chunks - len(entry.left) for entry in waiting)
 
     def _copy(self, entry: Entry, run: Run) -> None:
-        own = self._copier.own(run.size)
+        own, asked = self._copier.own(run.size), perf_counter()
         piece = entry.home.piece(run.source + own.start, own.stop - own.start)
+        self._copier.read(perf_counter() - asked)
         self._read_ahead(entry, run)
         self._yield(entry.key)
         with self._changed:

@@ -15,6 +15,7 @@ from bench import offload as bench
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.cli.options import read_config
 from patchpipe.distributed.gate import Gate
+from patchpipe.offload import copying
 from patchpipe.offload.choice import GIB, Inventory, Link, choose
 from patchpipe.offload.copying import HostCopier, Throttle
 from patchpipe.offload.model import Passing, Transfers, chunk_for, hidden, least_resident, quicker_gated, waiting
@@ -398,6 +399,20 @@ def test_a_throttled_link_is_shared() -> None:
     for thread in threads:
         thread.join(SECONDS)
     assert perf_counter() - began >= 0.09
+
+
+def test_reading_is_part_of_a_chunks_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(copying, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(copying, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    link = Throttle(1e6)
+    link.take(30_000)
+    assert now == [pytest.approx(0.03)]
+    for reading, until in ((0.02, 0.06), (0.05, 0.11), (0.0, 0.14)):  # the link is faster, slower, or alone
+        now[0] += reading
+        link.read(reading)
+        link.take(30_000)
+        assert now == [pytest.approx(until)]
 
 
 # -- the planner ---------------------------------------------------------------------------------
