@@ -8,7 +8,7 @@ Device, link and clock are those of ``bench.offload``; so is the engine, with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -18,34 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import offload as one_call
-from bench.offload import CHUNK, EXCHANGED, EXCHANGES, MEGABYTE, Model, offloaded
+from bench.offload import CHUNK, EXCHANGED, EXCHANGES, MEGABYTE, Model, Row, offloaded
 from bench.rounds import save
 from patchpipe import OffloadConfig
 from patchpipe.offload.model import Passing, waiting
 
 COMMAND = "python -m bench.offload_calls"
 CALLS = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a way came to.
-
-    Attributes:
-        way: The way.
-        bandwidth: Megabytes a second of the link.
-        resident: Share of the weights that stays.
-        seconds: Of a step.
-        predicted: By the model.
-        megabytes: That came in a step.
-    """
-
-    way: str
-    bandwidth: int
-    resident: float
-    seconds: float
-    predicted: float
-    megabytes: float
 
 
 def main(
@@ -58,10 +37,10 @@ def main(
     for row in rows:
         layers = next(
             one.seconds for one in rows
-            if (one.bandwidth, one.resident, one.way) == (row.bandwidth, row.resident, "whole layers, for each call")
+            if (one.bandwidth, one.resident, one.name) == (row.bandwidth, row.resident, "whole layers, for each call")
         )  # fmt: skip
         table.add_row(
-            str(row.bandwidth), f"{row.resident:.0%}", row.way, f"{row.seconds:.2f}", f"{row.predicted:.2f}",
+            str(row.bandwidth), f"{row.resident:.0%}", row.name, f"{row.seconds:.2f}", f"{row.predicted:.2f}",
             f"{row.megabytes:.0f}", f"{layers / row.seconds:.2f}×",
         )  # fmt: skip
     Console().print(table)
@@ -96,7 +75,8 @@ def step(way: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: i
                     call()
 
         one()
-        clock, copied = device.link.clock, offload.stats.bytes
+        clock, copied, stalled = device.link.clock, offload.stats.bytes, offload.stats.stalled_seconds
+        device.exchanges.clear()
         began = clock.now()
         for _ in range(rounds):
             one()
@@ -108,7 +88,10 @@ def step(way: str, model: Model, bandwidth: int, asked: OffloadConfig, rounds: i
         spent = [times * each for each in one_call._seconds(model, bandwidth)]
         passing = Passing(chosen.streamed, spent, exchanges, times * EXCHANGES)
         predicted = waiting(passing, replace(chosen.transfers, bandwidth=bandwidth * MEGABYTE)).seconds
-        return Row(way, bandwidth, chosen.share, seconds, CALLS / times * predicted, size / MEGABYTE)
+        waited = (offload.stats.stalled_seconds - stalled) / rounds
+        exchange = 1000 * sum(device.exchanges) / len(device.exchanges)
+        predicted *= CALLS / times
+        return Row(way, bandwidth, chosen.share, seconds, predicted, size / MEGABYTE, waited, exchange)
 
 
 def _check(model: Model) -> None:

@@ -14,9 +14,21 @@ from patchpipe.distributed.agreement import gather
 from patchpipe.distributed.exchange import Exchange
 from patchpipe.distributed.mesh import Group
 from patchpipe.errors import PatchpipeError
+from patchpipe.layout.axes import Mesh
 from patchpipe.layout.communicators import lines_of
 
 LINES = ("ulysses_inner", "ulysses", "ring")  # over fast links first
+
+
+def ranks_together(mesh: Mesh, inner: int) -> tuple[int, ...]:
+    """The ranks that copy weights together with a rank of a layout that has Ulysses or Ring.
+
+    Args:
+        mesh: The mesh, with the rank.
+        inner: Ranks of a Ulysses line that share a fast domain.
+    """
+    lines = lines_of(mesh, inner)
+    return next(lines[name] for name in LINES if name in lines)
 
 
 class Gathering:
@@ -44,8 +56,7 @@ class Gathering:
                 "offload gathered=True sends weights from card to card, which gloo does through the host: use NCCL, a "
                 "card for each rank, or leave it out"
             )
-        lines = lines_of(group.mesh, group.config.ulysses_inner)
-        ranks = next(lines[name] for name in LINES if name in lines)
+        ranks = ranks_together(group.mesh, group.config.ulysses_inner)
         line = group.open_line("weights", ranks)
         return cls(f"{line.wire.carries} of {ranks}", line, group)
 

@@ -95,8 +95,8 @@ class Offload:
         weights, self.chosen = found
         self._give_up_ring()
         if self._gathering is not None:
-            sizes = [[weight.nbytes for weight in each] for each in weights]
-            self._gathering.compare("what stays on the device", [sizes, self.chosen.resident, self.chosen.ring])
+            told = [digest_of(weights, self.chosen.resident), self.chosen.ring]
+            self._gathering.compare("what stays on the device", told)
         try:
             blocks.put(weights, self.chosen, sharing)
         except (ValueError, PatchpipeError):

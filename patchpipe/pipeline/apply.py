@@ -29,7 +29,7 @@ from patchpipe.parallel.refusals import check_special
 from patchpipe.parallel.tensor import TensorPart, check_tensor, tensor_part
 from patchpipe.pipeline.attachment import Attachment
 from patchpipe.pipeline.modular.steps import is_modular
-from patchpipe.pipeline.parts import encoders_of
+from patchpipe.recipes.adapters import encoders_of
 from patchpipe.recipes.checks import check_recipes
 from patchpipe.stage.balance import split_blocks
 

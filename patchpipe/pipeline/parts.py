@@ -18,7 +18,7 @@ from patchpipe.loading.encoders.layers import Layers
 from patchpipe.loading.encoders.passing import Prompts, mark_given, put_given
 from patchpipe.pipeline.callbacks import Callbacks
 from patchpipe.pipeline.modular.steps import SHARE, hook_steps, is_modular, with_bars
-from patchpipe.recipes.adapters import modules_of
+from patchpipe.recipes.adapters import encoders_of
 from patchpipe.schedule.runner import Runner
 from patchpipe.stage.stage import Stage
 from patchpipe.tracing.recorder import span
@@ -49,11 +49,6 @@ class Hooks:
         """Takes all changes back, the last one first."""
         while self._undo:
             self._undo.pop()()
-
-
-def encoders_of(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's text encoders, by name."""
-    return {name: part for name, part in modules_of(pipe).items() if name.startswith("text_encoder")}
 
 
 def quieten(pipe: Any, hooks: Hooks) -> None:

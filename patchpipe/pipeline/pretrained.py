@@ -33,7 +33,7 @@ from patchpipe.models.relies import check_relied_on
 from patchpipe.offload.weights import Stored
 from patchpipe.parallel.tensor import Slice, check_tensor
 from patchpipe.pipeline.apply import attach, check_offload, fit, parts_of
-from patchpipe.pipeline.parts import encoders_of
+from patchpipe.recipes.adapters import encoders_of
 from patchpipe.stage.balance import split_blocks
 
 Dtype: TypeAlias = torch.dtype | str | Mapping[str, torch.dtype | str] | None

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from patchpipe.config import ParallelConfig
 from patchpipe.layout.axes import Mesh
-from patchpipe.layout.communicators import lines_of
 from patchpipe.offload.choice import Chosen, Inventory, Link, choose
-from patchpipe.offload.gathering import LINES
+from patchpipe.offload.gathering import ranks_together
 from patchpipe.offload.model import CONTENTION, Passing, waiting
 from patchpipe.planner.layout import Layout
 from patchpipe.planner.machine.devices import GB
@@ -28,8 +27,7 @@ def upload_link(profile: Profile, config: ParallelConfig) -> Link:
     contention = 0.0 if profile.link.name.startswith(OWN_LINKS) else CONTENTION
     upload = min(profile.device.upload, (config.offload.throttle or math.inf) * GB)
     if config.offload.gathered:
-        lines = lines_of(Mesh(config.mesh_shape, 0), config.ulysses_inner)
-        ranks = next(len(lines[name]) for name in LINES if name in lines)
+        ranks = len(ranks_together(Mesh(config.mesh_shape, 0), config.ulysses_inner))
         upload = 1 / (1 / (ranks * upload) + (ranks - 1) / ranks / profile.link.bandwidth)
     return Link(upload, contention)
 

@@ -134,8 +134,7 @@ class Adapters:
     def _check_layout(self) -> None:
         way = self._runner.config.text_rank
         if way in ON_THE_LAST:
-            encoders = {name: part for name, part in modules_of(self._pipe).items() if name.startswith("text_encoder")}
-            for name in loaded_adapters(encoders):
+            for name in loaded_adapters(encoders_of(self._pipe)):
                 raise ValueError(
                     f'text_rank="{way}" has {name} as it is stored, for which LoRA cannot be loaded: use "layers" '
                     f"or a rank, or LoRA for the transformer alone"
@@ -170,6 +169,11 @@ def adapter_members(kind: type) -> dict[str, Any]:
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
     """A pipeline's models that may have adapters, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's text encoders, by name."""
+    return {name: part for name, part in modules_of(pipe).items() if name.startswith("text_encoder")}
 
 
 def loaded_adapters(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:

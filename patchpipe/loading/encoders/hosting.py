@@ -81,7 +81,7 @@ class HostedEncoder:
         self._streamed: dict[Any, Streamed] = {}
         self._layers: list[StreamedBlock] = []
         self._size = 0  # of the working buffer
-        self._transfers = Transfers(0.0, CHUNK, AHEAD, gate=False)
+        self._transfers: Transfers
         self._ring: Tensor | None = None
         self._mover: Mover | None = None
         self.ride = None  # calls are made one by one
