@@ -102,7 +102,7 @@ def describe_plan(plan: ModelPlan) -> str:
         for listing in plan.blocks
         for path, mixed in listing.attention.items()
     ]
-    text = "text rides with patch 0" if plan.joint else "text by cross-attention"
+    text = "text goes with the first patch" if plan.joint else "text by cross-attention"
     return f"{text} · attention: {', '.join(dict.fromkeys(kinds))}"
 
 
