@@ -24,9 +24,9 @@ EPILOG = """
 
   [green]patchpipe check[/] ./FLUX.1-dev                              a model of your own
 
-  [green]patchpipe check[/] HunyuanImageTransformer2DModel            a class without a plan: proposes one, and tries it
+  [green]patchpipe check[/] Flux3Transformer2DModel                   a class without a plan: proposes one, and tries it
 
-  [green]patchpipe check[/] PixArtTransformer2DModel --propose        what would be proposed, beside the plan there is
+  [green]patchpipe check[/] PixArtTransformer2DModel --propose        a proposal, although the class has a plan
 
   [green]patchpipe check[/] DiTTransformer2DModel --set num_layers=6 --json
 """
@@ -38,7 +38,7 @@ Set = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="A field of the tiny model's configuration. May be repeated."),
 ]
 Propose = Annotated[
-    bool, typer.Option("--propose", help="Propose a plan, though the class has one, and try that one instead.")
+    bool, typer.Option("--propose", help="Propose a plan even if the class has one, and try the proposal.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else.")]
 
