@@ -188,8 +188,8 @@ def fitted(
     unknown = [name for name in names if parameters[name].default is inspect.Parameter.empty and name not in MAKERS]
     if unknown:
         raise CannotMakeInputs(
-            f"{type(model).__name__} must be given {', '.join(unknown)}, which cannot be made of itself: give a folder "
-            f"with a whole pipeline of it, and the pipeline makes them"
+            f"{type(model).__name__} must be given {', '.join(unknown)}, which cannot be made from the name "
+            f"alone: give a folder with a whole pipeline of it, and the pipeline makes them"
         )
     said = []
     for axes in layouts or _likely(model):

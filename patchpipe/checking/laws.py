@@ -141,7 +141,7 @@ class Trial:
         try:
             found, right = self._run(config, law.still), self._right(law)
             if law.against == "one rank" and _apart(right, self._plain(still=False)) < SEEN:
-                return "fails", "stale keys and values move nothing, so that this shows nothing"
+                return "fails", "stale keys and values change nothing here, so that this shows nothing"
         except Exception as error:
             return "fails", f"{type(error).__name__}: {' '.join(str(error).split())}"
         return self._compared(law, found, right)

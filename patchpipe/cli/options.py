@@ -100,7 +100,7 @@ SplitBatch = Annotated[
     bool | None,
     _option(
         _DETAIL,
-        "Run both branches of guidance one after the other. [dim]Default: if it evens out the stages.[/]",
+        "Send a batch (such as both guidance branches) in two halves. [dim]Default: if it evens out the stages.[/]",
         "--split-batch/--no-split-batch",
     ),
 ]

@@ -112,7 +112,7 @@ def check_offloaded(tensor: int, compiled: bool, tier: str, gathered: bool, shar
         raise ValueError("offload gathered=True is for ranks that share a stage: use ulysses or ring, or leave it out")
     if tier == "disk" and tensor > 1:
         raise ValueError(
-            f"offload tier='disk' reads whole matrices, of which tensor={tensor} has slices: use tier='host', or "
+            f"offload tier='disk' reads whole matrices, but tensor={tensor} needs slices: use tier='host', or "
             f"tensor=1 with pipefusion or ulysses"
         )
 

@@ -184,10 +184,10 @@ def check_elsewhere(plan: ModelPlan, inputs: Mapping[str, Any]) -> None:
     """
     if plan.keeps_prefix(inputs):
         raise ValueError(
-            f"{plan.model} keeps keys and values of its first step, so its requests cannot go on elsewhere"
+            f"{plan.model} keeps keys and values of its first step, so its requests cannot move to other ranks"
         )
     if plan.second:
-        raise ValueError(f"{plan.model} gives clip and sound, so its requests cannot go on elsewhere")
+        raise ValueError(f"{plan.model} gives clip and sound, so its requests cannot move to other ranks")
 
 
 def _check_tested(plan: ModelPlan, config: ParallelConfig) -> None:

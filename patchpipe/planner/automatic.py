@@ -119,7 +119,7 @@ def _refuse(workload: Workload, ranks: int) -> Taken:
 def _taken(auto: AutoLayout, best: _Candidate, single: _Candidate | None, devices: int) -> Taken:
     picture = "the picture is one device's" if best.prediction.exact else "the picture is close to one device's"
     if single is None:
-        gain = "one device has not the memory"
+        gain = "one device has too little memory"
     else:
         gain = f"predicted {single.seconds / best.seconds:.1f}× as fast as one device"
     return Taken(auto.finished(best.prediction.config), f"{gain}, the best of {devices} devices; {picture}")

@@ -87,7 +87,7 @@ def test_what_was_saved_goes_on_as_what_was_let_go(engine: Engine, tmp_path: Pat
     other = held(engine)
     checkpoint = other.checkpoint(PATIENCE)
     assert (other.state, checkpoint.step, checkpoint.pipeline) == ("saved", other.step, "FluxPipeline")
-    with pytest.raises(PatchpipeError, match="was saved to go on elsewhere"):
+    with pytest.raises(PatchpipeError, match="was saved and ended here"):
         other.result(PATIENCE)
     checkpoint.save(tmp_path / "request")
     checkpoint = Checkpoint.load(tmp_path / "request")

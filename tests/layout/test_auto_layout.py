@@ -106,7 +106,7 @@ def test_a_model_too_large_for_one_card_is_spread() -> None:
     taken = on_cards("flux.1-dev", AutoLayout(), "rtx4090", 4, height=1024, width=1024)
     assert taken.config is not None
     assert taken.config.pipefusion * taken.config.tensor > 1
-    assert taken.why.startswith("one device has not the memory")
+    assert taken.why.startswith("one device has too little memory")
 
 
 def test_without_a_plan_it_is_plain_diffusers_and_says_so(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_bad_values_are_refused(fields: dict[str, Any], message: str) -> None:
         ({"offload": "much"}, "offload='much' must be an OffloadConfig, 'auto' or None"),
         ({"offload": {"memry": 1}}, "offload has no 'memry': use memory, resident"),
         ({"offload": "auto", "compile": True}, "compile=True is not tested with offload"),
-        ({"offload": {"tier": "disk"}, "tensor": 2}, "tier='disk' reads whole matrices, of which tensor=2 has slices"),
+        ({"offload": {"tier": "disk"}, "tensor": 2}, "tier='disk' reads whole matrices, but tensor=2 needs slices"),
     ],
 )
 def test_bad_layouts_are_refused(options: dict[str, Any], message: str) -> None:

@@ -280,7 +280,7 @@ def refuse(place: Place) -> dict[str, bool]:
 
 def test_law_6_pipelines_that_no_test_carries_are_refused() -> None:
     assert {type(tiny.pipeline(name)).__name__ for name in KINDS} == set(CARRIED)
-    with pytest.raises(ValueError, match="requests of SanaPipeline are not tested to go on elsewhere, and so refused"):
+    with pytest.raises(ValueError, match="moving requests of SanaPipeline to other ranks is not tested and so refused"):
         check_carried("SanaPipeline")
 
 

@@ -17,7 +17,7 @@ from patchpipe.models.latent import IMAGE, REFERENCE, Raster
 from patchpipe.models.plan import ModelPlan
 
 ONLY_SPEED = (
-    "embed, tail, per_call, per_request: what need not be computed for every patch, beside what is called as usual. "
+    "embed, tail, per_call, per_request: modules without the usual names that need not run for every patch. "
     "Left out; only speed depends on it"
 )
 

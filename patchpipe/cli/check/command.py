@@ -52,8 +52,8 @@ def check(
 ) -> None:
     """Try the laws of the patch pipeline on a tiny random copy of a model; propose a plan for a new one.
 
-    The copy has few blocks, two heads and random weights; its ranks are threads of this process. So it takes seconds,
-    no GPU, and of a class alone no files. The exit status is 0 where nothing fails.
+    The copy has few blocks, two heads and random weights; its ranks are threads of this process. So it takes seconds
+    and no GPU, and a class alone needs no files. The exit status is 0 if nothing fails.
     """
     settings = dict(_setting(text) for text in set_ or [])
     _prepare()
@@ -69,7 +69,7 @@ def check(
 def _setting(text: str) -> tuple[str, Any]:
     name, given, value = text.partition("=")
     if not given or not name.isidentifier():
-        raise ValueError(f"--set {text} is no NAME=VALUE")
+        raise ValueError(f"--set {text} must look like NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):

@@ -15,7 +15,7 @@ from patchpipe.demo import MODEL_DIR, call_defaults
 EPILOG = """
 [bold]Examples[/]
 
-  A picture of the bundled model, by the quickest layout for the devices there are:
+  A picture by the bundled model, with the fastest layout for this machine:
 
   [green]patchpipe generate[/] "red heart, flat style"
 
@@ -40,11 +40,11 @@ EPILOG = """
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --pipefusion 4 --dtype bf16 --steps 28 \
 --height 1024 --width 1024
 
-  A model larger than a card: 10 GiB of each for the blocks' weights, the rest comes while blocks compute:
+  A model larger than a card: each holds 10 GiB of the blocks' weights, the rest is copied in while blocks compute:
 
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux2-dev --pipefusion 2 --offload 10 --dtype bf16
 
-  Paint a picture over, or only where a mask is white:
+  Change a picture, or only the part where a mask is white:
 
   [green]patchpipe generate[/] "a fox in the snow" --model ./flux-dev --image photo.jpg --strength 0.7 --mask mask.png
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 EPILOG = """
 [bold]Examples[/]
 
-  Known cards and links; models everybody knows need no download:
+  Known cards and links; well-known models need no download:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 8 --device l40 --link pcie4 --height 2048 --width 2048
 
@@ -46,21 +46,21 @@ EPILOG = """
 
   [green]patchpipe plan[/] --model flux.1-dev --device 4090
 
-  Less memory than the model takes: what comes from the host, and how long that takes:
+  A model larger than the card: which weights come from the host, and how long it takes:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 1 --device 4090
 
-  Near enough to one device's picture, by what was measured of your model:
+  Only layouts whose pictures are close enough to one device's, as measured with your model:
 
   [green]patchpipe quality[/] ./FLUX.1-dev --dtype bf16 --patches 4,8,16 --warmup 1,2,streamed -o flux.html
 
   [green]patchpipe plan[/] --model ./FLUX.1-dev --devices 8 --device l40 --quality flux.json --min-psnr 40
 
-  What one device really takes makes the figures sharper:
+  More accurate, with the measured seconds of one device:
 
   [green]patchpipe plan[/] --model flux.1-dev --devices 4 --device l40 --link pcie4 --single 18.4
 """
-_MACHINE, _WISHES = "Machine", "Wishes"
+_MACHINE, _WISHES = "Machine", "What to plan for"
 
 
 Model = Annotated[
@@ -98,22 +98,20 @@ QualityFile = Annotated[
     Path | None,
     option(
         _WISHES,
-        "What `patchpipe quality` wrote as .json: its warm-ups and forecasts are tried, and its decibels count in "
-        "place of --fresh.",
+        "The .json of `patchpipe quality`: its warm-ups and forecasts are tried, and its decibels count instead of "
+        "--fresh.",
         "--quality",
         metavar="FILE",
     ),
 ]
 Least = Annotated[
-    float, option(_WISHES, "Mean decibels of a layout that may win, with --quality.", "--min-psnr", default=True)
+    float, option(_WISHES, "With --quality: least mean decibels of a layout that may win.", "--min-psnr", default=True)
 ]
 Guided = Annotated[
     bool | None,
     option(_WISHES, "Two guidance branches or one. [dim]Default: as the model is used.[/]", "--guidance/--no-guidance"),
 ]
-Compile = Annotated[
-    bool, option(_WISHES, "Compiled blocks: fewer kernels to start, where the host is the limit.", "--compile")
-]
+Compile = Annotated[bool, option(_WISHES, "Plan with compiled blocks, which have fewer kernels to start.", "--compile")]
 Offloaded = Annotated[
     bool,
     option(
@@ -237,7 +235,7 @@ def _header(choice: Choice) -> Table:
     )
     table.add_row("request", _request(workload))
     table.add_row("machine", f"{machine.device.name} · {machine.link.name} · {size(machine.device.memory)} each")
-    fits = "" if choice.single.bytes <= machine.device.memory else ", which it has not the memory for"
+    fits = "" if choice.single.bytes <= machine.device.memory else ", more than it has"
     table.add_row("one device", f"{choice.single.seconds:.2f} s and {size(choice.single.bytes)}{fits}")
     return table
 

@@ -74,7 +74,7 @@ On = Annotated[
     str,
     options.option(
         _PANEL,
-        "Cards whose seconds are predicted for the drawing of likeness against time, each a pipeline stage.",
+        "Cards, one per pipeline stage, whose seconds are predicted for the drawing of likeness against time.",
         "--on",
         metavar="NxCARD",
         default=True,

@@ -50,7 +50,7 @@ open("heart.png", "wb").write(base64.b64decode(json.load(sys.stdin)["data"][0]["
 """
 KEY_VARIABLE = "PATCHPIPE_API_KEY"
 _NEEDS = ("fastapi", "uvicorn", "multipart", "sqlalchemy", "prometheus_client", "av")
-_SERVICE, _SCHEDULING, _FLEET, _LIMITS = "Service", "Devices and who is next", "Several nodes", "Limits"
+_SERVICE, _SCHEDULING, _FLEET, _LIMITS = "Service", "Devices and scheduling", "Several nodes", "Limits"
 
 Models = Annotated[
     list[str] | None,
@@ -84,30 +84,31 @@ LoraFolder = Annotated[
     Path | None, options.option(_SERVICE, ".safetensors files that requests may name.", metavar="DIR")
 ]
 Edits = Annotated[
-    bool, options.option(_SERVICE, "Also load what paints from pictures, for /v1/images/edits.", "--edits")
+    bool, options.option(_SERVICE, "Also load an image-to-image pipeline, for /v1/images/edits.", "--edits")
 ]
 Layout = Annotated[
     ServedLayout,
     options.option(
         _SCHEDULING,
-        "[bold]auto[/]: the planner's; [bold]exact[/]: only methods that paint as one device; [bold]plain[/]: "
-        "diffusers as it is; [bold]elastic[/]: the whole model on every device, each request on as many as it needs.",
+        "[bold]auto[/]: the planner's; [bold]exact[/]: only methods that paint as one device; [bold]plain[/]: plain "
+        "diffusers; [bold]elastic[/]: the whole model on every device, each request on as many as it needs.",
         default=True,
     ),
 ]
 PolicyName = Annotated[
-    str, options.option(_SCHEDULING, "Who is next: fcfs, sjf, srtf, edf, genserve, balanced.", "--policy", default=True)
+    str,
+    options.option(_SCHEDULING, "Who is next: fcfs, sjf, srtf, edf, genserve or balanced.", "--policy", default=True),
 ]
 DeadlineScale = Annotated[
     float,
     options.option(
         _SCHEDULING,
-        "Deadlines of requests that name none, times their seconds alone on the idle machine.",
+        "Deadline of a request that names none, as a multiple of its seconds alone on the idle machine.",
         default=True,
     ),
 ]
-Admit = Annotated[bool, options.option(_SCHEDULING, "Turn away at once what cannot be there in time.", "--admission")]
-InFlight = Annotated[int, options.option(_SCHEDULING, "Pictures painted together at most.", default=True)]
+Admit = Annotated[bool, options.option(_SCHEDULING, "Refuse at once a request that would be late.", "--admission")]
+InFlight = Annotated[int, options.option(_SCHEDULING, "Most pictures painted together.", default=True)]
 RayAddress = Annotated[
     str | None,
     options.option(
@@ -119,9 +120,11 @@ Replicas = Annotated[
     options.option(_FLEET, "Groups of devices. [dim]Default: as many as there is room for.[/]"),
 ]
 ReplicaDevices = Annotated[int, options.option(_FLEET, "Devices of each, on one node.", default=True)]
-DrainSeconds = Annotated[float, options.option(_SERVICE, "Seconds that pictures under way get to end.", default=True)]
+DrainSeconds = Annotated[
+    float, options.option(_SERVICE, "On SIGTERM: seconds that running pictures get to finish.", default=True)
+]
 DrainDelay = Annotated[
-    float, options.option(_SERVICE, "Seconds of accepting while not ready any more, before the end.", default=True)
+    float, options.option(_SERVICE, "On SIGTERM: seconds in which requests are still accepted.", default=True)
 ]
 Otlp = Annotated[
     str | None,
@@ -134,7 +137,7 @@ MaxSteps = Annotated[int, options.option(_LIMITS, "Denoising steps.", default=Tr
 MaxPrompt = Annotated[int, options.option(_LIMITS, "Characters of a prompt.", default=True)]
 MaxPictures = Annotated[int, options.option(_LIMITS, "Pictures of a request.", default=True)]
 MaxBody = Annotated[int, options.option(_LIMITS, "Bytes of a request.", default=True)]
-MaxWaiting = Annotated[int, options.option(_LIMITS, "Requests that wait; more are told to come later.", default=True)]
+MaxWaiting = Annotated[int, options.option(_LIMITS, "Waiting requests; further ones get status 429.", default=True)]
 
 
 def serve(
@@ -219,7 +222,7 @@ def _check_installed(loras: bool) -> None:
 def _wanted(ray: str | None, replicas: int | None, replica_devices: int) -> Wanted | None:
     if ray is None:
         if replicas is not None or replica_devices != 1:
-            raise ValueError("--replicas and --replica-devices are of a fleet: give --ray auto too")
+            raise ValueError("--replicas and --replica-devices need a Ray cluster: add --ray auto")
         return None
     from patchpipe.serve.fleet.cluster import check_installed
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EPILOG = """
 [bold]Examples[/]
 
-  Pictures and clips on eight cards, as in the GENSERVE paper, beside its figures:
+  Pictures and clips on eight cards, as in the GENSERVE paper, compared with its figures:
 
   [green]patchpipe simulate[/] --paper
 
@@ -36,11 +36,11 @@ EPILOG = """
 
   [green]patchpipe simulate[/] --loads 12,18,24,30,36 -o loads.png --json loads.json
 
-  Bursts, more clips, and requests refused that cannot be met:
+  Bursts, more clips, and late requests refused at once:
 
   [green]patchpipe simulate[/] --bursts --clips 0.8 --admission --policies fcfs,balanced
 
-  A fleet, and what a decision takes in it:
+  A fleet, and how long a decision takes in it:
 
   [green]patchpipe simulate[/] --devices 10000 --loads 30000 --requests 20000 --seeds 1 --policies balanced
 
@@ -88,13 +88,13 @@ BasesGiven = Annotated[
     str | None,
     option(
         _LOAD,
-        "Deadlines of pictures and clips, times their seconds on one device. [dim]Default: fitted to the paper's FCFS; "
-        "3,3 with --scenario.[/]",
+        "Deadlines of pictures and of clips, as multiples of their seconds on one device. "
+        "[dim]Default: fitted to the paper's FCFS; 3,3 with --scenario.[/]",
         "--bases",
         metavar="P,C",
     ),
 ]
-Paper = Annotated[bool, option(_RUN, "Show the paper's figures beside, and its policy RASP.", "--paper")]
+Paper = Annotated[bool, option(_RUN, "Compare with the paper's figures, also for its policy RASP.", "--paper")]
 Seeds = Annotated[int, option(_RUN, "Number of runs, each with another random seed.", "--seeds", default=True)]
 Out = Annotated[Path | None, option(_RUN, "Drawing of deadlines met against load.", "-o", "--output", metavar="FILE")]
 Report = Annotated[Path | None, option(_RUN, "Write all figures; - for standard output.", "--json", metavar="FILE")]

@@ -25,7 +25,7 @@ EPILOG = """
 
   [green]patchpipe trace[/] run.json -o run.png
 
-  Three steps from nearby, as a drawing that scales:
+  Zoom in on three steps, as SVG:
 
   [green]patchpipe trace[/] run.json --steps 4-6 -o steps.svg
 """

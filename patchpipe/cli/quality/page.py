@@ -46,7 +46,7 @@ def page(
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         f"<title>Quality: {html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1><p>{html.escape(about)} Every picture is compared with plain diffusers on one "
-        f"device, with the same seed. The number of devices changes none of them but DistriFusion's.</p>",
+        f"device, with the same seed. Only DistriFusion's pictures depend on the number of devices.</p>",
         _drawing(found),
         against_time,
         _table(found),

@@ -241,5 +241,5 @@ class Ticket:
 
 def _no_state(state: State) -> Exception:
     if state == "saved":
-        return PatchpipeError("the request was saved to go on elsewhere: submit it again with its checkpoint")
+        return PatchpipeError("the request was saved and ended here: submit it again with its checkpoint")
     return PatchpipeError(f"the request is {state}, and there is nothing to save")

@@ -133,8 +133,8 @@ def check_carried(pipeline: str) -> None:
     """
     if pipeline not in CARRIED:
         raise ValueError(
-            f"requests of {pipeline} are not tested to go on elsewhere, and so refused: hold them where they are. "
-            f"Tested are {', '.join(CARRIED)}"
+            f"moving requests of {pipeline} to other ranks is not tested and so refused: resume them where they were "
+            f"paused. Tested are {', '.join(CARRIED)}"
         )
 
 

@@ -67,8 +67,8 @@ class Quality:
         """
         if self.steps is not None and steps < self.steps:
             raise ValueError(
-                f"--quality was measured with {self.steps} steps, and {steps} are farther apart: measure again with "
-                f"`patchpipe quality --steps {steps}`"
+                f"--quality was measured with {self.steps} steps, and fewer steps differ more from one device: "
+                f"measure again with `patchpipe quality --steps {steps}`"
             )
 
     def of(self, config: ParallelConfig, patches: int) -> float | None:

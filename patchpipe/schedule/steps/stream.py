@@ -271,7 +271,9 @@ class Stream:
         steps, name = flight.steps, flight.entry.pipeline
         flight.entry.may_be_saved()
         if steps.several or steps.latest is None:
-            raise ValueError(f"{name} takes several steps of its scheduler at once, so its requests cannot be carried")
+            raise ValueError(
+                f"{name} takes several steps of its scheduler at once, so its requests cannot move to other ranks"
+            )
         return Saved(
             step=steps.done,
             pipeline=name,
