@@ -1,1 +1,1 @@
-"""Whether a model keeps the laws of the patch pipeline: tried on a tiny copy; and a plan for a new one."""
+"""Tries the laws of the patch pipeline on a tiny copy of a model, and proposes a plan for a class without one."""

@@ -1,4 +1,4 @@
-"""What a user asks for: a layout, in every detail, or that one be chosen."""
+"""What a user asks for: a layout in detail, or that one is chosen automatically."""
 
 from __future__ import annotations
 

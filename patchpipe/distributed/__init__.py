@@ -1,4 +1,4 @@
-"""Ranks that talk to one another: how they meet, the groups and wires between them, and who notices trouble.
+"""Communication between ranks: how they join, process groups, channels, and the detection of failures.
 
 Knows nothing of models, patches or pipelines: tensors go in on one rank and come out on another, in order.
 """

@@ -1,1 +1,4 @@
-"""torch's attention kernels: which one takes a call, why not a faster one, and attention with its log-sum-exp."""
+"""torch's attention kernels: which one runs for a call, why no faster one does, and attention with its log-sum-exp.
+
+Also what replaces calls in an attention processor's code, and the kernels of the forecast.
+"""

@@ -1,4 +1,4 @@
-"""What follows from a layout's degrees alone: who is where, which methods go together, stages, patches, traffic.
+"""What follows from a layout's degrees: the place of each rank, allowed combinations, stages, patches, traffic.
 
-Plain arithmetic, without torch: ``config`` is checked by it.
+Plain arithmetic, without torch. ``config`` uses it to check what a user gives.
 """

@@ -1,4 +1,4 @@
-"""The lazy latent: a tensor whose patches are promises, what was done to it, and which operations keep it cut.
+"""The lazy latent: a tensor whose patches come later, the operations recorded on it, and which of them run per patch.
 
 The pipeline's own loop works on it as on any tensor. Knows nothing of ranks, models or requests.
 """

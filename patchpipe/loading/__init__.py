@@ -1,4 +1,4 @@
-"""What is known of a model before it is loaded, and reading a part of it: source, options, dtype, weights.
+"""What is known of a model before it is loaded (source, options, dtype), and reading a part of its weights.
 
-No ranks here: which part is wanted is told by the caller.
+Knows nothing of ranks: the caller says which part it wants.
 """

@@ -1,4 +1,4 @@
-"""One way of sharing a stage each: by heads, rows, matrices, parts of the latent or entries of a batch.
+"""The methods by which ranks share a stage: by heads, rows, matrices, parts of the latent or entries of a batch.
 
-Every method is a file; what several of them refuse is told in the same words.
+Each method has its file. ``refusals`` has the errors that several of them share.
 """

@@ -1,4 +1,4 @@
-"""What users do to a pipeline beside calling it: recipes of diffusers and torch, LoRA, saving.
+"""What users do to a pipeline besides calling it: recipes of diffusers and torch, LoRA, saving.
 
-Each is right under a layout, is made right, or is refused by name.
+Each works under a layout, is adapted to it, or is refused by name.
 """

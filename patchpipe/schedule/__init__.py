@@ -1,4 +1,4 @@
 """The patch pipeline at work: a request's calls through the stages, and requests in flight together.
 
-What a stage computes is ``stage``'s and ``parallel``'s; when, and what goes from one to the next, is decided here.
+Decides when stages compute and what goes from one to the next. What they compute is in ``stage`` and ``parallel``.
 """

@@ -1,1 +1,1 @@
-"""A plan for a class that has none, from a few runs of a tiny copy."""
+"""Proposes a plan for a class that has none, from a few runs of a tiny copy."""

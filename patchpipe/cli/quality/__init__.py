@@ -1,1 +1,1 @@
-"""How near a layout's pictures are to one device's: settings to try, likeness, and a page to look at."""
+"""``patchpipe quality``: compares a layout's pictures with one device's, and writes a page with the figures."""

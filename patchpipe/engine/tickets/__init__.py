@@ -1,1 +1,1 @@
-"""Requests of an engine that come and go: what the caller holds of each, and who keeps count of them."""
+"""Tickets: requests of an engine that can be paused, moved and cancelled, and what keeps track of them."""

@@ -1,1 +1,1 @@
-"""What is known of each family of diffusers transformers, as data: a file for each, and no code per pipeline."""
+"""What is known of each family of diffusers transformers, as data: one file each, and no code per pipeline."""

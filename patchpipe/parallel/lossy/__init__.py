@@ -1,1 +1,1 @@
-"""Sending less than all: the tokens that have changed alone, or changes in eight bits. Pictures then differ."""
+"""Sending less than everything: only the tokens that have changed, or changes in eight bits. This changes pictures."""

@@ -1,1 +1,1 @@
-"""What modular pipelines of diffusers have in place of methods: steps, loops and guiders."""
+"""Support for diffusers' modular pipelines, which have steps, loops and guiders instead of methods."""

@@ -1,1 +1,1 @@
-"""A pipeline's requests as they come and go: each a call that joins, is held, and goes on here or elsewhere."""
+"""A pipeline's requests that can be paused: each is a call that joins, pauses, and resumes here or on other ranks."""

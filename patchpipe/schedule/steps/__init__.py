@@ -1,4 +1,4 @@
-"""Requests that come and go while others run: held after a step, let go, carried elsewhere, withdrawn.
+"""Requests that join, pause, resume, move to other ranks or are withdrawn while others run.
 
-Rank 0 decides, and tells the others at a point of the program that all ranks pass; so all do the same at the same step.
+Rank 0 decides, and tells the others at a point of the program that all ranks pass. So all do the same at the same step.
 """

@@ -1,1 +1,1 @@
-"""The families that make clips, but for Wan and LTX-Video, which came first."""
+"""Families that make clips. Wan and LTX-Video have files of their own, beside this folder."""

@@ -1,1 +1,1 @@
-"""The picture attends to itself and to a text, or a label, that no block changes."""
+"""Families in which the picture attends to itself, and to a text or label that no block changes."""

@@ -1,1 +1,1 @@
-"""FLUX.1 and those that follow it: dual-stream blocks, then blocks in which text and picture share their matrices."""
+"""FLUX.1 and its relatives: dual-stream blocks, then blocks in which text and picture share their matrices."""

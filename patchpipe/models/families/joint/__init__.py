@@ -1,1 +1,1 @@
-"""Text and picture attend to each other in every block, each in a stream of its own."""
+"""Families in which text and picture attend to each other in every block, each in a stream of its own."""

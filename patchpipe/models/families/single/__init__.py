@@ -1,1 +1,1 @@
-"""Text and picture are one sequence from the first block on."""
+"""Families in which text and picture are one sequence from the first block on."""
