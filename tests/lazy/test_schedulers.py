@@ -1,6 +1,6 @@
 """Every diffusers scheduler steps a lazy tensor as it steps a plain one: `docs/schedulers.md` says how.
 
-`python -m tests.test_schedulers` prints that page.
+`python -m tests.lazy.test_schedulers` prints that page.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ operation that mixes patches needs the whole latent (it *materialises*), and the
 other. The table counts how often that happens, and names the operation. Every row is a loop of {STEPS} steps on a
 small latent in three patches of uneven height, compared with the same loop on a plain tensor.
 
-This page is written by `python -m tests.test_schedulers`. A test compares it with what it measures.
+This page is written by `python -m tests.lazy.test_schedulers`. A test compares it with what it measures.
 
 """
 
