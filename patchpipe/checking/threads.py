@@ -58,7 +58,7 @@ def on_ranks(config: ParallelConfig, target: Callable[[Group, int], Any], second
     if problems:
         raise min(problems.values(), key=lambda error: isinstance(error, PatchpipeError))
     if len(results) < ranks:
-        raise TimeoutError(f"no answer of all {ranks} ranks in {seconds:.0f} s")
+        raise TimeoutError(f"not all {ranks} ranks answered within {seconds:.0f} s")
     return [results[rank] for rank in range(ranks)]
 
 

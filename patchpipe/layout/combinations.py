@@ -128,4 +128,4 @@ def check_watched(methods: frozenset[str], compiled: bool, forecast: bool) -> No
         named = ", ".join(sorted(others)) or "compile=True"
         raise ValueError(f'warmup="auto" is not supported with {named}: leave it out, or use warmup=2')
     if not forecast:
-        raise ValueError('warmup="auto" goes by the error of a forecast: leave forecast=False out, or give steps')
+        raise ValueError('warmup="auto" needs a forecast: leave forecast=False out, or give a number of steps')

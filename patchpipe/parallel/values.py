@@ -67,7 +67,7 @@ class ValuesAhead:
         for index in self._order:
             if index not in self._put:
                 if self._length(self._exchange.index, self._parts[index]):
-                    raise RuntimeError(f"a layer never asked its {self._parts[index].value}: leave values_first out")
+                    raise RuntimeError(f"a layer never called its {self._parts[index].value}: leave values_first out")
                 self._put[index] = value[:, :, :0].contiguous()
         self._begin()
         self._compare(value)

@@ -192,7 +192,9 @@ def _check_flight(pipe: Any, config: ParallelConfig) -> None:
     check_together(config.methods, config.compile)
     check_tested(plan_for(pipe.transformer).model, "together", "in flight together", "paint one after the other")
     if getattr(pipe.transformer, "is_cache_enabled", False):
-        raise ValueError("a step cache keeps one request's results: disable_cache() before requests fly together")
+        raise ValueError(
+            "a step cache keeps one request's results: call disable_cache() before calls in flight together"
+        )
 
 
 def copy_for(

@@ -330,7 +330,7 @@ def test_what_nothing_tests_is_refused() -> None:
     config = ParallelConfig(ulysses=2, changed_tokens=0.5)
     with pytest.raises(ValueError, match=r"changed_tokens=0\.5 has not been tested with"):
         check_special(plan_for(tiny.pipeline("mochi").transformer), config)
-    with pytest.raises(ValueError, match="cannot change its degree"):
+    with pytest.raises(ValueError, match="cannot change its number of ranks"):
         check_whole(config)
     assert "changed tokens 0.5" in config.describe()
     assert ParallelConfig(**config.as_dict()) == config

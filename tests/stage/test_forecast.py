@@ -256,7 +256,7 @@ def test_a_step_is_synchronous_after_a_jump_on_all_ranks_alike(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"forecast": False}, "goes by the error of a forecast: leave forecast=False out"),
+        ({"forecast": False}, "needs a forecast: leave forecast=False out"),
         ({"ring": 2, "pipefusion": 2}, "is not supported with ring: leave it out, or use warmup=2"),
         ({"compile": True}, "is not supported with compile=True"),
     ],

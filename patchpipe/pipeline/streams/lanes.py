@@ -80,11 +80,11 @@ def check_whole(config: ParallelConfig) -> None:
     """
     if config.ulysses_inner > 1 or config.values_first or config.changed_tokens is not None:
         raise ValueError(
-            f"{config.describe()} cannot change its degree while it runs: lines on two levels, values that go first, "
-            f"and changed tokens are not tested so. Leave ulysses_inner, values_first and changed_tokens out"
+            f"{config.describe()} cannot change its number of ranks while it runs: ulysses_inner, values_first and "
+            f"changed_tokens are not tested with that. Leave them out"
         )
     if config.methods - {"ulysses", "ring"} or config.compile or config.parallel_vae:
         raise ValueError(
-            f"{config.describe()} cannot change its degree while it runs: its ranks do not all hold the whole model, "
-            f"or nothing tests it. Use ulysses or ring alone"
+            f"{config.describe()} cannot change its number of ranks while it runs: its ranks do not all hold the "
+            f"whole model, or nothing tests it. Use ulysses or ring alone"
         )
