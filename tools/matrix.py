@@ -36,7 +36,7 @@ STREAMS: dict[str, Any] = {"pipefusion": 2, "patches": 2}
 ASKED: dict[str, dict[str, Any]] = {
     **{degree: {degree: 2} for degree in ("pipefusion", "ulysses", "ring", "tensor", "cfg", "data", "distrifusion")},
     "forecast": {**STREAMS, "forecast": True},
-    "coarse": {**STREAMS, "warmup": "coarse"},
+    "streamed": {**STREAMS, "warmup": "streamed"},
     "text_patches": {**STREAMS, "text_patches": 2},
     "compile": {"compile": True},
     "offload": {"offload": OffloadConfig()},

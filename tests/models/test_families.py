@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from torch import nn
 
 import patchpipe
@@ -18,7 +20,7 @@ from patchpipe.schedule.prompts import Prompts
 from tests import tiny
 from tests.support import parity
 from tests.support.nccl_rules import over
-from tests.support.ranks import quieten
+from tests.support.ranks import Place, quieten
 from tests.support.threads import run_threads
 from tools import plan_lines
 from tools.documents import replaced
@@ -159,3 +161,27 @@ def test_a_module_that_is_called_twice_in_a_call_keeps_both_results() -> None:
     patchpipe.parallelize(pipe, ParallelConfig(**STREAM))
     paint(pipe, "helios")
     assert len(seen) - alone == alone + 2, "once for all patches of a call, and once to look at its shapes"
+
+
+# -- lists without blocks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [{"pipefusion": 2, "patches": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("lacking", ["num_layers", "num_single_layers"])
+def test_a_model_may_lack_one_of_its_lists(lacking: str, layout: dict[str, int]) -> None:
+    """A distilled FLUX may have dual blocks alone, or single ones."""
+    whole = tiny.pipeline("flux", dtype=torch.float64)
+    counts = {"num_layers": 4, "num_single_layers": 4, lacking: 0}
+    model = FluxTransformer2DModel.from_config({**whole.transformer.config, **counts})
+    whole.register_modules(transformer=model.to(torch.float64).eval())
+
+    def work(place: Place, pipe: Any) -> Any:
+        config = ParallelConfig(**layout, warmup="all")
+        patchpipe.parallelize(pipe, config, group=place.join(config))
+        return parity.call_pipeline(pipe, tiny.call_arguments("flux"))
+
+    copies = [deepcopy(whole) for _ in range(2)]
+    found = run_threads(2, lambda place: work(place, copies[place.rank]))
+    right = tiny.painted(parity.call_pipeline(whole, tiny.call_arguments("flux")))
+    tolerance = 0 if "pipefusion" in layout else 1e-12
+    torch.testing.assert_close(tiny.painted(found[0]), right, rtol=0, atol=tolerance)
