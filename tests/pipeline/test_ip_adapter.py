@@ -241,7 +241,7 @@ def test_another_strength_in_a_callback_holds_from_the_next_step_on(title: str, 
 
 
 def switched(place: Place) -> Any:
-    pipe = attach(made("SD3.5"), place, **STREAM)
+    pipe = attach(made("SD3.5"), place, split_batch=False, **STREAM)
     for work, error, text in (
         (lambda: pipe.set_ip_adapter_scale(0.0), ValueError, "set_ip_adapter_scale would switch .* use a small scale"),
         (pipe.unload_ip_adapter, RuntimeError, "unload_ip_adapter would change the request under way"),
