@@ -153,14 +153,17 @@ class Survey:
         beside = None if second is None else second.shape
         return CallShapes(self._raster, sizes, streams, prediction.shape, prediction.dtype, self._carried, beside)
 
+    def _given(self, listing: BlockList, name: str) -> Any:
+        """An argument of a list's first block; ``None`` if the model has no such blocks."""
+        return self._seen.get(listing.path, {}).get(name)
+
     def _sizes(self) -> dict[str, int]:
         sizes = {IMAGE: self._raster.total}
         if self._plan.prefix is not None:
             sizes[REFERENCE] = self._raster.joined
         for listing in self._plan.blocks:
-            given = self._seen.get(listing.path, {})  # nothing where a model has no such blocks
             for name, held in listing.rows.items():
-                for each, value in _pairs(held, given.get(name)):
+                for each, value in _pairs(held, self._given(listing, name)):
                     unknown = [segment for segment in each.segments if segment not in sizes]
                     if len(unknown) == 1 and (has_rows(value, each) or name in listing.streams):
                         sizes[unknown[0]] = value.shape[each.dim] - sum(
@@ -171,7 +174,7 @@ class Survey:
     def _streams(self, listing: BlockList, sizes: Mapping[str, int]) -> dict[str, StreamKind]:
         found = {}
         for name in (*listing.streams, *listing.passes):
-            value, held = self._seen.get(listing.path, {}).get(name), listing.stream_rows(name)
+            value, held = self._given(listing, name), listing.stream_rows(name)
             if value is None:
                 continue
             missing = [segment for segment in held.segments if segment not in sizes]
