@@ -7,6 +7,7 @@ what was copied for others is dropped. One chunk is under way at a time, so that
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from patchpipe.offload.weights import Home
 
 Key = Hashable
 READ_AHEAD = 4  # chunks that the disk is asked for beforehand
+IDLE_SECONDS = 2.0  # between looks at whether the buffer is still anybody's
 REST_SECONDS = 10.0  # at the end: other ranks have come to it by then, or never will
 
 
@@ -233,34 +235,34 @@ class Mover:
         if self._thread is None:
             if self._ring.device.type == "cuda":
                 torch.cuda.synchronize(self._ring.device)  # what had the buffer's memory before is done with it
-            self._thread = threading.Thread(target=self._run, name="patchpipe weights", daemon=True)
+            self._thread = threading.Thread(
+                target=work, args=(weakref.ref(self), self._changed), name="patchpipe weights", daemon=True
+            )
             self._thread.start()
 
-    def _run(self) -> None:
+    def _task(self) -> Entry | tuple[Entry, Run] | None:
+        """What to do next: free the oldest block's place, or copy a chunk."""
+        found = self._pending()
+        self._busy = found is not None
+        self._changed.notify_all()
+        return found
+
+    def _do(self, task: Entry | tuple[Entry, Run]) -> None:
         try:
-            while (task := self._task()) is not None:
-                if isinstance(task, Entry):
-                    self._copier.finish(task.mark)
-                    with self._changed:
-                        self._entries.popleft()
-                else:
-                    self._copy(*task)
+            if isinstance(task, Entry):
+                self._copier.finish(task.mark)
+                with self._changed:
+                    self._entries.popleft()
+            else:
+                self._copy(*task)
         except Exception as error:
             with self._changed:
                 self._problem = error
                 self._changed.notify_all()
 
-    def _task(self) -> Entry | tuple[Entry, Run] | None:
-        """What to do next: free the oldest block's place, or copy a chunk; ``None`` is the end."""
-        with self._changed:
-            self._busy = False
-            self._changed.notify_all()
-            while not self._closed and self._problem is None:
-                if (found := self._pending()) is not None:
-                    self._busy = True
-                    return found
-                self._changed.wait()
-        return None
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._problem is not None
 
     def _pending(self) -> Entry | tuple[Entry, Run] | None:
         """What there is to do at this moment."""
@@ -346,3 +348,18 @@ class Mover:
         self.stats.chunks += 1
         used = run.stop - self._entries[0].placement.start
         self.stats.peak = max(self.stats.peak, used)
+
+
+def work(found: weakref.ref[Mover], changed: threading.Condition) -> None:
+    """The thread. It holds its mover only while it copies: one that is dropped unclosed goes, with all its weights."""
+    while True:
+        with changed:
+            mover = found()
+            if mover is None or mover._over:
+                return
+            task = mover._task()
+            if task is None:
+                del mover
+                changed.wait(IDLE_SECONDS)
+                continue
+        mover._do(task)

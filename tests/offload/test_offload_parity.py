@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 import patchpipe
 from patchpipe import OffloadConfig, ParallelConfig
 from patchpipe.models import transformers_of
+from patchpipe.offload import mover
 from patchpipe.offload.choice import GIB
 from patchpipe.offload.mover import Mover
 from patchpipe.offload.ring import aligned, ring_bytes
@@ -292,3 +296,21 @@ def test_a_memory_that_is_given_is_kept() -> None:
     assert told["resident_bytes"] > 0.1 * total
     assert len(transformers_of(pipe)) == 1
     patchpipe.restore(pipe)
+
+
+def test_a_pipeline_that_is_dropped_goes_with_its_weights_and_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a notebook that makes the next pipeline in place of one that nobody restored."""
+    monkeypatch.setattr(mover, "IDLE_SECONDS", 0.05)
+    before = set(threading.enumerate())
+    pipe = tiny.pipeline("flux")
+    patchpipe.parallelize(pipe, ParallelConfig(offload=NONE))
+    call_pipeline(pipe, tiny.call_arguments("flux"))
+    [thread] = [each for each in threading.enumerate() if each.name == "patchpipe weights" and each not in before]
+    transformer = weakref.ref(pipe.transformer)
+    del pipe
+    until = time.monotonic() + 60
+    while thread.is_alive() and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.05)
+    assert not thread.is_alive()
+    assert transformer() is None

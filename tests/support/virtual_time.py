@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -95,7 +96,7 @@ class VirtualClock:
 
         def start() -> None:
             if mover._thread is None:
-                mover._thread = self.start(mover._run)
+                mover._thread = self.start(lambda: movers.work(weakref.ref(mover), mover._changed))
 
         with (
             mock.patch.object(mover, "_start", start),
