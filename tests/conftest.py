@@ -75,5 +75,6 @@ def _name_no_test() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """One thread, as the ranks have: another number of threads adds sums up in another order."""
     torch.set_num_threads(1)
+    gc.collect()  # what the last test left is gone through by every search for pipelines that share a module
     if len(sys.modules) > item.config.stash[LOADED] + MANY:  # a family of models is imported when it is first used
         freeze(item.config)

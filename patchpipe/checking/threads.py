@@ -66,7 +66,8 @@ def stay_on_a_core(number: int) -> None:
     """Keeps this thread, and those that it starts, to one of the cores that it may use.
 
     Threads of one interpreter compute in turn. On several cores each of torch's operations lets another thread in and
-    then waits for it, which takes as long again as the operations of a tiny model.
+    then waits for it, which takes as long again as the operations of a tiny model. On one core the thread that is let
+    in must not push out the one that lets it in, for the same reason: threads of a batch do not.
 
     Args:
         number: Which core; threads that compute in turn have one number.
@@ -74,6 +75,7 @@ def stay_on_a_core(number: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[number % len(cores)]})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def wait_for(threads: Sequence[threading.Thread], problems: Sized, deadline: float, grace: float) -> None:

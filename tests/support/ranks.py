@@ -134,6 +134,7 @@ def _rank_main(
     pipe: Connection, rank: int, world_size: int, port: int, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     _die_with_parent()
+    torch.set_num_threads(1)  # the first call after a fork makes torch's threads: two threads at once would race for it
     gc.freeze()  # what was imported need not be gone through again
     warnings.simplefilter("ignore")
     quieten()
