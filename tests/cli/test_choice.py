@@ -128,6 +128,7 @@ def test_from_pretrained_takes_a_class_and_a_task(folder: Path) -> None:
 # -- schedulers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", SERVED)
 def test_every_scheduler_that_is_offered_paints(name: str) -> None:
     quieten()
@@ -201,6 +202,7 @@ def test_settings_follow_a_scheduler_s_name() -> None:
 # -- the engine ----------------------------------------------------------------------------------
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("config", ["plain", ParallelConfig(pipefusion=2, warmup="all", timeout=60.0)])
 def test_an_engine_serves_another_class_and_scheduler(folder: Path, config: Any) -> None:
     plain = FluxImg2ImgPipeline.from_pretrained(folder)

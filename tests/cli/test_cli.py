@@ -121,7 +121,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return cache(lambda name: tiny.save(name, tmp_path_factory.mktemp(name)))
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=6)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in FAMILIES for layout in ("exact", "streams")]

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.timeout(120)
 # -- a second branch that has nothing to do ------------------------------------------------------
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(
     "degrees", [{}, {"pipefusion": 2}, {"distrifusion": 2}, {"ulysses": 2}], ids=["cfg", "pipe", "displaced", "ulysses"]
 )

@@ -28,7 +28,7 @@ VOLUMES = {  # told block by block: FLUX's single-stream ones end one pair of ma
 }
 
 
-@pytest.mark.some(of=4)
+@pytest.mark.some(of=8)
 @pytest.mark.parametrize("methods", TESTED, ids=lambda methods: "-".join(sorted(methods)))
 @pytest.mark.parametrize("name", MODELS)
 def test_law_6_whatever_is_allowed_is_tested(name, methods):

@@ -90,6 +90,7 @@ def test_a_revision_gives_its_own_picture(cache: Path, revision: str | None, num
     assert not torch.equal(ours, plain(snapshot(cache, 3 - number)))
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("config", ["plain", TWO], ids=["plain", "parallel"])
 def test_the_engine_paints_the_revision_asked_for(cache: Path, config: Any) -> None:
     options = {"cache_dir": str(cache), "revision": "other", "local_files_only": True}

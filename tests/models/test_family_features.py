@@ -96,7 +96,7 @@ def paint(place: Place | None, name: str, layout: dict[str, Any]) -> np.ndarray 
     return None if output is None else np.asarray(tiny.painted(output))
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_apart_with_lora_and_weights_that_come_and_go(name: str) -> None:
     """All at once: each would show alone. Batches of one and of two round otherwise, so not to the bit."""
@@ -125,7 +125,7 @@ def together(place: Place | None, name: str) -> list[np.ndarray] | None:
     return None if made[0] is None else [np.asarray(tiny.painted(each)) for each in made]
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=4, first=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_requests_in_flight_together_with_quantised_weights(name: str) -> None:
     """To the bit; with whole weights where torchao is not installed."""

@@ -54,7 +54,7 @@ def painted(place: Place, call: Call) -> tuple[np.ndarray | None, np.ndarray | N
     return exact, latents(pipe, call)
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("title", CALLS)
 def test_a_call_is_exact_and_streams_as_one_process_does(title: str) -> None:
     call = CALLS[title]

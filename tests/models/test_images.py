@@ -69,7 +69,7 @@ def layouts_of(name: str) -> list[dict[str, int]]:
     return [layout for layout in TWO if not without & set(layout)]
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=6)
 @pytest.mark.parametrize("name", [name for name in NAMES if layouts_of(name)])
 def test_every_family_paints_what_one_device_paints(name: str) -> None:
     with over("nccl"):

@@ -174,7 +174,7 @@ def paint(place: Place, name: str, options: dict[str, Any]) -> np.ndarray | None
     return latents(pipe, name)
 
 
-@pytest.mark.some(of=4)
+@pytest.mark.some(of=6)
 @pytest.mark.parametrize("name", CASES)
 def test_synchronous_steps_are_plain_diffusers_and_streams_do_not_depend_on_the_ranks(name: str) -> None:
     plain = latents(made(name), name)

@@ -89,7 +89,7 @@ def beside(name: str, layout: dict[str, Any], asked: OffloadConfig, calls: int =
     return [told for _, told in found]
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else str(value))
 def test_offload_paints_the_same(name: str, layout: dict[str, Any]) -> None:
     told = beside(name, layout, HALF)

@@ -53,6 +53,7 @@ def test_the_calls_of_guidance_share_one_copy_of_the_weights(name: str) -> None:
     assert passes(told) == tiny.call_arguments(name)["num_inference_steps"] == STEPS
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize(
     ("layout", "asked", "often"),
     [
@@ -87,6 +88,7 @@ def test_requests_in_flight_together_each_make_theirs_together() -> None:
     assert passes(pipe.patchpipe.offload.as_dict()) == STEPS + 3
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("layout", [{}, {"ulysses": 2, "patch_rows": None}], ids=["one rank", "ulysses"])
 def test_requests_that_come_and_go_paint_what_they_paint_alone(layout: dict[str, Any]) -> None:
     ranks = layout.get("ulysses", 1)

@@ -62,6 +62,7 @@ def attended(
     return made, {name: line.sent_bytes for name, line in group.lines.items()}
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(("ranks", "inner", "transport"), [(4, 2, "gloo"), (8, 2, "nccl"), (8, 4, "gloo")])
 def test_two_levels_give_what_one_gives_to_the_bit(ranks: int, inner: int, transport: str) -> None:
     """Rows and heads that do not divide; heads in turns; keys and values stored or not."""
@@ -157,7 +158,7 @@ CASES = [
 ]
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize(("name", "layout"), CASES, ids=str)
 def test_a_picture_is_the_same_to_the_bit(name: str, layout: dict[str, Any]) -> None:
     """Flat, on two levels, values first on either; heads in turns as soon as there are several."""

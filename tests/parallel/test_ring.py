@@ -108,6 +108,7 @@ def formula(name: str, degree: int, patch_rows: list[int], place: int) -> int:
     return elements * ITEM * CALLS_BY_BATCH
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("degree", [2, 3])
 def test_ring_is_exact_and_sends_all_rows_but_the_next_ranks(degree):
     cases = [(name, {"ring": degree}, schedule, rows(7)) for name in NAMES for schedule in (SYNCHRONOUS, WARM, COLD)]

@@ -117,7 +117,7 @@ def painted(place: Place, title: str, **options: Any) -> tuple[np.ndarray | None
     return latents(pipe, title), pipe.patchpipe.last
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("title", CASES)
 def test_a_control_net_is_exact_and_streams_as_it_should(title: str) -> None:
     """Bit-equal where every step is synchronous; where patches stream, as one process does and as the oracle."""

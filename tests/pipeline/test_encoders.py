@@ -111,6 +111,7 @@ def held(model: nn.Module) -> int:
     return sum(whole.values())
 
 
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_streamed_layers_give_what_the_whole_encoder_gives(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -143,6 +144,7 @@ def held_meanwhile(encoder: nn.Module, layers: Layers) -> dict[str, int]:
     return found
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CLASSES)
 def test_layers_on_several_ranks_give_what_the_whole_encoder_gives(name: str, ranks: int, tmp_path: Path) -> None:

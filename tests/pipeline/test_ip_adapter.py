@@ -91,7 +91,7 @@ def painted(place: Place, title: str, **options: Any) -> tuple[np.ndarray | None
     return latents(pipe, title), pipe.patchpipe.last
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("title", CASES)
 def test_an_ip_adapter_is_exact_and_streams_as_it_should(title: str) -> None:
     """Bit-equal to diffusers where every step is synchronous; where patches stream, as one process and the oracle."""
@@ -124,7 +124,7 @@ def painted_two(place: Place, title: str, **options: Any) -> np.ndarray | None:
     return latents(pipe, title, **TWO_PICTURES)
 
 
-@pytest.mark.some(of=3, first=1)
+@pytest.mark.some(of=5, first=1)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("title", ["FLUX, two adapters and pictures", "SD3.5"])
 def test_other_methods_see_the_same_picture(title: str, method: dict[str, Any]) -> None:
@@ -208,6 +208,7 @@ def changed_on_ranks(place: Place, title: str, options: dict[str, Any]) -> list[
     return changed(pipe, title)
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("options", [{}, SCHEDULES["weights that come and go"]], ids=str)
 @pytest.mark.parametrize("title", ["FLUX", "SD3.5"])
 def test_loaded_rescaled_and_taken_off_after_parallelize(title: str, options: dict[str, Any]) -> None:

@@ -208,7 +208,7 @@ def test_every_method_of_diffusers_after_parallelize(title: str, files: dict[str
     assert torch.equal(parallel("flux", {"pipefusion": 2, **EXACT}, after=recipe), expected)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("title", TITLES)
 def test_every_method_with_split_matrices(title: str, files: dict[str, Path]) -> None:
     recipe = recipes(files, "flux")[title]
@@ -250,7 +250,7 @@ def painted_by_what_it_holds(
     return found
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=3, first=2)
 @pytest.mark.parametrize("layout", [{"pipefusion": 2}, {"tensor": 2}])
 def test_a_rank_that_has_only_its_own_blocks_keeps_only_their_lora(
     layout: dict[str, Any], files: dict[str, Path], tmp_path: Path

@@ -93,7 +93,7 @@ def streamed(place: Place, name: str) -> list[Any]:
     return [exact, call(attach(pipe, place, patches=2, warmup=1, split_batch=False), name)]
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families_synchronous_and_streaming(name: str) -> None:
     exact = call(made(name), name)
@@ -131,6 +131,7 @@ def rows(name: str) -> dict[str, Any]:
     return STREAM | ({"patch_rows": (2, 3)} if name == "wan" else {})
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_patches_stream_as_in_one_process_and_as_the_oracle_has_it(name: str) -> None:
     schedule, plain = rows(name), made(name)

@@ -105,6 +105,7 @@ def in_turn(place: Place, name: str, expected: dict[str, np.ndarray]) -> None:
     assert np.array_equal(paint(before[0], name), expected[KINDS[name][0]])
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", KINDS)
 def test_pipelines_on_the_same_weights_are_served_in_turn(name: str) -> None:
     plain, others = tiny.pipeline(name), users()  # what other tests have left parallel

@@ -131,6 +131,7 @@ def call_on_one_rank(place: Place, leave: bool) -> tuple[str, str, float] | None
     return None
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize(
     ("leave", "words", "limit"),
     [

@@ -56,7 +56,7 @@ def painted(place: Place, blocks: list[int], call: dict[str, Any], **options: An
     return latents(pipe, blocks, **call), pipe.patchpipe.last
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=6)
 @pytest.mark.parametrize("title", BLOCKS)
 def test_blocks_that_a_call_leaves_out_hand_their_streams_through(title: str) -> None:
     """Bit-equal to diffusers where every step is synchronous; where patches stream, as one process and the oracle."""

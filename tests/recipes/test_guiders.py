@@ -80,7 +80,7 @@ def skipped(place: Place, name: str, skips: str, **options: Any) -> tuple[Any, A
     return call(pipe, name, output="latents"), pipe.patchpipe.last
 
 
-@pytest.mark.some
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize(("name", "skips"), SKIPPED)
 def test_guiders_that_leave_layers_out(name: str, skips: str) -> None:
     """A branch of its own: bit-equal to diffusers where every step is synchronous, else to one process."""

@@ -128,7 +128,7 @@ WORKS: dict[str, Recipe] = {
 }
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("title", WORKS)
 def test_recipes_before_parallelize_that_paint_the_same(title: str) -> None:
     recipe = WORKS[title]

@@ -84,7 +84,7 @@ def with_schedulers(place: Place, folder: Path, name: str) -> dict[str, tuple[An
     return made
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_scheduler_streams_and_equals_one_process(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path)

@@ -257,6 +257,7 @@ def _raise(error: Exception) -> None:
     raise error
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("dies", [False, True])
 def test_law_7_a_failing_request_ends_all_of_them_everywhere(dies: bool) -> None:
     ranks = run_ranks(3, be_struck, dies, mortal=[1])

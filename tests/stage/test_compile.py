@@ -96,6 +96,7 @@ def test_stages_of_halves_are_compiled_too() -> None:
     assert compiled["graphs"] == {"BasicTransformerBlock": 1}
 
 
+@pytest.mark.some(of=2, first=1)
 def test_blocks_that_stages_share_are_compiled_too() -> None:
     """Three blocks on two stages, of which each runs the middle one for some patches."""
     layouts = [{"pipefusion": 2, "share_blocks": True, "compile": compiled} for compiled in (False, True)]

@@ -153,7 +153,7 @@ def paint(name: str, blocks: int = 4, **layout: Any) -> Tensor:
 FAMILIES = ("flux", "sd35", "pixart", "qwen", "flux2", "zimage", "cogview4", "wan", "ltx")
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=4, first=1)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_law_2_a_forecast_does_not_depend_on_the_number_of_stages(name: str) -> None:
     alone = paint(name)
@@ -234,6 +234,7 @@ def watched(name: str, jumps: bool = True, **layout: Any) -> tuple[int, Tensor]:
     return made[0][0], next(one for _, one in made if one is not None)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize(
     ("name", "calls", "layouts"),  # calls of a step: one for each branch, or one in all
     [
@@ -304,6 +305,7 @@ def painted_in_parts(place: Place, pipes: list[Any], forecast: bool) -> np.ndarr
     return made
 
 
+@pytest.mark.some(of=2, first=1)
 def test_a_forecast_helps_ranks_that_see_the_others_late_most() -> None:
     pipes = [bundled() for _ in range(4)]  # not by the ranks: diffusers loads one at a time
     expected = picture(pipes[0])
@@ -312,6 +314,7 @@ def test_a_forecast_helps_ranks_that_see_the_others_late_most() -> None:
     assert forecast > stale + 6, (stale, forecast)
 
 
+@pytest.mark.some(of=2, first=1)
 def test_fresh_noise_between_steps_loses_nothing() -> None:
     """Flow matching with noise drawn anew for each step: a forecast without its gate loses 14 dB."""
     pipe = bundled()

@@ -174,6 +174,7 @@ LAYOUTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_method_is_watched(
     layout: dict[str, Any],

@@ -27,7 +27,7 @@ SCHEDULES: list[dict[str, Any]] = [
 LAYOUTS: list[dict[str, int]] = [{"pipefusion": 2}, {"pipefusion": 3}, {"ulysses": 2}, {"ring": 2}]
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=4)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_spread_text_is_what_it_means(name: str) -> None:
     """Every part of it is renewed by its own patch; the others are seen as they were one step before."""
