@@ -2,7 +2,7 @@
 #
 #   make demo REUSE_TORCH=1    use the torch this Python already has (a CUDA build, say)
 #   make test ARGS="-k law"    pass options to pytest
-#   make test ARGS=--every     every row of every table, not some that stand for all: before a release
+#   make test ARGS=--every     every row of every table, and long runs, not some that stand for all: before a release
 
 PYTHON ?= python3
 VENV ?= .venv
