@@ -17,7 +17,7 @@ from patchpipe.distributed.exchange import Exchange
 from patchpipe.distributed.failures import Failures
 from patchpipe.distributed.gate import Gate
 from patchpipe.distributed.guard import Guard, say_goodbye
-from patchpipe.distributed.process_groups import ProcessGroups
+from patchpipe.distributed.process_groups import ProcessGroups, let_go
 from patchpipe.distributed.rows import WireRows, join_rows
 from patchpipe.distributed.transport import Channel, Wire
 from patchpipe.errors import RankFailed
@@ -352,13 +352,13 @@ class Group:
             say_goodbye(self._lifeline, (self.rank - 1) % self.world_size)
         for line in self.lines.values():
             line.forget()
-        for wire in self._all_wires:
-            wire.close()
+        groups = [group for wire in self._all_wires for group in wire.close()] + [self._control, self._lifeline]
         self._control = self._lifeline = None
         self._wires.clear()
         self.lines.clear()
         self._strips.clear()
         self._apart.clear()
+        let_go(groups)
         self._groups.close()
 
     def _abort(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -108,3 +109,19 @@ def gist(error: Exception) -> str:
     """What a transport's error says, without the place in its source and the advice."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[\S+\]\s*", "", line).split(". ")[0][:200]
+
+
+def let_go(groups: list[Any]) -> None:
+    """Gives up process groups side by side: gloo takes up to 10 ms for each connection that it closes.
+
+    Args:
+        groups: The groups, to which nothing else refers; those of NCCL, which were aborted, go one after another.
+    """
+    own = getattr(dist, "ProcessGroupNCCL", ())
+    apart = [group for group in groups if not isinstance(group, own)]
+    groups.clear()
+    threads = [threading.Thread(target=apart.pop, name="patchpipe close") for _ in apart]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

@@ -89,12 +89,14 @@ class Wire:
             if group is not None and not isinstance(group, Closed):
                 group.abort()
 
-    def close(self) -> None:
-        """Gives up the process groups and whatever is under way, so that the connections close at once."""
+    def close(self) -> list[Any]:
+        """Gives up whatever is under way, and returns the process groups: their connections close with them."""
         self.abort()
+        groups = [self.group, *(self._links or {}).values()]
         self.group, self._links = Closed(), None
         for channel in self._channels.values():
             channel.forget()
+        return groups
 
     # -- operations ------------------------------------------------------------------------------
 
