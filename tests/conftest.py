@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Iterator
 
 gc.disable()  # until all tests are imported: nothing of what is loaded goes away
@@ -18,9 +17,6 @@ import torch
 
 from patchpipe.engine.processes import warm
 from tests.support.some import MARK, leave_some
-
-LOADED = pytest.StashKey[int]()
-MANY = 20  # modules
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,16 +33,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     leave_some(config, items)
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    freeze(session.config)
+def pytest_collection_finish() -> None:
+    freeze()
+    gc.enable()
 
 
-def freeze(config: pytest.Config) -> None:
-    """What is imported by now is here to stay: the collector, and the search for pipelines, need not go through it."""
-    config.stash[LOADED] = len(sys.modules)
+def freeze() -> None:
+    """What is here by now is here to stay: the collector, and the search for pipelines, need not go through it."""
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,9 +67,7 @@ def _name_no_test() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_runtest_setup() -> None:
     """One thread, as the ranks have: another number of threads adds sums up in another order."""
     torch.set_num_threads(1)
-    gc.collect()  # what the last test left is gone through by every search for pipelines that share a module
-    if len(sys.modules) > item.config.stash[LOADED] + MANY:  # a family of models is imported when it is first used
-        freeze(item.config)
+    freeze()
