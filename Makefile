@@ -9,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 ifdef REUSE_TORCH
 VENV_OPTIONS := --system-site-packages

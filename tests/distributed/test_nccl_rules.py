@@ -316,6 +316,7 @@ def _suffer(affliction: str) -> None:
     threading.Event().wait(60)
 
 
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize(
     ("affliction", "text"),
     [

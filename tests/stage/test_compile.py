@@ -88,6 +88,7 @@ def test_law_6_compiled_layouts_are_tested(count: int) -> None:
         assert all(1 <= number <= 3 for each in graphs for number in each.values()), (layout, graphs)
 
 
+@pytest.mark.some(of=2, first=1)
 def test_stages_of_halves_are_compiled_too() -> None:
     """Three blocks on two stages, of which each runs the middle one for a branch of guidance."""
     layouts = [{"pipefusion": 2, "compile": compiled} for compiled in (False, True)]
