@@ -169,7 +169,7 @@ def paint(place: Place, name: str, layout: dict[str, Any], calls: int = 1) -> li
     return [None if output is None else output.images.numpy() for output in outputs]
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=3, first=1)
 @pytest.mark.parametrize("title", MORE)
 def test_what_gloo_paints_is_painted_under_the_rules(title: str) -> None:
     name, layout = MORE[title]

@@ -90,7 +90,7 @@ def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> N
         assert (len(rows), sum(rows)) == (patches, CLIP if name.startswith(("wan", "ltx")) else 4)
 
 
-@pytest.mark.some(of=9)
+@pytest.mark.some(of=18)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_forecast_is_what_it_means(name: str) -> None:
     """The first patch decides for every head, layer and step whether there is one: here it does so both ways."""

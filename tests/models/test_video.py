@@ -40,7 +40,7 @@ TWO: list[dict[str, int]] = [{degree: 2} for degree in ("pipefusion", "cfg", "ul
 FOUR: list[dict[str, int]] = [{"pipefusion": 4}]
 
 
-@pytest.mark.some(of=6)
+@pytest.mark.some(of=8)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_streams_as_the_oracle_does(name: str) -> None:
     """Patches of two and three frames; the number of ranks and the method never show."""

@@ -39,7 +39,7 @@ LAYOUTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=5)
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else str(value))
 def test_ranks_that_copy_together_paint_the_same(name: str, layout: dict[str, Any]) -> None:
     alone, together = beside(name, layout, ALONE), beside(name, layout, TOGETHER)

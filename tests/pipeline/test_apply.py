@@ -65,6 +65,7 @@ def test_a_restored_pipeline_is_what_it_was(name: str) -> None:
     attached_and_restored(Place(0, 1, None), name)
 
 
+@pytest.mark.some(of=2)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_a_restored_pipeline_is_what_it_was_on_every_rank(name: str) -> None:
     run_ranks(2, attached_and_restored, name)

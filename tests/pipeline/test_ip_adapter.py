@@ -91,7 +91,7 @@ def painted(place: Place, title: str, **options: Any) -> tuple[np.ndarray | None
     return latents(pipe, title), pipe.patchpipe.last
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=5)
 @pytest.mark.parametrize("title", CASES)
 def test_an_ip_adapter_is_exact_and_streams_as_it_should(title: str) -> None:
     """Bit-equal to diffusers where every step is synchronous; where patches stream, as one process and the oracle."""

@@ -115,7 +115,7 @@ def test_lora_loaded_before_or_after_is_bit_equal_to_plain_diffusers(
     assert not torch.equal(two, expected), "no patch streamed: nothing was tested"
 
 
-@pytest.mark.some
+@pytest.mark.some(of=3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [0.3, 0.0])
 def test_strength_of_a_call(name: str, scale: float, files: dict[str, Path]) -> None:
@@ -369,6 +369,7 @@ def test_dora_is_refused_by_name_where_matrices_are_split(files: dict[str, Path]
     on_ranks(2, {"tensor": 2, **EXACT}, work)
 
 
+@pytest.mark.some(of=2, first=1)
 def test_compiled_blocks_keep_their_graphs_over_a_hot_swap(files: dict[str, Path]) -> None:
     pipe = tiny.pipeline("flux", blocks=2)
     loras_of_two = [loras.save(pipe, files["flux"].parent / f"two-{seed}", seed=seed) for seed in (1, 2)]

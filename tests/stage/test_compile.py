@@ -39,7 +39,7 @@ GRAPHS: tuple[tuple[str, dict[str, int]], ...] = (
 KERNELS = "pixart"
 
 
-@pytest.mark.some(of=3)
+@pytest.mark.some(of=4, first=3)
 @pytest.mark.parametrize(("name", "graphs"), GRAPHS)
 def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) -> None:
     """One with text rows and one without; batches of two warm up one entry at a time, and stream whole."""

@@ -34,7 +34,7 @@ def schedule(name: str, **options: Any) -> dict[str, Any]:
     return {"patches": 2 if clip else 3, "warmup": "streamed", "split_batch": False, **options}
 
 
-@pytest.mark.some(of=8)
+@pytest.mark.some(of=12)
 @pytest.mark.parametrize("name", NAMES)
 def test_law_2_a_warmup_that_streams_is_the_oracles_on_any_number_of_stages(name: str) -> None:
     asked, steps = schedule(name, forecast=name in FORECAST), {} if name in tiny_video.BUILD else STEPS

@@ -140,7 +140,7 @@ def round_trip(place: Place, name: str, dtype: torch.dtype, latent_rows: list[in
     return max(errors), same and back
 
 
-@pytest.mark.some(of=7)
+@pytest.mark.some(of=11)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_spread_equals_whole_in_float64(name: str, ranks: int) -> None:
@@ -153,7 +153,7 @@ def test_spread_equals_whole_in_float64(name: str, ranks: int) -> None:
         assert back
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some(of=5)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_spread_equals_whole_in_float32(name: str) -> None:
     for error, back in run_ranks(3, round_trip, name, torch.float32, [8], [40]):
