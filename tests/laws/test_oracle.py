@@ -80,7 +80,7 @@ def compare(
     return rows, ours
 
 
-@pytest.mark.some(of=5)
+@pytest.mark.some(of=7)
 @pytest.mark.parametrize("warmup", [0, 1, 2])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_one_process_computes_what_pipefusion_means(name: str, warmup: int) -> None:

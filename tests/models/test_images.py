@@ -96,7 +96,7 @@ def from_disk(place: Place, folder: Path, name: str, lacking: dict[str, Any], ex
     assert place.rank != 0 or np.array_equal(np.asarray(tiny.painted(made)), expected)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.some(of=4, first=1)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_family_from_disk_is_bit_equal_where_all_steps_are_synchronous(name: str, tmp_path: Path) -> None:
     folder = tiny.save(name, tmp_path / name)
