@@ -591,7 +591,7 @@ def _afflict(runner: Any, affliction: str) -> None:
     runner.stages[0].run = ill
 
 
-@pytest.mark.some(of=2)
+@pytest.mark.some
 @pytest.mark.parametrize("affliction", ["raise", "exit", "kill", "sleep"])
 @pytest.mark.parametrize("name", THOROUGH)
 def test_law_7_never_hang(name: str, affliction: str, folder: Callable[[str], Path]) -> None:
