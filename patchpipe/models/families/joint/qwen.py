@@ -7,8 +7,7 @@ from patchpipe.models.plan import ModelPlan
 
 PICTURES = ("image", "reference")
 PAINTING = ("", "Img2Img", "Inpaint", "Layered")
-EDITING = ("Edit", "EditInpaint", "EditPlus")
-CONTROLLED = ("ControlNet", "ControlNetInpaint")
+GIVEN_PICTURES = ("Edit", "EditInpaint", "EditPlus", "ControlNet", "ControlNetInpaint")
 BLOCKS = BlockList(
     streams=("encoder_hidden_states", "hidden_states"),
     rows={
@@ -22,7 +21,7 @@ BLOCKS = BlockList(
 
 QWEN_IMAGE = ModelPlan(
     model="QwenImageTransformer2DModel",
-    pipelines=variants("QwenImage", *PAINTING, *EDITING, *CONTROLLED),
+    pipelines=variants("QwenImage", *PAINTING, *GIVEN_PICTURES),
     grid=Latent("bnc", sizes=sizes_by_shapes("img_shapes"), references=True),
     blocks=(BLOCKS,),
     inputs=("encoder_hidden_states_mask", "img_shapes", "additional_t_cond"),
