@@ -248,17 +248,17 @@ class Mover:
         return found
 
     def _do(self, task: Entry | tuple[Entry, Run]) -> None:
-        try:
-            if isinstance(task, Entry):
-                self._copier.finish(task.mark)
-                with self._changed:
-                    self._entries.popleft()
-            else:
-                self._copy(*task)
-        except Exception as error:
+        if isinstance(task, Entry):
+            self._copier.finish(task.mark)
             with self._changed:
-                self._problem = error
-                self._changed.notify_all()
+                self._entries.popleft()
+        else:
+            self._copy(*task)
+
+    def _fail(self, problem: Exception) -> None:
+        with self._changed:
+            self._problem = problem
+            self._changed.notify_all()
 
     @property
     def _over(self) -> bool:
@@ -357,9 +357,16 @@ def work(found: weakref.ref[Mover], changed: threading.Condition) -> None:
             mover = found()
             if mover is None or mover._over:
                 return
-            task = mover._task()
+            try:
+                task = mover._task()
+            except Exception as error:
+                mover._fail(error)
+                return
             if task is None:
                 del mover
                 changed.wait(IDLE_SECONDS)
                 continue
-        mover._do(task)
+        try:
+            mover._do(task)
+        except Exception as error:
+            mover._fail(error)

@@ -382,6 +382,16 @@ def test_a_home_that_fails_is_told_where_it_is_needed() -> None:
     mover.close()
 
 
+def test_a_thread_that_does_not_know_what_comes_next_says_so_at_once() -> None:
+    ring = torch.zeros(ring_bytes(SIZE, SIZE, 4, 512), dtype=torch.uint8)
+    mover = Mover(ring, HostCopier(), Transfers(1e9, 512, 4), None, SECONDS)
+    mover.add({key: Streamed(Bytes(SIZE, key + 1), (SIZE,), "nowhere") for key in (0, 1)})  # type: ignore[arg-type]
+    mover.need(0)
+    mover._thread.join(SECONDS)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="weights of 1 could not be read: 'nowhere'"):
+        mover.need(1)
+
+
 def test_a_block_does_not_wait_for_ever() -> None:
     mover = mover_of(2, Slow())
     mover._timeout = 0.1
