@@ -19,11 +19,7 @@ from tests.support.nccl_rules import over
 from tests.support.ranks import run_ranks
 from tests.support.threads import run_threads
 
-MODELS = (
-    "pixart",
-    "flux",
-    "sd3",
-)  # the quickest first, which most layouts run with; Qwen-Image, whose text is masked, is in test_masks.py
+MODELS = ("pixart", "flux", "sd3")  # the quickest first: most layouts run with it. Qwen-Image is in test_masks.py
 SCHEDULES = [{"warmup": "all"}, {"patches": 2, "warmup": 1}, {"patches": 2, "warmup": 0, "split_batch": True}]
 # Rows of three tokens, odd in number, and of PixArt three heads: few of these degrees divide them.
 LAYOUTS: list[dict[str, int]] = [

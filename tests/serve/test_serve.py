@@ -229,7 +229,7 @@ def test_a_clip_from_create_to_delete(running: Running) -> None:
 
 
 def test_a_clip_that_runs_ends_when_it_is_deleted(running: Running) -> None:
-    asked = {"prompt": "a wave", "num_inference_steps": 120, "num_frames": 17}
+    asked = {"prompt": "a wave", "num_inference_steps": 200, "num_frames": 17}
     clip = running.post("/v1/videos", json=asked).json()["id"]
     until(lambda: running.get(f"/v1/videos/{clip}").json()["progress"] > 0)
     assert running.get(f"/v1/videos/{clip}/content").status_code == 400
@@ -414,7 +414,7 @@ def test_a_restart_goes_on_with_what_was_accepted_also_after_a_kill(clips: str, 
     arguments = (f"wan={clips}", "--port", "0", "--folder", str(tmp_path), "--layout", "plain", "--threads", "1")
     with start(*arguments, "--log-format", "json") as first:
         address = address_told(first)
-        slow = {"prompt": "a wave", "num_inference_steps": 120, "num_frames": 17}
+        slow = {"prompt": "a wave", "num_inference_steps": 200, "num_frames": 17}
         ids = [httpx2.post(f"{address}/v1/videos", json=one).json()["id"] for one in (slow, {"prompt": "x", **CLIP})]
         until(lambda: httpx2.get(f"{address}/v1/videos/{ids[0]}").json()["progress"] > 0)
         first.send_signal(signal.SIGTERM)
