@@ -93,7 +93,8 @@ class ModelPlan:
             ranks get it at the end of every call, so that the stages wait for each other once a step.
         frames_per_second: How fast its clips play, as its makers show them.
         prefix: What its pipelines keep of their first call, if they do.
-        pipelines: Pipeline classes that are tested; docs/pipelines.md says how.
+        pipelines: Pipeline classes that are tested; docs/pipelines.md says how. None named means the one that has the
+            model's name.
     """
 
     model: str
@@ -125,6 +126,9 @@ class ModelPlan:
     frames_per_second: float = 24
     prefix: Prefix | None = None
     pipelines: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pipelines", self.pipelines or (usual.pipeline(self.model),))
 
     @property
     def latent(self) -> str:

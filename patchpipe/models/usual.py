@@ -8,6 +8,7 @@ tested for every class.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,11 @@ TENSOR = {
     **{f"{layer}.net.0.proj": "colwise" for layer in ("ff", "ff_context")},
     **{f"{layer}.net.2": "rowwise" for layer in ("ff", "ff_context")},
 }  # of a block, as in diffusers' _tp_plan
+
+
+def pipeline(model: str) -> str:
+    """The first pipeline of a transformer class: ``AuraFlowPipeline`` of ``AuraFlowTransformer2DModel``."""
+    return re.sub(r"(Transformer)?[23]DModel$", "Pipeline", model)
 
 
 def per_call(model: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from patchpipe.models.plan import ModelPlan
 
 ALLEGRO = ModelPlan(
     model="AllegroTransformer3DModel",
-    pipelines=("AllegroPipeline",),
     grid=CLIP,
     blocks=(replace(SELF_AND_CROSS, rows={"image_rotary_emb": (None, of("image"))}),),
     inputs=("encoder_attention_mask", "image_rotary_emb"),

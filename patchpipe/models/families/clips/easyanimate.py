@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 EASY_ANIMATE = ModelPlan(
     model="EasyAnimateTransformer3DModel",
-    pipelines=("EasyAnimatePipeline",),
     grid=CLIP,
     blocks=(JOINT_WITH_ROTARY,),
     inputs=("encoder_hidden_states_t5", "inpaint_latents", "control_latents"),

@@ -10,7 +10,6 @@ ALL = ("history", "image")
 
 HELIOS = ModelPlan(
     model="HeliosTransformer3DModel",
-    pipelines=("HeliosPipeline",),
     grid=CLIP,
     blocks=(
         BlockList(

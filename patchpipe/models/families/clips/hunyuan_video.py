@@ -48,7 +48,6 @@ HUNYUAN_VIDEO = ModelPlan(
 
 FRAMEPACK = ModelPlan(
     model="HunyuanVideoFramepackTransformer3DModel",
-    pipelines=("HunyuanVideoFramepackPipeline",),
     grid=CLIP,
     blocks=both_lists("history", "image"),
     inputs=(*HUNYUAN_VIDEO.inputs, "image_embeds", *HISTORY, *INDICES),

@@ -6,16 +6,13 @@ from patchpipe.models.plan import ModelPlan
 
 CLIP, SOUND = ("image",), ("sound",)
 CLIP_ROWS = ("temb", "temb_ca_scale_shift", "temb_ca_gate", "video_rotary_emb", "ca_video_rotary_emb")
-SOUND_ROWS = tuple(name.replace("video", "audio") for name in CLIP_ROWS[3:])
 SOUND_TIMES = ("temb_audio", "temb_ca_audio_scale_shift", "temb_ca_audio_gate")
+SOUND_ROWS = (*SOUND_TIMES, "audio_rotary_emb", "ca_audio_rotary_emb")
+ROWS = dict.fromkeys(CLIP_ROWS, of("image", dim=-2)) | dict.fromkeys(SOUND_ROWS, of("sound", dim=-2))
 ANSWERING = {"audio_to_video_attn": SOUND, "video_to_audio_attn": CLIP}
 BLOCKS = BlockList(
     streams=("hidden_states", "audio_hidden_states"),
-    rows={
-        "audio_hidden_states": of("sound"),
-        **dict.fromkeys(CLIP_ROWS, of("image", dim=-2)),
-        **dict.fromkeys((*SOUND_TIMES, *SOUND_ROWS), of("sound", dim=-2)),
-    },
+    rows={"audio_hidden_states": of("sound"), **ROWS},
     attention={"attn1": CLIP, "attn2": CROSS, "audio_attn1": SOUND, "audio_attn2": CROSS, **ANSWERING},
     asking={"audio_to_video_attn": CLIP, "video_to_audio_attn": SOUND},
 )

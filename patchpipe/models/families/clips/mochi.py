@@ -6,7 +6,6 @@ from patchpipe.models.plan import ModelPlan
 
 MOCHI = ModelPlan(
     model="MochiTransformer3DModel",
-    pipelines=("MochiPipeline",),
     grid=CLIP,
     blocks=(
         BlockList(

@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 DIT = ModelPlan(
     model="DiTTransformer2DModel",
-    pipelines=("DiTPipeline",),
     blocks=(BlockList(attention={"attn1": ("image",)}, per_call=("norm1.emb", "norm1.linear")),),
     text="class_labels",
     tail="proj_out_2",

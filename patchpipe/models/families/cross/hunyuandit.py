@@ -7,7 +7,6 @@ from patchpipe.models.plan import ModelPlan
 
 HUNYUAN_DIT = ModelPlan(
     model="HunyuanDiT2DModel",
-    pipelines=("HunyuanDiTPipeline",),
     blocks=(replace(SELF_AND_CROSS, path="blocks", rows=ROTARY, links=("skip",), per_request={}),),
     inputs=(
         "text_embedding_mask",

@@ -18,7 +18,6 @@ BLOCKS = BlockList(
 
 PRX = ModelPlan(
     model="PRXTransformer2DModel",
-    pipelines=("PRXPipeline",),
     blocks=(BLOCKS,),
     inputs=("attention_mask",),
     tail="final_layer",

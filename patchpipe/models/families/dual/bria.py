@@ -3,6 +3,4 @@
 from patchpipe.models.families.dual.lists import DUAL, IDS, PACKED, SINGLE
 from patchpipe.models.plan import ModelPlan
 
-BRIA = ModelPlan(
-    model="BriaTransformer2DModel", pipelines=("BriaPipeline",), grid=PACKED, blocks=(DUAL, SINGLE), inputs=IDS
-)
+BRIA = ModelPlan(model="BriaTransformer2DModel", grid=PACKED, blocks=(DUAL, SINGLE), inputs=IDS)

@@ -10,7 +10,6 @@ MASK = "joint_attention_kwargs"  # which may hold one
 
 BRIA_FIBO = ModelPlan(
     model="BriaFiboTransformer2DModel",
-    pipelines=("BriaFiboPipeline",),
     grid=PACKED,
     blocks=tuple(
         replace(one, rows={**one.rows, MASK: of(*ALL, dim=3)}, mask=MASK, whole_between=True) for one in (DUAL, MERGED)

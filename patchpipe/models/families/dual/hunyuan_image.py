@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 HUNYUAN_IMAGE = ModelPlan(
     model="HunyuanImageTransformer2DModel",
-    pipelines=("HunyuanImagePipeline",),
     blocks=both_lists("image", rotary="image_rotary_emb"),
     inputs=("timestep_r", "encoder_attention_mask", "encoder_hidden_states_2", "encoder_attention_mask_2", "guidance"),
     guidance="calls",

@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 LONGCAT_IMAGE = ModelPlan(
     model="LongCatImageTransformer2DModel",
-    pipelines=("LongCatImagePipeline",),
     grid=PACKED,
     blocks=(DUAL, SINGLE),
     inputs=IDS,

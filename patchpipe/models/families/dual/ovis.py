@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 OVIS_IMAGE = ModelPlan(
     model="OvisImageTransformer2DModel",
-    pipelines=("OvisImagePipeline",),
     grid=PACKED,
     blocks=(DUAL, SINGLE),
     inputs=IDS,

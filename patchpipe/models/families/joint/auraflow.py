@@ -15,6 +15,5 @@ DUAL = replace(  # registers come first of all, and count as text
 
 AURAFLOW = ModelPlan(
     model="AuraFlowTransformer2DModel",
-    pipelines=("AuraFlowPipeline",),
     blocks=(DUAL, replace(MERGED, count="num_single_dit_layers")),
 )

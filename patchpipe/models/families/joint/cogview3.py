@@ -5,7 +5,6 @@ from patchpipe.models.plan import ModelPlan
 
 COGVIEW3_PLUS = ModelPlan(
     model="CogView3PlusTransformer2DModel",
-    pipelines=("CogView3PlusPipeline",),
     blocks=(JOINT,),
     inputs=SIZES,
     embed="patch_embed.proj",

@@ -7,7 +7,6 @@ DRAFT = ("prior_token_id", "prior_token_drop")
 
 GLM_IMAGE = ModelPlan(
     model="GlmImageTransformer2DModel",
-    pipelines=("GlmImagePipeline",),
     blocks=(JOINT_WITH_ROTARY,),
     inputs=("target_size", "crop_coords", *DRAFT),
     idle_inputs={"kv_caches": lambda caches: all(layer.mode is None for layer in caches.caches)},

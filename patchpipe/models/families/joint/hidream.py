@@ -24,7 +24,6 @@ TEXTS = ("encoder_hidden_states_t5", "encoder_hidden_states_llama3")
 
 HIDREAM = ModelPlan(
     model="HiDreamImageTransformer2DModel",
-    pipelines=("HiDreamImagePipeline",),
     blocks=(DUAL, SINGLE),
     inputs=(*TEXTS, "pooled_embeds"),
     batch_dims={"encoder_hidden_states_llama3": 1},

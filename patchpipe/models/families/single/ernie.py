@@ -8,7 +8,6 @@ FIRST, SECOND, LAST = (of(*ALL, dim=dim) for dim in (0, 1, 3))
 
 ERNIE_IMAGE = ModelPlan(
     model="ErnieImageTransformer2DModel",
-    pipelines=("ErnieImagePipeline",),
     blocks=(
         BlockList(
             path="layers",

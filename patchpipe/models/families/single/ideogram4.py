@@ -8,7 +8,6 @@ ALL = ("text", "image")
 
 IDEOGRAM4 = ModelPlan(
     model="Ideogram4Transformer2DModel",
-    pipelines=("Ideogram4Pipeline",),
     grid=Latent("bnc", sizes=sizes_by_roles("indicator", picture=2), room=True),
     blocks=(
         BlockList(

@@ -9,7 +9,6 @@ ALL = ("text", "image")
 
 KREA2 = ModelPlan(
     model="Krea2Transformer2DModel",
-    pipelines=("Krea2Pipeline",),
     grid=Latent("bnc", sizes=sizes_by_ids("position_ids", column=1, of_text=True)),
     blocks=(
         BlockList(

@@ -13,7 +13,6 @@ LAYERS = BlockList(
 
 LUMINA2 = ModelPlan(
     model="Lumina2Transformer2DModel",
-    pipelines=("Lumina2Pipeline",),
     blocks=(REFINER, LAYERS),
     inputs=("encoder_attention_mask",),
     lengths=("encoder_attention_mask",),

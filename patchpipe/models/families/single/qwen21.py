@@ -6,7 +6,6 @@ from patchpipe.models.plan import ModelPlan, Prefix
 
 QWEN_IMAGE_21 = ModelPlan(
     model="QwenImage21Transformer2DModel",
-    pipelines=("QwenImage21Pipeline",),
     grid=Latent("bnc", sizes=last_of_shapes, ahead=others_of_shapes),
     blocks=(
         BlockList(
