@@ -23,9 +23,9 @@ from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.prefix import Prefixes
 from patchpipe.stage.keys.store import LayerStores
 from patchpipe.stage.patches import Cut, Patch
+from patchpipe.stage.root.survey import CallShapes
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.stage import Stage
-from patchpipe.stage.survey import CallShapes
 from patchpipe.tracing.recorder import Where
 
 

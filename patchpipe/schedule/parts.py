@@ -21,7 +21,7 @@ from patchpipe.stage.attending import Sharing
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.patches import Patch
-from patchpipe.stage.survey import CallShapes
+from patchpipe.stage.root.survey import CallShapes
 
 
 @dataclass(frozen=True)

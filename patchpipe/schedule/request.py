@@ -25,8 +25,8 @@ from patchpipe.schedule.shared_keys import SharedBlock, SharedKeys
 from patchpipe.stage.balance import patch_costs
 from patchpipe.stage.keys.forecast import Clock
 from patchpipe.stage.patches import Cut
+from patchpipe.stage.root.survey import CallShapes, shapes_key
 from patchpipe.stage.stage import Stage
-from patchpipe.stage.survey import CallShapes, shapes_key
 
 # Of a branch: the id of the transformer's part, its name, its prompt, what is left out, its order on a latent.
 BranchKey = tuple[int, str | None, int, frozenset[int | str], int]

@@ -16,8 +16,8 @@ from patchpipe.stage.keys.forecast import Pace
 from patchpipe.stage.keys.prefix import Prefixes, PrefixKeys
 from patchpipe.stage.keys.store import Entries, LayerStores
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.root.survey import CallShapes
 from patchpipe.stage.rows import Cutter
-from patchpipe.stage.survey import CallShapes
 
 Streams = dict[str, Tensor]
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from patchpipe.layout.split import StageBlocks
 from patchpipe.models.blocks import BlockPlace, Holds
+from patchpipe.models.latent import Latent
 from patchpipe.stage.context import CallContext, Streams
 from patchpipe.stage.keys.prefix import BlockCache
-from patchpipe.stage.survey import Survey, has_tensor, result_name
+from patchpipe.stage.root.survey import Survey, has_tensor, result_name
 
 
 class StageDone(Exception):
@@ -66,6 +67,15 @@ class Passage:
         """Whether the block after these is the next stage's in this step, but its keys and values are kept here too."""
         shared = self.owned.stop.share > 0 and not self.owned.halves
         return shared and self.at_work.turn is None and self.at_work.stores is not None
+
+    def range_of(self, grid: Latent, latent: Tensor) -> tuple[int, int] | None:
+        """The range of a patch that streams in the latent that the root was given; ``None`` for any other tensor."""
+        context = self.context
+        if context is None or context.patch.whole or len(context.patch.spans) > 1:
+            return None
+        whole = context.inputs[grid.name]
+        same = (latent.ndim, latent.shape[grid.dim]) == (whole.ndim, whole.shape[grid.dim])
+        return context.patch.spans[0] if same else None
 
 
 class Seam:

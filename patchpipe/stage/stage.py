@@ -28,9 +28,10 @@ from patchpipe.stage.keys.early import Early, parts_of
 from patchpipe.stage.keys.store import LayerStore, again_of
 from patchpipe.stage.mixing import bordered, summed
 from patchpipe.stage.patches import Patch
+from patchpipe.stage.root.embedded import embedding, of_rows
+from patchpipe.stage.root.survey import CallShapes, Survey
 from patchpipe.stage.rows import Rows
 from patchpipe.stage.seam import Passage, Residuals, Seam, StageDone
-from patchpipe.stage.survey import CallShapes, Survey
 
 
 class Stage:
@@ -110,9 +111,7 @@ class Stage:
         for pattern in self.plan.between:
             for path in self._matching(pattern):
                 self._idle_before(path)
-        embed = self.plan.embed_of(self.model)
-        if not self.first and embed:
-            self._share_between_calls(embed, (self.plan.latent, AHEAD))
+        self._hook_embedding(self.plan.embed_of(self.model))
 
     def sew(self) -> None:
         """Puts seams around all blocks of the model: the last thing to be done to them."""
@@ -274,6 +273,15 @@ class Stage:
             return self._kept.call[key]
 
         self._undo.append(override(module, shared))
+
+    def _hook_embedding(self, path: str) -> None:
+        """Has the first stage embed the patch's rows alone, and others nothing but a shape."""
+        module, dim = self._find(path) if path else None, self.plan.grid.dim
+        if module is not None and not self.first:
+            self._share_between_calls(path, (self.plan.latent, AHEAD))
+        elif module is not None:
+            find = partial(self.passage.range_of, self.plan.grid)
+            self._undo += [override(each, of_rows(each, dim, find)) for each in embedding(module, dim)]
 
     def _idle_before(self, path: str) -> None:
         """Has a module add nothing while blocks of stages before are handed through, and in a survey."""

@@ -18,8 +18,8 @@ from patchpipe.distributed.joining import join
 from patchpipe.models import plan_for
 from patchpipe.models.latent import Raster
 from patchpipe.schedule.request import Request
+from patchpipe.stage.root.survey import CallShapes, StreamKind
 from patchpipe.stage.rows import Rows
-from patchpipe.stage.survey import CallShapes, StreamKind
 from tests import tiny
 from tests.support.ranks import Place, quieten, run_ranks
 
