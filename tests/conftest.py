@@ -16,17 +16,16 @@ import pytest
 import torch
 
 from patchpipe.engine.processes import warm
-from tests.support.some import MARK, leave_some
+from tests.support.some import MARKS, leave_some
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every", action="store_true", help="run every row of every table, not only some that stand for all"
-    )
+    parser.addoption("--every", action="store_true", help="run every test and every row of every table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", MARK)
+    for mark in MARKS:
+        config.addinivalue_line("markers", mark)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -75,7 +75,7 @@ def test_compare_of_a_synchronous_run_is_identical(
     assert Image.open(out).width > 2 * 96
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_compiled_stages_paint_the_same_picture(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, report = tmp_path / "sheet.png", tmp_path / "report.json"
     args = ["generate", "red apple", "--model", model, "--devices", "cpu", "--threads", "1", "--pipefusion", "2"]

@@ -88,7 +88,7 @@ def test_features_of_a_clip_s_encoder_and_of_none() -> None:
     assert Features.of(SimpleNamespace(vae=None)) is None
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_the_command_compares_distrifusion_with_another_scheduler(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,7 +121,7 @@ def test_the_command_compares_and_writes_page_and_figures(tmp_path: Path, capsys
     assert app(["quality", *arguments]) == 2, "nothing is overwritten unasked"
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_pictures_painted_at_once_are_as_near(tmp_path: Path) -> None:
     prompts, found = tmp_path / "prompts.txt", []
     prompts.write_text("red heart, flat style\n a green leaf \n")

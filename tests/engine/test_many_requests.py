@@ -32,7 +32,7 @@ def memory(engine: Engine) -> list[int]:
     return [psutil.Process(rank.pid).memory_info().rss for rank in engine.ranks]
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_200_requests_a_tenth_cancelled_at_random_times(tmp_path: Path) -> None:
     model, draw = tiny.save("flux", tmp_path), random.Random(0)
     config = ParallelConfig(pipefusion=2, patches=2, timeout=60)

@@ -34,7 +34,7 @@ def parents(workers: Workers) -> set[int]:
     return {psutil.Process(worker.pid).ppid() for worker in workers.members}
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_forked_and_fresh_workers_paint_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.save("flux", tmp_path)
     pictures, owners = [], []

@@ -27,6 +27,9 @@ def test_from_disk(name): ...
 
 @pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
 def test_all(name): ...
+
+@pytest.mark.extra
+def test_dear(): ...
 """
 
 
@@ -39,17 +42,17 @@ def test_every_value_is_in_a_row_and_few_rows_are_taken() -> None:
 
 @pytest.mark.parametrize(
     ("given", "passed", "left"),
-    [([], 9, 6), (["--every"], 15, 0), (["-k", "streams"], 3, 0), (["test_it.py::test_layouts"], 6, 0)],
+    [([], 9, 7), (["--every"], 16, 0), (["-k", "streams"], 3, 0), (["test_it.py::test_layouts"], 6, 0)],
     ids=str,
 )
 def test_rows_run_where_they_are_asked_for(pytester: pytest.Pytester, given: list[str], passed: int, left: int) -> None:
     pytester.makeconftest(
         "import pytest\n"
-        "from tests.support.some import MARK, leave_some\n"
+        "from tests.support.some import MARKS, leave_some\n"
         "def pytest_addoption(parser): parser.addoption('--every', action='store_true')\n"
-        "def pytest_configure(config): config.addinivalue_line('markers', MARK)\n"
+        "def pytest_configure(config): [config.addinivalue_line('markers', mark) for mark in MARKS]\n"
         "def pytest_collection_modifyitems(config, items): leave_some(config, items)\n"
     )
     pytester.makepyfile(test_it=TABLE)
     outcome = pytester.runpytest(*given)
-    outcome.assert_outcomes(passed=passed, deselected=left + (12 if given[:1] == ["-k"] else 0))
+    outcome.assert_outcomes(passed=passed, deselected=left + (13 if given[:1] == ["-k"] else 0))

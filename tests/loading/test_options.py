@@ -328,7 +328,7 @@ def named(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
     return Path(shutil.copytree(saved, tmp_path / "modèle 模型")), tmp_path / "größe"
 
 
-@pytest.mark.some(of=3, first=2)
+@pytest.mark.extra
 @pytest.mark.parametrize(
     ("locale", "prompt"),
     [({"LANG": "C", "LC_ALL": "POSIX"}, "größer Apfel"), (ASCII, "an apple")],

@@ -334,7 +334,7 @@ def test_blocks_are_packed_from_the_models_files(
     assert set(packed) == {not read}
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_an_engines_ranks_share_and_say_so(tmp_path: Path) -> None:
     folder, call = tiny.save("flux", tmp_path / "flux"), tiny.call_arguments("flux", steps=2)
     made = []
@@ -366,7 +366,7 @@ def fused_and_back(rank: Rank, config: ParallelConfig, path: Path) -> list[tuple
     return found
 
 
-@pytest.mark.some(of=3, first=2)
+@pytest.mark.extra
 @pytest.mark.parametrize("layout", [{"ulysses": 2}, {"data": 2}])
 def test_lora_is_fused_once_by_every_rank(layout: dict[str, Any], tmp_path: Path) -> None:
     path = loras.save(tiny.pipeline("flux"), tmp_path)
@@ -394,7 +394,7 @@ def changed_on_the_way(rank: Rank, config: ParallelConfig, path: Path) -> Any:
     return None if made is None else np.asarray(tiny.painted(made))
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_lora_fused_between_two_steps_is_shared_again(tmp_path: Path) -> None:
     path = loras.save(tiny.pipeline("flux"), tmp_path)
     config = ParallelConfig(pipefusion=2, ulysses=2, warmup="all", offload=ALL, timeout=60)

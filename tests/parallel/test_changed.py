@@ -282,7 +282,7 @@ def test_other_methods_do_not_change_the_picture(name: str, layout: dict[str, An
     np.testing.assert_allclose(found, right, rtol=0, atol=1e-6 * np.abs(right).max())
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_processes_paint_what_threads_do() -> None:
     layouts = [{"ulysses": 2, "changed_tokens": 0.4, "forecast": forecast} for forecast in (False, True)]
     threads, processes = (run(2, painted, "flux", layouts, {})[0] for run in (run_threads, run_ranks))
@@ -290,7 +290,7 @@ def test_processes_paint_what_threads_do() -> None:
     assert not np.array_equal(*threads)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_the_bundled_model_paints_nearly_the_same_with_half_of_its_tokens() -> None:
     """A forecast of the others is worth many decibels; random tiny models do not move on lines."""
     pipes, half = pipelines(2), {"ulysses": 2, "changed_tokens": 0.5}

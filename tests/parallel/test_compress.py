@@ -114,7 +114,7 @@ def test_a_picture_is_nearly_the_same(name: str, layout: dict[str, Any]) -> None
     assert less < whole
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_processes_paint_what_threads_do() -> None:
     layouts = [{"pipefusion": 2, "patches": 4, "compress": "int8"}, {"distrifusion": 2, "compress": "int8"}]
     threads, processes = (run(2, painted, "flux", layouts, 4)[0] for run in (run_threads, run_ranks))
@@ -142,7 +142,7 @@ def test_bytes_are_those_of_the_formula(layout: dict[str, Any]) -> None:
 # -- quality -------------------------------------------------------------------------------------
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_the_bundled_model_paints_as_well_as_without() -> None:
     pipes, prompts = pipelines(2), held_out()[:1]
     [(right, _, _)] = paint(None, pipes, prompts, 20, [{}])

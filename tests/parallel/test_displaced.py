@@ -267,7 +267,7 @@ def test_each_rank_sends_its_rows_and_its_answer_to_the_others(painted: Any, exp
             assert stats["sent_bytes"] == numbers * ITEM * ENTRIES * STEPS * (world_size - 1), (name, warmup)
 
 
-@pytest.mark.some(of=4, first=3)
+@pytest.mark.extra
 def test_each_rank_keeps_the_keys_and_values_of_the_whole_latent(painted: Any, expected: Any) -> None:
     world_size, results = painted
     for result in results:

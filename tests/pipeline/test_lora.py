@@ -250,7 +250,7 @@ def painted_by_what_it_holds(
     return found
 
 
-@pytest.mark.some(of=3, first=2)
+@pytest.mark.extra
 @pytest.mark.parametrize("layout", [{"pipefusion": 2}, {"tensor": 2}])
 def test_a_rank_that_has_only_its_own_blocks_keeps_only_their_lora(
     layout: dict[str, Any], files: dict[str, Path], tmp_path: Path
@@ -369,7 +369,7 @@ def test_dora_is_refused_by_name_where_matrices_are_split(files: dict[str, Path]
     on_ranks(2, {"tensor": 2, **EXACT}, work)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_compiled_blocks_keep_their_graphs_over_a_hot_swap(files: dict[str, Path]) -> None:
     pipe = tiny.pipeline("flux", blocks=2)
     loras_of_two = [loras.save(pipe, files["flux"].parent / f"two-{seed}", seed=seed) for seed in (1, 2)]

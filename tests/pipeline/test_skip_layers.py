@@ -154,7 +154,7 @@ def test_other_schedules_stream_as_they_should(title: str) -> None:
         assert relative(found, latents(plain, blocks)) < TOLERANCE
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_weights_that_come_and_go_and_compiled_blocks() -> None:
     """The blocks are called all the same, so their weights come in turn; compiled ones are not run."""
     stays = run_threads(2, partial(painted, **STREAM), [1, 3], {})[0][0]

@@ -34,7 +34,7 @@ def usual(node: Any) -> dict[str, Any]:
     return {name: kind[1]["default"] for name, kind in fields.items() if kind[0] != "IMAGE"}
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_pictures_and_clips_come_from_the_service(
     nodes: ModuleType,
     running: Running,  # noqa: F811

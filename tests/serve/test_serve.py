@@ -409,7 +409,7 @@ def address_told(process: subprocess.Popen[str]) -> str:
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_a_restart_goes_on_with_what_was_accepted_also_after_a_kill(clips: str, tmp_path: Path) -> None:
     arguments = (f"wan={clips}", "--port", "0", "--folder", str(tmp_path), "--layout", "plain", "--threads", "1")
     with start(*arguments, "--log-format", "json") as first:

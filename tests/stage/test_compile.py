@@ -39,7 +39,7 @@ GRAPHS: tuple[tuple[str, dict[str, int]], ...] = (
 KERNELS = "pixart"
 
 
-@pytest.mark.some(of=4, first=3)
+@pytest.mark.extra
 @pytest.mark.parametrize(("name", "graphs"), GRAPHS)
 def test_graphs_are_few_and_paint_the_same(name: str, graphs: dict[str, int]) -> None:
     """One with text rows and one without; batches of two warm up one entry at a time, and stream whole."""
@@ -88,7 +88,7 @@ def test_law_6_compiled_layouts_are_tested(count: int) -> None:
         assert all(1 <= number <= 3 for each in graphs for number in each.values()), (layout, graphs)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_stages_of_halves_are_compiled_too() -> None:
     """Three blocks on two stages, of which each runs the middle one for a branch of guidance."""
     layouts = [{"pipefusion": 2, "compile": compiled} for compiled in (False, True)]
@@ -97,7 +97,7 @@ def test_stages_of_halves_are_compiled_too() -> None:
     assert compiled["graphs"] == {"BasicTransformerBlock": 1}
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_blocks_that_stages_share_are_compiled_too() -> None:
     """Three blocks on two stages, of which each runs the middle one for some patches."""
     layouts = [{"pipefusion": 2, "share_blocks": True, "compile": compiled} for compiled in (False, True)]

@@ -305,7 +305,7 @@ def painted_in_parts(place: Place, pipes: list[Any], forecast: bool) -> np.ndarr
     return made
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_a_forecast_helps_ranks_that_see_the_others_late_most() -> None:
     pipes = [bundled() for _ in range(4)]  # not by the ranks: diffusers loads one at a time
     expected = picture(pipes[0])
@@ -314,7 +314,7 @@ def test_a_forecast_helps_ranks_that_see_the_others_late_most() -> None:
     assert forecast > stale + 6, (stale, forecast)
 
 
-@pytest.mark.some(of=2, first=1)
+@pytest.mark.extra
 def test_fresh_noise_between_steps_loses_nothing() -> None:
     """Flow matching with noise drawn anew for each step: a forecast without its gate loses 14 dB."""
     pipe = bundled()

@@ -2,10 +2,10 @@
 
 A table of families and layouts has a row for each pair, and most rows tell nothing that others do not: what is special
 to a family is how its rows are cut, and what is special to a method is how it shares them. So a test marked ``some``
-runs as few rows as show every value of every parameter once. Marked ``some(of=2, first=1)`` it runs every second row
-from the second on: another test of the same table then takes those that it leaves out. A dear test
-without rows that is marked so runs with ``--every`` alone. Tests that are named, with
-``-k`` or as ``file::test``, run every row.
+runs as few rows as show every value of every parameter once. Marked ``some(of=4, first=1)`` it runs every fourth row
+from the second on: another test of the same table may then take those that it leaves out. A test that takes long and
+tells little that others do not is marked ``extra``, and runs with ``--every`` alone. Tests that are named, with ``-k``
+or as ``file::test``, run every row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from collections.abc import Sequence
 
 import pytest
 
-MARK = "some(of=None, first=0): rows that stand for all where --every is not given"
+MARKS = (
+    "some(of=None, first=0): rows that stand for all where --every is not given",
+    "extra: runs with --every alone",
+)
 
 
 def leave_some(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -26,7 +29,8 @@ def leave_some(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("some") is not None:
             tables[str(item.path), item.originalname].append(item)
-    gone = {item for rows in tables.values() for item in set(rows).difference(_chosen(rows))}
+    gone: set[pytest.Item] = {item for item in items if item.get_closest_marker("extra") is not None}
+    gone |= {item for rows in tables.values() for item in set(rows).difference(_chosen(rows))}
     config.hook.pytest_deselected(items=[item for item in items if item in gone])
     items[:] = [item for item in items if item not in gone]
 
@@ -35,7 +39,10 @@ def _chosen(rows: Sequence[pytest.Function]) -> list[pytest.Function]:
     mark = rows[0].get_closest_marker("some")
     assert mark is not None
     if mark.kwargs:
-        return list(rows[mark.kwargs.get("first", 0) :: mark.kwargs["of"]])
+        chosen = list(rows[mark.kwargs.get("first", 0) :: mark.kwargs["of"]])
+        if not chosen:
+            raise pytest.UsageError(f"{rows[0].originalname}: some({mark.kwargs}) leaves no row; mark it extra")
+        return chosen
     return [rows[index] for index in covering([_values(row) for row in rows])]
 
 
