@@ -47,8 +47,9 @@ class PatchRows(Tensor):
     ) -> Any:
         keep, kwargs = _KEEPING.get(getattr(func, "__name__", "")), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            keeps = keep is not None and isinstance(args[0], PatchRows) and args[0].wide is None
-            kept = keep(*args, **kwargs) if keeps else None  # type: ignore[misc]
+            kept = None
+            if keep is not None and args and isinstance(args[0], PatchRows) and args[0].wide is None:
+                kept = keep(*args, **kwargs)
             return func(*args, **kwargs) if kept is None else kept
 
     @classmethod
@@ -91,14 +92,14 @@ def _transpose(rows: PatchRows, dim0: int, dim1: int) -> PatchRows:
     return rows.made_into(rows.own.transpose(dim0, dim1), dims.index(rows.along))
 
 
-def _add(rows: PatchRows, other: Any) -> PatchRows | None:
-    if isinstance(other, PatchRows) or (isinstance(other, Tensor) and other.ndim > rows.ndim):
+def _add(rows: PatchRows, other: Any, **options: Any) -> PatchRows | None:
+    if options or isinstance(other, PatchRows) or (isinstance(other, Tensor) and other.ndim > rows.ndim):
         return None
     dim = rows.along - rows.ndim  # from the last: the other may have fewer
     if isinstance(other, Tensor) and other.ndim >= -dim and other.shape[dim] != 1:
         other = other.narrow(dim, rows.start, rows.own.shape[dim])
     own = rows.own + other
-    return rows.made_into(own, rows.along) if own.ndim == rows.ndim else None
+    return rows.made_into(own, rows.along)
 
 
 def _to(rows: PatchRows, *args: Any, **kwargs: Any) -> PatchRows:
@@ -135,7 +136,8 @@ def embedding(module: nn.Module, dim: int) -> list[Convolution]:
         dim: The latent's dim that is cut.
     """
     found = [each for each in module.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
-    return [each for each in found if _parts_rows(each, dim - 2)]
+    plain = (nn.Conv2d.forward, nn.Conv3d.forward)  # one that pads in a forward of its own makes rows of others too
+    return [each for each in found if type(each).forward in plain and _parts_rows(each, dim - 2)]
 
 
 def _parts_rows(module: Convolution, at: int) -> bool:

@@ -28,6 +28,13 @@ def setup_module() -> None:
     quieten()
 
 
+class Padded(nn.Conv2d):
+    """Sees rows of others."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(given, (0, 0, 1, 1)))
+
+
 def convolution() -> nn.Conv2d:
     torch.manual_seed(0)
     return nn.Conv2d(3, 5, 2, 2)
@@ -37,7 +44,7 @@ def both(finish: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """What comes of a latent that is zeros but for a patch: embedded by its rows, and as the class does."""
     module, latent = convolution(), torch.zeros(1, 3, 8, 6)
     latent[:, :, slice(*SPAN)] = torch.randn(1, 3, 4, 6)
-    with torch.no_grad():
+    with torch.inference_mode():
         return finish(of_rows(module, 2, lambda given: SPAN)(latent)), finish(module(latent))
 
 
@@ -57,6 +64,8 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": lambda given: changed(tokens(given)),
     "two of them": lambda given: tokens(given) + tokens(given),
     "scaled": lambda given: tokens(given) * 2,
+    "weighed": lambda given: torch.add(tokens(given), POSITIONS, alpha=0.5),
+    "named": lambda given: torch.flatten(input=given, start_dim=2).transpose(1, 2),
 }
 
 
@@ -100,6 +109,7 @@ def test_other_rows_than_the_patchs_are_zeros() -> None:
         (nn.Conv2d(3, 5, 3, 2), False),
         (nn.Conv2d(3, 5, 2, 2, dilation=2), False),
         (nn.Conv2d(3, 5, 1, padding="same"), False),
+        (Padded(3, 5, 2, 2), False),
         (nn.Linear(3, 5), False),
     ],
 )
