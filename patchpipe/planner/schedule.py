@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from patchpipe.config import PASSES, STREAMED
 from patchpipe.layout.split import shared_blocks
@@ -21,6 +22,7 @@ EXCHANGE_OPERATIONS = 16  # an exchange among ranks, for the host: copies, views
 HOP_OPERATIONS = 12  # a hop of Ring: keys and values sent, received and waited for, without copies
 COMPILED = 0.25  # of the operations of an eager block, as the host counts them, are left in a compiled one
 STEADY_STEPS = 4  # played one by one, the rest at the last one's pace
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,12 @@ def _sum(
     return tuple(times * one + others * two + three for one, two, three in zip(first, second, once, strict=True))
 
 
+def _of_each(blocks: Sequence[Block], find: Callable[[Block], Found]) -> list[Found]:
+    """What is found of each block: once of those that are one object, as most are."""
+    found = {key: find(block) for key, block in {id(block): block for block in blocks}.items()}
+    return [found[id(block)] for block in blocks]
+
+
 class Schedule:
     """The units of a layout.
 
@@ -174,7 +182,7 @@ class Schedule:
         for stage in range(self.config.pipefusion):
             held = self.layout.held(stage)
             if held not in known:
-                spent = [self._block(block, piece, streams) for block in held]
+                spent = _of_each(held, lambda block: self._block(block, piece, streams))
                 known[held] = choice_for(self.layout, stage, *_spent(spent, self.layout.together))
         return tuple(known[self.layout.held(stage)] for stage in range(self.config.pipefusion))
 
@@ -210,7 +218,7 @@ class Schedule:
         outside = OUTSIDE_OPERATIONS * self.device.launch * self.layout.profile.slowdown
         for stage in range(self.config.pipefusion):
             blocks = self.layout.run(stage, half, patch)
-            spent = [self._block(block, piece, steady) for block in blocks]
+            spent = _of_each(blocks, lambda block: self._block(block, piece, steady))
             computed, exchanged = sum(one for one, _ in spent), sum(other for _, other in spent)
             if self.config.distrifusion > 1 and steady:  # the gathers of all layers run beside the computing
                 exchanged = self.link.exposed(exchanged, computed)
@@ -229,11 +237,12 @@ class Schedule:
         config, share = self.config, COMPILED if self.config.compile else 1.0
         exchanged = EXCHANGE_OPERATIONS * (4 * (config.ulysses > 1) + (config.distrifusion > 1))
         shared = exchanged + (config.ring - 1) * (HOP_OPERATIONS + MERGE_OPERATIONS)
-        started = float(OUTSIDE_OPERATIONS)
-        for block in blocks:
+
+        def started(block: Block) -> float:
             sums = EXCHANGE_OPERATIONS * (config.tensor > 1) * sum(matrix.summed for matrix in block.matrices)
-            started += share * (operations(block, piece) + shared * block.self_attentions + sums)
-        return started * self.device.host
+            return share * (operations(block, piece) + shared * block.self_attentions + sums)
+
+        return sum(_of_each(blocks, started), float(OUTSIDE_OPERATIONS)) * self.device.host
 
     def _hops(self, piece: Tokens) -> tuple[float, ...]:
         """Activations from stage to stage, and the small prediction back to the first."""
