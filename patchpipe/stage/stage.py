@@ -278,7 +278,7 @@ class Stage:
         """Has the first stage embed the patch's rows alone, and others nothing but a shape."""
         module, dim = self._find(path) if path else None, self.plan.grid.dim
         if module is not None and not self.first:
-            self._share_between_calls(path, (self.plan.latent, AHEAD))
+            self._share_between_calls(path, (self.plan.latent, AHEAD), in_order=True)
         elif module is not None:
             find = partial(self.passage.range_of, self.plan.grid)
             self._undo += [override(each, of_rows(each, dim, find)) for each in embedding(module, dim)]
@@ -297,8 +297,8 @@ class Stage:
 
         self._undo.append(override(module, forward))
 
-    def _share_between_calls(self, path: str, names: tuple[str, ...]) -> None:
-        """Keeps a result for the request, as long as the inputs it follows from are the same tensors."""
+    def _share_between_calls(self, path: str, names: tuple[str, ...], *, in_order: bool = False) -> None:
+        """Keeps a result for the request, as it is or in order, while what it follows from are the same tensors."""
         module = self._find(path)
         if module is None:
             return
@@ -316,7 +316,8 @@ class Stage:
             ]
             key = (self, path, turn, *kinds)
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
-                memo[key] = (sources, compute(*args, **kwargs))
+                result = compute(*args, **kwargs)  # in order, the root need not bring it in order for every patch
+                memo[key] = (sources, result.contiguous() if in_order and isinstance(result, Tensor) else result)
             return memo[key][1]
 
         self._undo.append(override(module, shared))
