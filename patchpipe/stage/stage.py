@@ -276,9 +276,9 @@ class Stage:
 
     def _hook_embedding(self, path: str) -> None:
         """Has the first stage embed the patch's rows alone, and others nothing but a shape."""
-        module, dim = self._find(path) if path else None, self.plan.grid.dim
+        module, dim = self._find(path), self.plan.grid.dim
         if module is not None and not self.first:
-            self._share_between_calls(path, (self.plan.latent, AHEAD), in_order=True)
+            self._share_between_calls(path, (self.plan.latent, AHEAD), contiguous=True)
         elif module is not None:
             find = partial(self.passage.range_of, self.plan.grid)
             self._undo += [override(each, of_rows(each, dim, find)) for each in embedding(module, dim)]
@@ -297,8 +297,8 @@ class Stage:
 
         self._undo.append(override(module, forward))
 
-    def _share_between_calls(self, path: str, names: tuple[str, ...], *, in_order: bool = False) -> None:
-        """Keeps a result for the request, as it is or in order, while what it follows from are the same tensors."""
+    def _share_between_calls(self, path: str, names: tuple[str, ...], *, contiguous: bool = False) -> None:
+        """Keeps a result for the request, as long as the inputs it follows from are the same tensors."""
         module = self._find(path)
         if module is None:
             return
@@ -309,15 +309,16 @@ class Stage:
             memo, inputs = self._kept.request, self._kept.inputs
             sources = tuple(inputs.get(name) for name in names)
             shaped = (inputs[self.plan.latent], inputs.get(AHEAD))
-            turn = self._kept.turn(path)
             kinds = [
                 tuple(each.shape) if each is not None and any(each is one for one in shaped) else identity_of(each)
                 for each in sources
             ]
-            key = (self, path, turn, *kinds)
+            key = (self, path, self._kept.turn(path), *kinds)
             if key not in memo:  # the sources are kept too, lest another tensor takes their id
-                result = compute(*args, **kwargs)  # in order, the root need not bring it in order for every patch
-                memo[key] = (sources, result.contiguous() if in_order and isinstance(result, Tensor) else result)
+                result = compute(*args, **kwargs)
+                if contiguous and isinstance(result, Tensor):  # or SD3's root would copy it for every patch
+                    result = result.contiguous()
+                memo[key] = (sources, result)
             return memo[key][1]
 
         self._undo.append(override(module, shared))

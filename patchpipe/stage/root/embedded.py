@@ -98,8 +98,7 @@ def _add(rows: PatchRows, other: Any, **options: Any) -> PatchRows | None:
     dim = rows.along - rows.ndim  # from the last: the other may have fewer
     if isinstance(other, Tensor) and other.ndim >= -dim and other.shape[dim] != 1:
         other = other.narrow(dim, rows.start, rows.own.shape[dim])
-    own = rows.own + other
-    return rows.made_into(own, rows.along)
+    return rows.made_into(rows.own + other, rows.along)
 
 
 def _to(rows: PatchRows, *args: Any, **kwargs: Any) -> PatchRows:
